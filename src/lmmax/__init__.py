@@ -1,0 +1,18 @@
+"""Linear mixed-effects models in JAX."""
+
+from . import datasets as datasets
+from . import functional as functional
+from .design import DataError as DataError
+from .estimation import ConstraintError as ConstraintError
+from .fit import ConvergenceWarning as ConvergenceWarning
+from .fit import RankWarning as RankWarning
+from .fit import fit as fit
+from .fit import fit_arrays as fit_arrays
+from .formula import FormulaError as FormulaError
+from .formula import parse_formula as parse_formula
+from .results import Fit as Fit
+from .results import load as load
+from .spec import ModelSpec as ModelSpec
+from .spec import RandomTerm as RandomTerm
+
+__version__ = "0.1.0"

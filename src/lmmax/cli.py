@@ -1,0 +1,383 @@
+"""The ``lmmax`` command: a linear mixed model from a formula and a table.
+
+Exit status: 0 converged, 1 a mistake in the input (one line on stderr), 2 a mistake in the
+options, 3 not converged (the results are printed all the same).
+
+JSON output, in which ``null`` stands for a value that does not exist or is not finite::
+
+    schema            1; changes when a key changes its meaning or goes away
+    version           of lmmax
+    formula, data     as given
+    method            "REML" or "ML"
+    nobs, n_groups    number of rows used, of groups
+    scale             residual variance
+    criterion         {llf, deviance, aic, bic}
+    level             of the confidence intervals
+    coefficients      [{term, estimate, std_error, statistic, p, lower, upper}, ...]
+    varcorr           rows of Fit.varcorr(), with its column names
+    random_effects    with --ranef: [{group, effects: {NAME: value, ...}}, ...]
+    convergence       {converged, status, message, singular}
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Nothing heavy is imported at the top of this file: --help must answer at once.
+
+__all__ = ["main"]
+
+_CONVERGED, _USER_ERROR, _NOT_CONVERGED = 0, 1, 3
+_JSON_SCHEMA = 1
+
+_EPILOG = """\
+DATA is a CSV file (also .tsv, and compressed as .gz, .bz2, .xz or .zip), a Parquet file
+(.parquet, .pq), - for CSV on standard input, or the name of a bundled data set.
+
+exit status: 0 converged, 1 mistake in the input, 2 mistake in the options, 3 not converged
+
+examples:
+  lmmax "Weight ~ Time + (1 | Pig)" dietox
+  lmmax "Reaction ~ Days + (Days | Subject)" sleepstudy --ml --json
+  lmmax "y ~ x + (1 | site)" trial.csv --weights w --categorical site
+  lmmax --list
+  lmmax --describe dietox
+"""
+
+
+class _UserError(Exception):
+    """A mistake that the user can mend; the message says how."""
+
+
+def _level(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, such as 0.95")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmmax",
+        description="Fit a linear mixed-effects model and print its summary.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("formula", nargs="?", help='such as "y ~ x + (1 + x | group)"')
+    parser.add_argument("data", nargs="?", metavar="DATA", help="a file, -, or a bundled data set")
+    model = parser.add_argument_group("model")
+    model.add_argument("--ml", action="store_true", help="maximum likelihood; default: REML")
+    model.add_argument("--weights", metavar="COL", help="column of inverse-variance weights")
+    model.add_argument("--offset", metavar="COL", help="column added to the linear predictor")
+    model.add_argument(
+        "--missing",
+        choices=("drop", "raise"),
+        default="drop",
+        help="rows with missing values: leave them out (default), or stop",
+    )
+    table = parser.add_argument_group("reading the data")
+    table.add_argument("--sep", help="separator of a CSV file; default: comma, or tab for .tsv")
+    table.add_argument(
+        "--categorical",
+        metavar="COL",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="columns of numbers to be taken as labels (grouping factors need no mention); "
+        "write it after DATA",
+    )
+    output = parser.add_argument_group("output")
+    form = output.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all results as JSON")
+    form.add_argument("--csv", action="store_true", help="the table of coefficients as CSV")
+    output.add_argument(
+        "--ranef",
+        action="store_true",
+        help="add the predicted random effects; with --csv: print them instead",
+    )
+    output.add_argument(
+        "--level", type=_level, default=0.95, help="of confidence intervals; default: 0.95"
+    )
+    output.add_argument("--output", metavar="FILE", type=Path, help="write there, not to stdout")
+    output.add_argument(
+        "--verbose", action="store_true", help="trace of the iterations; traceback of errors"
+    )
+    about = parser.add_argument_group("about")
+    about.add_argument("--list", action="store_true", help="list the bundled data sets")
+    about.add_argument("--describe", metavar="NAME", help="columns and source of a bundled set")
+    about.add_argument("--version", action="store_true", help="print the version")
+    return parser
+
+
+def _read_table(data: str, sep: str | None, categorical: Sequence[str]) -> pd.DataFrame:
+    """Read DATA: an existing path wins over a bundled set of the same name."""
+    from lmmax import datasets
+
+    if data == "-" or Path(data).exists():
+        frame = _read_file(data, sep, categorical)
+    elif data in datasets.names():
+        frame = datasets.load(data)
+    else:
+        raise _UserError(
+            f"there is no file {data!r}, and no bundled data set of that name; "
+            f"bundled: {', '.join(datasets.names())}"
+        )
+    for column in categorical:
+        if column not in frame.columns:
+            raise _UserError(
+                f"--categorical: there is no column {column!r}; "
+                f"columns: {', '.join(map(str, frame.columns))}"
+            )
+        present = frame[column].notna()
+        # Strings, so that the levels sort as labels and print as they were written.
+        frame[column] = frame[column].astype(str).where(present).astype("category")
+    return frame
+
+
+def _read_file(data: str, sep: str | None, categorical: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    path = Path(data)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if path.is_dir():
+        raise _UserError(f"{data!r} is a directory; name a CSV or Parquet file")
+    if suffixes[-1:] in ([".parquet"], [".pq"]):
+        try:
+            return pd.read_parquet(path)
+        except ImportError:
+            raise _UserError(
+                'reading Parquet needs pyarrow; install it with: pip install "lmmax[parquet]"'
+            ) from None
+        except (ValueError, OSError) as error:
+            raise _UserError(f"cannot read {data!r} as Parquet: {error}") from error
+    separator = sep or ("\t" if ".tsv" in suffixes else ",")
+    # A label such as 007 would lose its zeros if it were read as a number first.
+    labels: dict[Any, Any] = dict.fromkeys(categorical, str)
+    try:
+        return pd.read_csv(
+            sys.stdin if data == "-" else path,
+            sep=separator.replace("\\t", "\t"),
+            dtype=labels,
+        )
+    except (ValueError, OSError) as error:
+        raise _UserError(
+            f"cannot read {data!r} as CSV: {_one_line(error)}; name its separator with --sep"
+        ) from error
+
+
+def _coefficients(fit: Any, level: float) -> pd.DataFrame:
+    import pandas as pd
+
+    interval = fit.conf_int(alpha=_alpha(level))
+    table = pd.DataFrame(
+        {
+            "estimate": fit.params,
+            "std_error": fit.bse,
+            "statistic": fit.tvalues,
+            "p": fit.pvalues,
+            "lower": interval.iloc[:, 0],
+            "upper": interval.iloc[:, 1],
+        },
+        index=fit.params.index,
+    )
+    table.index.name = "term"
+    return table
+
+
+def _alpha(level: float) -> float:
+    # Rounded, because 1 - 0.95 is not 0.05.
+    return round(1 - level, 15)
+
+
+def _random_effects(fit: Any) -> pd.DataFrame:
+    table: pd.DataFrame = fit.random_effects.rename_axis(index="group")
+    return table
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON knows it: NumPy scalars unwrapped, what is not finite null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+def _json(fit: Any, arguments: argparse.Namespace) -> str:
+    import json
+
+    import lmmax
+
+    content: dict[str, Any] = {
+        "schema": _JSON_SCHEMA,
+        "version": lmmax.__version__,
+        "formula": arguments.formula,
+        "data": arguments.data,
+        "method": "ML" if arguments.ml else "REML",
+        "nobs": fit.nobs,
+        "n_groups": fit.n_groups,
+        "scale": fit.scale,
+        "criterion": {name: getattr(fit, name) for name in ("llf", "deviance", "aic", "bic")},
+        "level": arguments.level,
+        "coefficients": _coefficients(fit, arguments.level).reset_index().to_dict("records"),
+        "varcorr": fit.varcorr().to_dict("records"),
+    }
+    if arguments.ranef:
+        content["random_effects"] = [
+            {"group": label, "effects": effects}
+            for label, effects in fit.random_effects.to_dict("index").items()
+        ]
+    content["convergence"] = {
+        "converged": bool(fit.converged),
+        # A word, not the number behind it: numbers tell a reader of the JSON nothing.
+        "status": getattr(fit.status, "name", str(fit.status)).lower(),
+        "message": fit.message,
+        "singular": bool(fit.singular),
+    }
+    return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+
+
+def _text(fit: Any, arguments: argparse.Namespace) -> str:
+    if arguments.json:
+        return _json(fit, arguments)
+    if arguments.csv:
+        table = _random_effects(fit) if arguments.ranef else _coefficients(fit, arguments.level)
+        return table.to_csv(lineterminator="\n")
+    text = str(fit.summary(alpha=_alpha(arguments.level))).rstrip("\n") + "\n"
+    if arguments.ranef:
+        text += "\nRandom effects\n" + _random_effects(fit).to_string() + "\n"
+    return text
+
+
+def _write(text: str, target: Path | None) -> None:
+    if target is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _UserError(f"cannot write --output {str(target)!r}: {error.strerror}") from error
+
+
+def _list_datasets() -> str:
+    from lmmax import datasets
+
+    pages = [datasets.describe(name) for name in datasets.names()]
+    width = max(len(page.name) for page in pages)
+    return "".join(f"{page.name:<{width}}  {page.n_rows:>5} rows  {page.title}\n" for page in pages)
+
+
+def _fit_and_print(arguments: argparse.Namespace) -> int:
+    target: Path | None = arguments.output
+    # Found out now, not after a long fit.
+    if target is not None and not target.absolute().parent.is_dir():
+        raise _UserError(f"--output: there is no directory {str(target.parent)!r}")
+    frame = _read_table(arguments.data, arguments.sep, arguments.categorical)
+
+    import warnings
+
+    import lmmax
+
+    with warnings.catch_warnings():
+        # A warning's file and line mean nothing to somebody at a shell.
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"lmmax: warning: {_one_line(message)}", file=sys.stderr
+        )
+        # Said once, at the end, with the exit status.
+        warnings.simplefilter("ignore", lmmax.ConvergenceWarning)
+        result = lmmax.fit(
+            arguments.formula,
+            frame,
+            reml=not arguments.ml,
+            weights=arguments.weights,
+            offset=arguments.offset,
+            missing=arguments.missing,
+            verbose=arguments.verbose,
+        )
+        _write(_text(result, arguments), target)
+    if result.converged:
+        return _CONVERGED
+    print(f"lmmax: not converged: {_one_line(result.message)}", file=sys.stderr)
+    return _NOT_CONVERGED
+
+
+def _one_line(message: object) -> str:
+    # str() of a KeyError is the repr of its message.
+    if isinstance(message, KeyError) and message.args:
+        message = message.args[0]
+    return " ".join(str(message).split())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        argv: The arguments; ``None`` means those of the process.
+
+    Returns:
+        0 if the fit converged, 1 after a mistake in the input, 3 if the fit did not converge.
+
+    Raises:
+        SystemExit: With status 2 after a mistake in the options, 0 after ``--help``.
+
+    Examples:
+        >>> from lmmax.cli import main
+        >>> main(["--describe", "rail"])  # doctest: +ELLIPSIS
+        rail: Travel time of ultrasonic waves in rails
+        ...
+        0
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.version:
+            import lmmax
+
+            _write(f"lmmax {lmmax.__version__}\n", None)
+        elif arguments.list:
+            _write(_list_datasets(), arguments.output)
+        elif arguments.describe is not None:
+            from lmmax import datasets
+
+            _write(f"{datasets.describe(arguments.describe)}\n", arguments.output)
+        elif arguments.formula is None or arguments.data is None:
+            parser.error(
+                'a formula and DATA are needed, such as: lmmax "Weight ~ Time + (1 | Pig)" dietox'
+            )
+        else:
+            return _fit_and_print(arguments)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this Python complains again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _USER_ERROR
+    # What the library raises for a mistake in formula or data is one of these.
+    except (_UserError, ValueError, LookupError, TypeError, OSError) as error:
+        if arguments.verbose:
+            traceback.print_exc()
+        print(f"lmmax: error: {_one_line(error)}", file=sys.stderr)
+        return _USER_ERROR
+    return _CONVERGED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

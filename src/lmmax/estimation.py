@@ -1,0 +1,443 @@
+"""From sufficient statistics to estimates: start, constraints, solve, certificate.
+
+The solver works in coordinates where columns are orthonormal and the response has unit length.
+This module is the one place that maps the user's quantities there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .compilation_cache import compilation_cache
+from .compress import Compression
+from .likelihood.grouped import GroupedProblem
+from .parameters import factor, lower_from_root, pack_triangle, unpack_lower, unpack_symmetric
+from .solve import (
+    NEWTON_LIMIT,
+    Constraints,
+    Options,
+    Solution,
+    Status,
+    default_start,
+    lbfgs,
+    newton,
+)
+
+Solver = Callable[[GroupedProblem, Constraints, Options, jax.Array], Solution]
+SOLVERS = ("auto", "newton", "lbfgs")
+RESTARTS = 5
+BOUNDARY = 1e-4
+"""A direction of the random effects is at the boundary if its standard deviation is below this
+fraction of the sampling noise of one average group (working columns have mean square one)."""
+
+
+class ConstraintError(ValueError):
+    """A ``start`` or ``fix`` argument that does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to estimate; immutable, so that fits share nothing that can change.
+
+    Attributes:
+        reml: restricted maximum likelihood if True, else maximum likelihood.
+        start: covariance matrix, mapping or earlier fit to start from; None for a moment estimate.
+        fix: mapping with "cov_re" (natural units) and/or "scale" to hold fixed.
+        solver: "auto", "newton" or "lbfgs".
+        tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged.
+        max_steps: most Newton or L-BFGS steps.
+        em_steps: EM steps before them.
+    """
+
+    reml: bool = True
+    start: Any = None
+    fix: Mapping[str, Any] | None = None
+    solver: str = "auto"
+    tol: float = 1e-10
+    max_steps: int = 100
+    em_steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(
+                f"solver={self.solver!r} is unknown; use one of {', '.join(map(repr, SOLVERS))}"
+            )
+        if not self.tol > 0.0:
+            raise ValueError(f"tol={self.tol!r} must be positive")
+        for name in ("max_steps", "em_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < (name == "max_steps"):
+                least = 1 if name == "max_steps" else 0
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+
+
+@dataclass(frozen=True)
+class TermColumns:
+    """Where a random term's columns are among the q, and whether they are correlated."""
+
+    label: str
+    columns: slice
+    correlated: bool
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """A solved model in the user's units; arrays are NumPy float64.
+
+    Attributes:
+        beta: coefficients of the columns of X that were kept, (p,).
+        beta_unscaled: ``(X' V^-1 X)^-1`` with V relative to the scale, (p, p).
+        scale: residual variance.
+        root: square root of the relative covariance, ``D = root root'``, (q, q).
+        criterion: -2 log-likelihood (the REML criterion if ``reml``).
+        reml: whether the criterion is the restricted one.
+        status: how the solve ended.
+        solution: the solver's record, in working coordinates.
+        boundary: labels of the terms whose covariance is singular.
+        constraints: what was free.
+        z_inverse: ``A^-1``, from working to the user's random-effects coordinates, (q, q).
+    """
+
+    beta: np.ndarray
+    beta_unscaled: np.ndarray
+    scale: float
+    root: np.ndarray
+    criterion: float
+    reml: bool
+    status: Status
+    solution: Solution
+    boundary: tuple[str, ...]
+    constraints: Constraints
+    z_inverse: np.ndarray
+
+    @cached_property
+    def D(self) -> np.ndarray:
+        """Covariance of the random effects relative to the scale, (q, q)."""
+        return self.root @ self.root.T
+
+    @cached_property
+    def theta(self) -> np.ndarray:
+        """Lower triangle, row by row, of the Cholesky factor of D; q (q + 1) / 2 entries."""
+        return pack_triangle(lower_from_root(self.root))
+
+    @cached_property
+    def variance_cov(self) -> np.ndarray:
+        """Covariance of (vech cov_re row by row, scale) from the observed information.
+
+        The information is that of the (restricted) likelihood in covariances and scale jointly,
+        with the coefficients profiled out.  Computed in the coordinates of the factor, it also
+        holds for singular covariances, given their rank.  Fixed entries have covariance zero.
+        """
+        q = len(self.root)
+        free = np.asarray(self.constraints.free) > 0.0
+        inner = np.ix_(free, free)
+        hessian = self.solution.hessian[inner]
+        unit = np.sqrt(np.abs(np.diag(hessian)))
+        unit[unit == 0.0] = 1.0
+        units = np.outer(unit, unit)
+        cov_x = np.zeros((len(free), len(free)))
+        cov_x[inner] = 2.0 * np.linalg.pinv(hessian / units, rcond=1e-10, hermitian=True) / units
+
+        # d(vech Psi, scale)/d(s, theta) for Psi = scale A^-1 L L' A^-T.
+        s, theta = self.solution.x[0], self.solution.x[1:]
+        natural = np.asarray(self.constraints.natural)
+        shrink = np.exp(-0.5 * s * natural)
+        L = self.z_inverse @ unpack_lower(theta * shrink)
+        jacobian = np.zeros((len(theta) + 1, len(free)))
+
+        def change(dL: np.ndarray) -> np.ndarray:
+            half = self.z_inverse @ dL @ L.T
+            return self.scale * pack_triangle(half + half.T)
+
+        rows, columns = np.tril_indices(q)
+        for entry, (i, j) in enumerate(zip(rows, columns, strict=True)):
+            dL = np.zeros((q, q))
+            dL[i, j] = shrink[entry]
+            jacobian[:-1, 1 + entry] = change(dL)
+        jacobian[:-1, 0] = self.scale * pack_triangle(self.D)
+        jacobian[:-1, 0] += change(unpack_lower(-0.5 * natural * shrink * theta))
+        jacobian[-1, 0] = self.scale
+        return jacobian @ cov_x @ jacobian.T
+
+    @cached_property
+    def hessian_eigenvalues(self) -> np.ndarray:
+        """Eigenvalues of the Hessian in (s, theta), free entries only, working coordinates."""
+        free = np.asarray(self.constraints.free) > 0.0
+        return np.linalg.eigvalsh(self.solution.hessian[np.ix_(free, free)])
+
+
+def estimate(
+    compression: Compression, terms: Sequence[TermColumns], settings: Settings
+) -> Estimates:
+    """Solve a compressed model.
+
+    Args:
+        compression: sufficient statistics.
+        terms: the random terms' places among the columns.
+        settings: how to estimate.
+
+    Raises:
+        ConstraintError: if ``start`` or ``fix`` does not fit the model.
+    """
+    problem = compression.problem
+    z_inverse = np.asarray(problem.z_inverse)
+    constraints, start = _constraints(problem, terms, settings)
+    noise = _noise(problem)
+
+    solution = _solve(problem, constraints, settings, start)
+    for _ in range(RESTARTS):
+        if solution.status != Status.CONVERGED:
+            break
+        better = _step_off(solution, constraints, terms, noise)
+        if better is None:
+            break
+        solution = _solve(problem, constraints, settings, better)
+
+    x, at = solution.x, solution.derivatives
+    lower = unpack_lower(x[1:] * np.exp(-0.5 * x[0] * np.asarray(constraints.natural)))
+    lower, boundary = _snap(lower, constraints, terms, noise)
+    p = int(problem.n_fixed)
+    R_inverse = np.asarray(problem.x_inverse)[:p, :p]
+    y_scale = float(problem.y_scale)
+    d = float(problem.n_obs) - settings.reml * p
+    constant = 2.0 * (d * np.log(y_scale) + settings.reml * float(problem.x_logdet))
+    return Estimates(
+        beta=R_inverse @ (at.beta[:p] + np.asarray(problem.beta_origin)[:p]) * y_scale,
+        beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
+        scale=float(np.exp(x[0]) * y_scale**2),
+        root=z_inverse @ lower,
+        criterion=float(at.value + constant - float(problem.log_weights)),
+        reml=settings.reml,
+        status=Status(int(solution.status)),
+        solution=solution,
+        boundary=boundary,
+        constraints=constraints,
+        z_inverse=z_inverse,
+    )
+
+
+def _from_start(solver: Solver) -> Solver:
+    """Let missing (NaN) entries of the start stand for the moment estimate."""
+
+    def solve(
+        problem: GroupedProblem, constraints: Constraints, options: Options, start: jax.Array
+    ) -> Solution:
+        default = default_start(problem, constraints)
+        return solver(problem, constraints, options, jnp.where(jnp.isnan(start), default, start))
+
+    return solve
+
+
+_compiled: dict[str, Any] = {
+    "newton": jax.jit(_from_start(newton)),
+    "lbfgs": jax.jit(_from_start(lbfgs)),
+}
+
+
+def _solve(
+    problem: GroupedProblem, constraints: Constraints, settings: Settings, start: np.ndarray
+) -> Solution:
+    """Run the solver in float64 and return its record as NumPy arrays."""
+    solver = settings.solver
+    if solver == "auto":
+        solver = "newton" if np.sum(constraints.free) <= NEWTON_LIMIT else "lbfgs"
+    options = Options(
+        reml=float(settings.reml),
+        em_steps=settings.em_steps if np.isnan(start[1:]).any() else 0,
+        max_steps=settings.max_steps,
+        tol=settings.tol,
+    )
+    with jax.enable_x64(True), compilation_cache():
+        result: Solution = jax.device_get(_compiled[solver](problem, constraints, options, start))
+    return result
+
+
+def _constraints(
+    problem: GroupedProblem, terms: Sequence[TermColumns], settings: Settings
+) -> tuple[Constraints, np.ndarray | None]:
+    """Translate structure, ``fix`` and ``start`` into the solver's terms."""
+    A, y_scale = np.asarray(problem.z_factor), float(problem.y_scale)
+    q = len(A)
+    blocks = np.zeros((q, q))
+    for term in terms:
+        here = term.columns
+        blocks[here, here] = 1.0 if term.correlated else np.eye(here.stop - here.start)
+    free_theta = pack_triangle(blocks)
+    natural = np.zeros_like(free_theta)
+    # Missing entries are the solver's to choose; a profiled scale needs no start at all.
+    start = np.full(len(free_theta) + 1, np.nan)
+    start[0] = np.log(0.5 / float(problem.n_obs))
+
+    fix = dict(settings.fix or {})
+    fixed_cov, fixed_scale = fix.pop("cov_re", None), fix.pop("scale", None)
+    if fix:
+        raise ConstraintError(
+            f"fix has the unknown entry {next(iter(fix))!r}; it takes 'cov_re' and 'scale'"
+        )
+    if settings.start is not None:
+        D, scale = _read_start(settings.start, terms, q)
+        start[0] = np.log(scale / y_scale**2)
+        start[1:] = pack_triangle(factor(A @ D @ A.T)) * free_theta
+    if fixed_scale is not None:
+        if not np.isscalar(fixed_scale) or not 0.0 < float(fixed_scale) < np.inf:
+            raise ConstraintError(f"fix['scale']={fixed_scale!r} must be a positive number")
+        start[0] = np.log(float(fixed_scale) / y_scale**2)
+    if fixed_cov is not None:
+        Psi, covered = _read_covariance(fixed_cov, terms, q, "fix['cov_re']")
+        natural = pack_triangle(covered * blocks)
+        held = pack_triangle(factor(A @ Psi @ A.T)) / y_scale
+        start[1:] = np.where(natural > 0.0, held, start[1:])
+        free_theta = free_theta * (1.0 - natural)
+    free = np.append(float(fixed_scale is None), free_theta)
+    return (
+        Constraints(
+            free=free,
+            natural=natural,
+            blocks=blocks,
+            profile=fixed_scale is None and fixed_cov is None,
+        ),
+        start,
+    )
+
+
+def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.ndarray, float]:
+    """Return relative covariance and scale from an earlier fit, a mapping, or theta."""
+    if hasattr(start, "cov_re") and hasattr(start, "scale"):
+        start = {"cov_re": start.cov_re, "scale": start.scale}
+    if isinstance(start, Mapping):
+        if set(start) != {"cov_re", "scale"}:
+            raise ConstraintError(
+                "start needs the two entries 'cov_re' and 'scale' (natural units), "
+                f"got {sorted(map(str, start))}"
+            )
+        scale = float(start["scale"])
+        if not 0.0 < scale < np.inf:
+            raise ConstraintError(f"start['scale']={start['scale']!r} must be a positive number")
+        Psi, covered = _read_covariance(start["cov_re"], terms, q, "start['cov_re']")
+        if not covered.all():
+            raise ConstraintError("start['cov_re'] must give every term's covariance")
+        return Psi / scale, scale
+    theta = np.asarray(start, dtype=float)
+    size = q * (q + 1) // 2
+    if theta.shape != (size,) or not np.isfinite(theta).all():
+        raise ConstraintError(
+            f"start must be an earlier fit, a mapping with 'cov_re' and 'scale', or theta: "
+            f"{size} finite numbers, the lower triangle (row by row) of the relative Cholesky "
+            f"factor; got shape {theta.shape}"
+        )
+    L = unpack_lower(theta)
+    return L @ L.T, 1.0
+
+
+def _read_covariance(
+    value: Any, terms: Sequence[TermColumns], q: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the covariance matrix (q, q) and a mask of the entries that were given."""
+    Psi, covered = np.zeros((q, q)), np.zeros((q, q))
+    if isinstance(value, Mapping):
+        labels = {term.label: term for term in terms}
+        for label, part in value.items():
+            if label not in labels:
+                raise ConstraintError(
+                    f"{name} names the term {label!r}; the model's terms are "
+                    + ", ".join(map(repr, labels))
+                )
+            here = labels[label].columns
+            Psi[here, here] = _check_covariance(part, here.stop - here.start, f"{name}[{label!r}]")
+            covered[here, here] = 1.0
+        return Psi, covered
+    return _check_covariance(value, q, name), np.ones((q, q))
+
+
+def _check_covariance(value: Any, q: int, name: str) -> np.ndarray:
+    matrix = np.atleast_2d(np.asarray(value, dtype=float))
+    if matrix.shape != (q, q):
+        raise ConstraintError(f"{name} must be a {q} x {q} matrix, got shape {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise ConstraintError(f"{name} must be finite")
+    size = np.max(np.abs(matrix))
+    if np.max(np.abs(matrix - matrix.T)) > 1e-10 * size:
+        raise ConstraintError(f"{name} must be symmetric")
+    if np.linalg.eigvalsh(matrix)[0] < -1e-10 * size:
+        raise ConstraintError(f"{name} must be positive semidefinite: it is a covariance matrix")
+    return matrix
+
+
+def _noise(problem: GroupedProblem) -> float:
+    """Return the standard deviation, relative to the residual's, of one group's mean."""
+    return float(np.sqrt(np.sum(problem.weight) / float(problem.n_obs)))
+
+
+def _free_terms(
+    terms: Sequence[TermColumns], constraints: Constraints
+) -> Iterator[tuple[TermColumns, list[slice]]]:
+    """Yield each estimated term with its irreducible blocks of columns."""
+    free = np.asarray(constraints.free)[1:]
+    diagonal = np.flatnonzero(pack_triangle(np.eye(len(constraints.blocks))))
+    for term in terms:
+        here = term.columns
+        if not free[diagonal[here.start]]:
+            continue
+        each = [slice(j, j + 1) for j in range(here.start, here.stop)]
+        yield term, [here] if term.correlated else each
+
+
+def _step_off(
+    solution: Solution, constraints: Constraints, terms: Sequence[TermColumns], noise: float
+) -> np.ndarray | None:
+    """Certify a boundary solution, or return a better start.
+
+    At a minimum over positive semidefinite ``D`` the gradient is positive semidefinite on D's null
+    space (first-order optimality); where it is not, some variance wants to grow.
+    """
+    x = solution.x
+    q = len(constraints.blocks)
+    L = unpack_lower(x[1:] * np.exp(-0.5 * x[0] * np.asarray(constraints.natural)))
+    D = L @ L.T
+    at = solution.derivatives
+    G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
+    for _, blocks in _free_terms(terms, constraints):
+        for block in blocks:
+            values, vectors = np.linalg.eigh(D[block, block])
+            null = vectors[:, values <= (BOUNDARY * noise) ** 2]
+            if not null.size:
+                continue
+            slopes, directions = np.linalg.eigh(null.T @ G[block, block] @ null)
+            if slopes[0] >= 0.0:
+                continue
+            v = np.zeros(q)
+            v[block] = null @ directions[:, 0]
+            change = np.append(pack_triangle(np.outer(v, v)), 0.0)
+            curvature = change @ at.hessian @ change
+            gain = slopes[0] ** 2 / (2.0 * curvature) if curvature > 0.0 else np.inf
+            if gain > 1e-8:
+                size = -slopes[0] / curvature if curvature > 0.0 else noise**2
+                better = x.copy()
+                free = np.asarray(constraints.free)[1:] > 0.0
+                moved = pack_triangle(factor(D + size * np.outer(v, v)))
+                better[1:][free] = moved[free]
+                return better
+    return None
+
+
+def _snap(
+    L: np.ndarray, constraints: Constraints, terms: Sequence[TermColumns], noise: float
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Set directions at the boundary to exactly zero; return the root and the singular terms."""
+    root = L.copy()
+    singular = []
+    for term, blocks in _free_terms(terms, constraints):
+        for block in blocks:
+            left, values, right = np.linalg.svd(L[block, block])
+            zero = values <= BOUNDARY * noise
+            if zero.any():
+                root[block, block] = (left * np.where(zero, 0.0, values)) @ right
+                singular.append(term.label)
+    return root, tuple(dict.fromkeys(singular))

@@ -1,0 +1,352 @@
+"""Fit a model: formula or arrays in, :class:`Fit` out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .compress import Compression, Layout, compress, layout
+from .design import DataError, Design, build_design, design_from_arrays
+from .estimation import Settings, TermColumns, estimate
+from .formula import parse_formula
+from .results import Fit
+from .spec import ModelSpec
+
+
+class ConvergenceWarning(UserWarning):
+    """The solver stopped before the optimum."""
+
+
+class RankWarning(UserWarning):
+    """Columns of the fixed-effects design were dropped as linear combinations of others."""
+
+
+def fit(
+    formula: str | ModelSpec,
+    data: Any,
+    *,
+    reml: bool = True,
+    weights: Any = None,
+    offset: Any = None,
+    contrasts: Mapping[str, Any] | None = None,
+    missing: str = "drop",
+    start: Any = None,
+    fix: Mapping[str, Any] | None = None,
+    solver: str = "auto",
+    tol: float = 1e-10,
+    max_steps: int = 100,
+    em_steps: int = 3,
+    verbose: bool = False,
+    context: Mapping[str, Any] | None = None,
+) -> Fit:
+    """Fit a linear mixed model with one grouping factor.
+
+    Args:
+        formula: lme4-style text such as ``"Weight ~ Time + (1 + Time | Pig)"``, or a
+            :class:`ModelSpec`.
+        data: pandas or polars data frame, pyarrow table, or mapping of columns.
+        reml: restricted maximum likelihood (default) or, if False, maximum likelihood.
+        weights: prior weights (inverse variances, as in lme4), array (n,) or column name.
+        offset: known part of the mean, array (n,) or column name; adds to ``offset(...)`` terms.
+        contrasts: coding per factor, e.g. ``{"recipe": "sum"}``; treatment coding by default.
+        missing: "drop" rows with missing values (default) or "raise".
+        start: an earlier fit, ``{"cov_re": ..., "scale": ...}`` or theta; a moment estimate by
+            default.
+        fix: hold ``{"cov_re": matrix or {term: matrix}, "scale": number}`` (either or both) at
+            values in natural units.
+        solver: "newton" (exact Hessian), "lbfgs", or "auto" by the number of parameters.
+        tol: largest Newton decrement, in units of -2 log-likelihood, that counts as converged.
+        max_steps: most solver steps.
+        em_steps: EM steps before the solver's first.
+        verbose: print the trace of the solve.
+        context: names for use in the formula besides NumPy's ``np`` and the transforms.
+
+    Returns:
+        The fit.  A singular covariance is a legitimate result, reported by ``fit.singular``; a
+        solve that did not converge is reported by ``fit.converged`` and a warning.
+
+    Raises:
+        FormulaError: if the formula cannot be read.
+        DataError: if the data do not fit the formula, or cannot identify the model.
+        ConstraintError: if ``start`` or ``fix`` does not fit the model.
+
+    Example:
+        >>> import lmmax
+        >>> data = lmmax.datasets.load("sleepstudy")
+        >>> result = lmmax.fit("Reaction ~ Days + (1 + Days | Subject)", data)
+        >>> result.params.round(4).to_dict()
+        {'Intercept': 251.4051, 'Days': 10.4673}
+
+    Source: Bates, Maechler, Bolker and Walker (2015), J. Stat. Softw. 67(1), for the model and
+    its criterion; Lindstrom and Bates (1988), JASA 83, 1014-1022, for Newton and EM.
+    """
+    settings = Settings(
+        reml=bool(reml),
+        start=start,
+        fix=fix,
+        solver=solver,
+        tol=tol,
+        max_steps=max_steps,
+        em_steps=em_steps,
+    )
+    spec = formula if isinstance(formula, ModelSpec) else parse_formula(formula)
+    check_supported(spec)
+    design = build_design(
+        spec,
+        data,
+        weights=weights,
+        offset=offset,
+        contrasts=contrasts,
+        missing=missing,
+        context=context,
+    )
+    return fit_design(design, settings, verbose=verbose)
+
+
+def fit_arrays(
+    y: Any,
+    X: Any,
+    groups: Any,
+    Z: Any = None,
+    *,
+    reml: bool = True,
+    weights: Any = None,
+    offset: Any = None,
+    x_names: Any = None,
+    z_names: Any = None,
+    group_name: str = "Group",
+    covariance: str = "us",
+    missing: str = "drop",
+    start: Any = None,
+    fix: Mapping[str, Any] | None = None,
+    solver: str = "auto",
+    tol: float = 1e-10,
+    max_steps: int = 100,
+    em_steps: int = 3,
+    verbose: bool = False,
+) -> Fit:
+    """Fit a linear mixed model from arrays, without a formula.
+
+    Args:
+        y: response, shape (n,).
+        X: fixed-effects design, shape (n, p), with its column of ones if there is an intercept.
+        groups: group label of each row, shape (n,), of any type, in any order.
+        Z: random-effects design, shape (n, q); a random intercept if None.
+        weights, offset: arrays (n,).
+        x_names, z_names: names of the columns; from the data frame, or x1, x2, ... if None.
+        group_name: name of the grouping factor.
+        covariance: "us" (correlated effects) or "diag".
+        reml, missing, start, fix, solver, tol, max_steps, em_steps, verbose: as in :func:`fit`.
+
+    Returns:
+        The fit.
+
+    Raises:
+        DataError: if the arrays do not fit together, or cannot identify the model.
+
+    Example:
+        >>> import numpy as np, lmmax
+        >>> rng = np.random.default_rng(1)
+        >>> groups = np.repeat(np.arange(30), 5)
+        >>> X = np.column_stack([np.ones(150), rng.normal(size=150)])
+        >>> y = X @ [1.0, 2.0] + rng.normal(size=30)[groups] + rng.normal(size=150)
+        >>> lmmax.fit_arrays(y, X, groups).converged
+        True
+    """
+    settings = Settings(
+        reml=bool(reml),
+        start=start,
+        fix=fix,
+        solver=solver,
+        tol=tol,
+        max_steps=max_steps,
+        em_steps=em_steps,
+    )
+    design = design_from_arrays(
+        y,
+        X,
+        groups,
+        Z,
+        weights=weights,
+        offset=offset,
+        x_names=x_names,
+        z_names=z_names,
+        group_name=group_name,
+        covariance=covariance,
+        missing=missing,
+    )
+    return fit_design(design, settings, verbose=verbose)
+
+
+def check_supported(spec: ModelSpec) -> None:
+    """Raise for what the formula language can say and this release cannot fit."""
+    groups = list(dict.fromkeys(term.group for term in spec.random))
+    if len(groups) > 1:
+        raise DataError(
+            f"the formula has {len(groups)} grouping factors ({', '.join(groups)}); this release "
+            "fits one. Several terms on one factor, as in (1 | g) + (0 + x | g), and an "
+            "interaction, as in (1 | a:b), are supported; nested and crossed factors are not yet"
+        )
+
+
+def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
+    """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
+    grouping = design.groupings[0]
+    terms: list[TermColumns] = []
+    at = 0
+    for block in design.blocks:
+        width = block.Z.shape[1]
+        correlated = block.term.covariance == "us" and width > 1
+        terms.append(TermColumns(str(block.term), slice(at, at + width), correlated))
+        at += width
+    arranged = layout(
+        design.X,
+        [block.Z for block in design.blocks],
+        [term.correlated for term in terms],
+        grouping.codes,
+        len(grouping.levels),
+        design.weights,
+    )
+    compressed = compress(_without_offset(design), arranged)
+    check_identified(design, arranged, compressed, terms, settings)
+    notes = _notes(design, arranged)
+    if len(arranged.fixed.kept) < len(design.x_names):
+        warnings.warn(notes[-1], RankWarning, stacklevel=3)
+    return _solve(design, settings, arranged, compressed, tuple(terms), notes, verbose)
+
+
+def refit_response(fitted: Fit, y: Any) -> Fit:
+    """Fit the model of ``fitted`` to another response; see :meth:`lmmax.Fit.refit`."""
+    y = np.asarray(y, dtype=float)
+    if y.shape != (fitted.nobs,):
+        raise DataError(
+            f"y has shape {y.shape}; refit needs one value for each of the {fitted.nobs} rows "
+            "used in the fit"
+        )
+    if not np.isfinite(y).all():
+        raise DataError(
+            f"y is not finite at position {int(np.argmin(np.isfinite(y)))}; refit takes complete "
+            "responses only, fit the data without these rows instead"
+        )
+    design = replace(fitted.design, y=y)
+    compressed = compress(_without_offset(design), fitted.layout)
+    _check_response(design, compressed)
+    return _solve(
+        design,
+        fitted.settings,
+        fitted.layout,
+        compressed,
+        fitted.terms,
+        fitted.notes,
+        False,
+    )
+
+
+def refit_settings(fitted: Fit, **changes: Any) -> Fit:
+    """Fit the same data with some settings changed."""
+    return _solve(
+        fitted.design,
+        replace(fitted.settings, **changes),
+        fitted.layout,
+        fitted.compression,
+        fitted.terms,
+        fitted.notes,
+        False,
+    )
+
+
+def _solve(
+    design: Design,
+    settings: Settings,
+    arranged: Layout,
+    compressed: Compression,
+    terms: tuple[TermColumns, ...],
+    notes: tuple[str, ...],
+    verbose: bool,
+) -> Fit:
+    estimates = estimate(compressed, terms, settings)
+    result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
+    if verbose:
+        print(result.convergence.history.to_string())
+        print(f"{result.status}: {result.message}")
+    if not result.converged:
+        warnings.warn(f"{result.message}; see fit.convergence", ConvergenceWarning, stacklevel=4)
+    return result
+
+
+def _without_offset(design: Design) -> np.ndarray:
+    return design.y if design.offset is None else design.y - design.offset
+
+
+def _notes(design: Design, arranged: Layout) -> tuple[str, ...]:
+    notes = []
+    if design.n_dropped:
+        by = ", ".join(f"{name} {count}" for name, count in design.dropped_by.items())
+        notes.append(f"{design.n_dropped} rows dropped for missing values ({by})")
+    aliased = sorted(set(range(len(design.x_names))) - set(arranged.fixed.kept.tolist()))
+    if aliased:
+        names = ", ".join(design.x_names[j] for j in aliased)
+        notes.append(
+            f"{len(aliased)} fixed-effects column{'s' * (len(aliased) > 1)} dropped, being a linear "
+            f"combination of the columns before: {names}"
+        )
+    return tuple(notes)
+
+
+def check_identified(
+    design: Design,
+    arranged: Layout,
+    compressed: Compression,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+) -> None:
+    """Raise if the data cannot tell the parameters apart, before anything is traced."""
+    n, p = len(design.y), len(arranged.fixed.kept)
+    if n <= p:
+        raise DataError(
+            f"{n} observations cannot estimate {p} fixed-effects coefficients and the variances; "
+            "use fewer terms or more data"
+        )
+    _check_response(design, compressed)
+    if "scale" in (settings.fix or {}):
+        return
+    q = compressed.U.shape[0]
+    if arranged.sizes.max() <= q and _residual_in_span(compressed.U, terms):
+        name = design.groupings[0].name
+        largest = int(arranged.sizes.max())
+        raise DataError(
+            f"the residual variance is not identified: no group of {name!r} has more than "
+            f"{largest} row{'s' * (largest > 1)}, and the random effects "
+            f"{' + '.join(f'({block.term})' for block in design.blocks)} alone can produce any "
+            "residual. Group more coarsely, use fewer random effects, or fix the residual "
+            "variance with fix={'scale': ...}"
+        )
+
+
+def _check_response(design: Design, compressed: Compression) -> None:
+    if compressed.total <= (1e-13 * len(design.y)) ** 2:
+        raise DataError(
+            f"the response {design.response_name!r} is an exact linear combination of the fixed "
+            "effects (or constant), so nothing is left to estimate variances from"
+        )
+
+
+def _residual_in_span(U: np.ndarray, terms: Sequence[TermColumns]) -> bool:
+    """Return whether some E, structured like the covariance, has ``Z_i E Z_i' = I`` throughout."""
+    q = U.shape[0]
+    pattern = np.eye(q)
+    for term in terms:
+        if term.correlated:
+            pattern[term.columns, term.columns] = 1.0
+    rows, columns = np.nonzero(np.tril(pattern))
+    products = np.einsum("iem,jem->ijem", U[:, columns], U[:, rows])
+    products = products + np.where(rows == columns, 0.0, 1.0)[:, None] * products.swapaxes(0, 1)
+    rank = np.einsum("iim->im", np.abs(U)) > 0.0
+    target = np.eye(q)[:, :, None] * rank[None, :, :]
+    lhs = np.moveaxis(products, 2, 3).reshape(-1, len(rows))
+    solution, *_ = np.linalg.lstsq(lhs, target.ravel(), rcond=None)
+    return bool(np.max(np.abs(lhs @ solution - target.ravel())) < 1e-8)

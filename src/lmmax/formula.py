@@ -1,0 +1,537 @@
+"""lme4-style formula text -> `ModelSpec`.
+
+formulaic knows no `( ... | group)` term, so its tokens are cut here: the random terms and offsets
+come out, and what is left of each part is handed to formulaic's own parser.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from formulaic import Formula
+from formulaic.errors import FormulaicError
+from formulaic.parser import DefaultFormulaParser
+from formulaic.parser.algos.tokenize import tokenize
+from formulaic.parser.types import Factor, Term, Token
+
+from .spec import ModelSpec, RandomTerm
+
+__all__ = ["FormulaError", "parse_formula"]
+
+_PARSER = DefaultFormulaParser(feature_flags={"TWOSIDED"})
+
+_QUOTED = re.compile(r"(\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|`[^`]*`)")
+_BACKTICKS = re.compile(r"`([^`]*)`")
+# Outside quotes these R spellings have one possible meaning in a formula. `^` is always a power
+# there; Python would read it as "exclusive or".
+_R_IDIOMS = (
+    (re.compile(r"\^"), "**"),
+    (re.compile(r"(?<![\w.])TRUE(?![\w.(])"), "True"),
+    (re.compile(r"(?<![\w.])FALSE(?![\w.(])"), "False"),
+    (re.compile(r"(?<![\w.])(?:as\.)?factor\s*\("), "C("),
+)
+_FACTOR_OF_NAME = re.compile(r"C\(\s*(`[^`]+`|[^\W\d][\w.]*)\s*\)")
+
+# What to write instead of R functions that have no namesake here.
+R_HINTS = {
+    "as.numeric": "make a numeric column before fitting",
+    "as.integer": "make a numeric column before fitting",
+    "as.character": "use C(x)",
+    "ordered": "use C(x, contr.poly) for polynomial contrasts",
+    "as.ordered": "use C(x, contr.poly) for polynomial contrasts",
+    "relevel": "use C(x, contr.treatment('level'))",
+    "ns": "use bs(x, df=...) or the natural cubic spline cr(x, df=...)",
+    "rcs": "use the natural cubic spline cr(x, df=...)",
+    "s": "use bs(x, df=...) or cr(x, df=...)",
+    "ifelse": "use np.where(condition, a, b)",
+    "c": "write a Python list, [1, 2]",
+    "cbind": "fit one response at a time",
+    "interaction": "use a:b",
+    "lag": "make a column with groupby(group)[x].shift() before fitting",
+    "cut": "make a column of categories before fitting",
+}
+
+
+class FormulaError(ValueError):
+    """A formula that cannot be read; the message shows the place with a caret."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A token with its place in the formula: `text` is as it goes back into a formula."""
+
+    text: str
+    kind: Token.Kind
+    start: int
+    end: int  # exclusive
+
+    def is_op(self, *texts: str) -> bool:
+        return self.kind is Token.Kind.OPERATOR and self.text in texts
+
+
+def _error(message: str, source: str, start: int, end: int) -> FormulaError:
+    start = min(start, len(source))
+    caret = " " * start + "^" * max(1, end - start)
+    return FormulaError(f"{message}\n\n  {source}\n  {caret}")
+
+
+def _error_at(message: str, source: str, pieces: list[_Piece]) -> FormulaError:
+    return _error(message, source, pieces[0].start, pieces[-1].end)
+
+
+def from_r(text: str) -> str:
+    """Rewrite R spellings that Python would read otherwise: `^`, `TRUE`, `FALSE`, `factor()`."""
+    parts = _QUOTED.split(text)
+    for i in range(0, len(parts), 2):
+        for pattern, replacement in _R_IDIOMS:
+            parts[i] = pattern.sub(replacement, parts[i])
+    return "".join(parts)
+
+
+def _check_balance(source: str) -> None:
+    """Point at the first bracket or quote without a partner, which the tokenizer does not."""
+    closers = {"(": ")", "[": "]", "{": "}"}
+    stack: list[tuple[str, int]] = []
+    quote: tuple[str, int] | None = None
+    for i, char in enumerate(source):
+        if quote is not None:
+            if char == quote[0] and not (char != "`" and source[i - 1] == "\\"):
+                quote = None
+        elif char in "\"'`":
+            quote = (char, i)
+        elif char in closers:
+            stack.append((char, i))
+        elif char in closers.values():
+            if not stack:
+                raise _error(f"unbalanced: this {char!r} closes nothing", source, i, i + 1)
+            opener, at = stack.pop()
+            if closers[opener] != char:
+                raise _error(
+                    f"unbalanced: {opener!r} at position {at + 1} is closed by {char!r}",
+                    source,
+                    i,
+                    i + 1,
+                )
+    if quote is not None:
+        raise _error(f"unbalanced: this {quote[0]} is never closed", source, quote[1], quote[1] + 1)
+    if stack:
+        opener, at = stack[-1]
+        raise _error(f"unbalanced: this {opener!r} is never closed", source, at, at + 1)
+
+
+def _split_operator(source: str, start: int, end: int) -> Iterator[_Piece]:
+    """Formulaic runs neighbouring operators together (`~ -` is `~-`): take them apart again."""
+    i = start
+    while i < end:
+        if source[i].isspace():
+            i += 1
+            continue
+        width = 2 if source[i : i + 2] in ("||", "**") else 1
+        yield _Piece(source[i : i + width], Token.Kind.OPERATOR, i, i + width)
+        i += width
+
+
+def _pieces(source: str) -> list[_Piece]:
+    _check_balance(source)
+    pieces: list[_Piece] = []
+    try:
+        tokens = list(tokenize(source))
+    except FormulaicError as error:
+        raise _translate(error, source) from None
+    for token in tokens:
+        start, last = token.source_loc
+        assert token.kind is not None and start is not None and last is not None
+        end = last + 1
+        opener = source[start]
+        if opener in "`{":
+            close = "`" if opener == "`" else "}"
+            pieces.append(_Piece(f"{opener}{token.token}{close}", token.kind, start, end + 1))
+        elif opener == "%":
+            pieces.append(_Piece(f"%{token.token}%", token.kind, start, end + 1))
+        elif token.kind is Token.Kind.OPERATOR:
+            pieces.extend(_split_operator(source, start, end))
+        elif token.kind is Token.Kind.CONTEXT and token.token in "[]":
+            raise _error("square brackets mean nothing here: use (...)", source, start, end)
+        elif token.kind is Token.Kind.PYTHON:
+            text = from_r(token.token)
+            piece = _Piece(text, token.kind, start, end)
+            _check_call(piece, source)
+            pieces.append(piece)
+        else:
+            pieces.append(_Piece(token.token, token.kind, start, end))
+    return pieces
+
+
+def _check_call(piece: _Piece, source: str) -> None:
+    name = piece.text.split("(", 1)[0].strip()
+    try:
+        node = ast.parse(_BACKTICKS.sub("_quoted_", piece.text).strip(), mode="eval").body
+    except SyntaxError:
+        hint = f": {R_HINTS[name]}" if name in R_HINTS else ""
+        raise _error_at(
+            f"`{piece.text}` is not a Python expression{hint}", source, [piece]
+        ) from None
+    if isinstance(node, ast.Call) and name != "I":
+        for arg in node.args:
+            if isinstance(arg, ast.BinOp) and isinstance(arg.op, ast.BitOr):
+                raise _error_at(
+                    f"a random term cannot stand inside `{name}()`: write `( ... | group)`, or "
+                    "`( ... || group)` for independent effects",
+                    source,
+                    [piece],
+                )
+
+
+def _render(pieces: list[_Piece]) -> str:
+    """Pieces -> text with canonical spacing: `a:b`, `x**2`, `-1`, otherwise ` + `."""
+    out = ""
+    previous: _Piece | None = None
+    for piece in pieces:
+        if piece.kind is Token.Kind.OPERATOR:
+            unary = previous is None or previous.is_op("+", "-") or previous.text == "("
+            tight = piece.text in (":", "**", "^", "/") or unary
+            out += piece.text if tight else f" {piece.text} "
+        else:
+            # Two operands side by side: keep them apart, so that formulaic sees the mistake.
+            apart = previous is not None and (
+                previous.kind not in (Token.Kind.OPERATOR, Token.Kind.CONTEXT)
+                or previous.text == ")"
+            )
+            out += f" {piece.text}" if apart and piece.text != ")" else piece.text
+        previous = piece
+    return out
+
+
+def _inside(pieces: list[_Piece]) -> list[_Piece] | None:
+    """The pieces inside a pair of parentheses that encloses them all, else None."""
+    if len(pieces) < 2 or pieces[0].text != "(" or pieces[-1].text != ")":
+        return None
+    depth = 0
+    for piece in pieces[:-1]:
+        if piece.kind is Token.Kind.CONTEXT:
+            depth += 1 if piece.text == "(" else -1
+        if depth == 0:
+            return None
+    return pieces[1:-1]
+
+
+def _depths(pieces: list[_Piece]) -> Iterator[tuple[_Piece, int]]:
+    depth = 0
+    for piece in pieces:
+        if piece.kind is Token.Kind.CONTEXT:
+            depth += 1 if piece.text == "(" else -1
+        yield piece, depth
+
+
+def _summands(pieces: list[_Piece], source: str) -> Iterator[tuple[list[_Piece], list[_Piece]]]:
+    """Cut at top-level `+` and `-`; yields (signs, summand)."""
+    signs: list[_Piece] = []
+    summand: list[_Piece] = []
+    for piece, depth in _depths(pieces):
+        if depth == 0 and piece.is_op("+", "-") and not (summand and summand[-1].is_op()):
+            if summand:
+                yield signs, summand
+                signs, summand = [], []
+            signs.append(piece)
+        else:
+            summand.append(piece)
+    if not summand:
+        raise _error_at("nothing follows this operator", source, (signs or pieces)[-1:])
+    yield signs, summand
+
+
+def _group_names(pieces: list[_Piece], source: str) -> list[str]:
+    """Grouping part of a random term -> grouping factors: `a/b` gives `a` and `a:b`."""
+    inner = _inside(pieces)
+    if inner:
+        pieces = inner
+    nested: list[list[str]] = [[]]
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            ok = piece.is_op(":", "/")
+            if piece.text == "/":
+                nested.append([])
+        else:
+            # Any grouping column is taken as categories, so `factor(g)` is `g`.
+            call = _FACTOR_OF_NAME.fullmatch(piece.text)
+            name = call[1] if call else piece.text
+            ok = piece.kind is Token.Kind.NAME or call is not None
+            nested[-1].append(name)
+        if not ok:
+            break
+    else:
+        if len(pieces) % 2:
+            flat: list[str] = []
+            groups = []
+            for names in nested:
+                flat += names
+                groups.append(":".join(flat))
+            return groups
+    hint = "for anything else, make a column first"
+    if any(piece.is_op("+", "*") for piece in pieces):
+        hint = "for several grouping factors write one term for each, `(1 | a) + (1 | b)`"
+    raise _error_at(
+        f"the grouping part `{_render(pieces)}` must be names joined by `:` or `/`; {hint}",
+        source,
+        pieces,
+    )
+
+
+def _random_terms(inner: list[_Piece], source: str) -> list[RandomTerm]:
+    """The pieces inside `( ... | group)` -> random terms."""
+    bars = [i for i, (piece, _) in enumerate(_depths(inner)) if piece.is_op("|", "||")]
+    if len(bars) > 1:
+        raise _error_at(
+            "a bar inside a bar: each random term has one bar, `( ... | group)`",
+            source,
+            [inner[bars[1]]],
+        )
+    bar = inner[bars[0]]
+    left, right = inner[: bars[0]], inner[bars[0] + 1 :]
+    if not left:
+        raise _error_at(
+            f"nothing stands left of the bar: write `(1 {bar.text} group)` for a random intercept",
+            source,
+            [bar],
+        )
+    if not right:
+        raise _error_at(
+            f"nothing stands right of the bar: write the grouping factor, `(... {bar.text} group)`",
+            source,
+            [bar],
+        )
+    for piece in left:
+        if piece.kind is Token.Kind.PYTHON and re.match(r"offset\s*\(", piece.text):
+            raise _error_at("an offset cannot be part of a random term", source, [piece])
+    design = _render(left)
+    if not parse_terms(design):
+        raise _error_at(
+            f"`{design}` leaves the random term without any effect: write `1` or a variable",
+            source,
+            left,
+        )
+    covariance = "diag" if bar.text == "||" else "us"
+    return [RandomTerm(design, group, covariance) for group in _group_names(right, source)]
+
+
+def _outer_bar_groups(pieces: list[_Piece]) -> list[_Piece]:
+    """The innermost parenthesised group around the first bar, or that bar alone."""
+    opened: list[int] = []
+    start = None
+    for i, piece in enumerate(pieces):
+        if piece.text == "(":
+            opened.append(i)
+        elif piece.text == ")":
+            at = opened.pop()
+            if start is not None and at == start:
+                return pieces[at : i + 1]
+        elif piece.is_op("|", "||") and start is None:
+            if not opened:
+                return [piece]
+            start = opened[-1]
+    return pieces
+
+
+def parse_formula(text: str) -> ModelSpec:
+    """Read a model formula in lme4's notation.
+
+    Besides what formulaic reads (`a*b`, `a:b`, `poly()`, `bs()`, `C()`, any Python expression in
+    a call), the right-hand side takes random terms `(design | group)`, `(design || group)` and
+    `offset(expression)`. `(1 | a/b)` stands for `(1 | a) + (1 | a:b)`. Names that are not plain
+    words go in backticks. The R spellings `I(x^2)`, `TRUE`, `FALSE` and `factor(x)` are understood.
+
+    Args:
+        text: the formula, for instance `"Reaction ~ Days + (Days | Subject)"`.
+
+    Returns:
+        The model specification; equal text gives the same object.
+
+    Raises:
+        FormulaError: for text that is not such a formula; the message points at the place.
+
+    Example:
+        >>> parse_formula("Weight ~ Time + (1 | Litter/Pig)").random
+        (RandomTerm(design='1', group='Litter', covariance='us'), \
+RandomTerm(design='1', group='Litter:Pig', covariance='us'))
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a formula must be a string, not {type(text).__name__}")
+    return _parse_formula(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse_formula(text: str) -> ModelSpec:
+    source = re.sub(r"\s", " ", text).rstrip()
+    pieces = _pieces(source)
+    tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
+    if not tildes:
+        raise _error(
+            "no `~` in the formula: write `response ~ fixed effects + ( ... | group)`",
+            source,
+            0,
+            len(source),
+        )
+    if len(tildes) > 1:
+        raise _error_at("a formula has one `~`, this is the second", source, [pieces[tildes[1]]])
+    left, right = pieces[: tildes[0]], pieces[tildes[0] + 1 :]
+    tilde = pieces[tildes[0]]
+    if not left:
+        raise _error_at("no response: a variable must stand left of `~`", source, [tilde])
+    response = _render(left)
+    if not _is_one_factor(response):
+        raise _error_at(
+            "the response must be one variable or one call"
+            + (f": write `I({response})` for arithmetic" if len(left) > 1 else ""),
+            source,
+            left,
+        )
+    if not right:
+        raise _error_at("nothing stands right of `~`", source, [tilde])
+
+    fixed: list[_Piece] = []
+    random: list[RandomTerm] = []
+    offsets: list[str] = []
+    for signs, summand in _summands(right, source):
+        minus = [sign for sign in signs if sign.text == "-"]
+        inner = _inside(summand)
+        while inner is not None and (deeper := _inside(inner)) is not None:
+            inner = deeper
+        bars = [(piece, depth) for piece, depth in _depths(summand) if piece.is_op("|", "||")]
+        if inner and any(d == 0 and p.is_op("|", "||") for p, d in _depths(inner)):
+            if minus:
+                raise _error_at(
+                    "a random term can be added but not taken away: leave it out instead",
+                    source,
+                    [minus[0], *summand],
+                )
+            terms = _random_terms(inner, source)
+            for term in terms:
+                if term in random:
+                    raise _error_at(f"the random term `{term}` comes twice", source, summand)
+            random += terms
+        elif bars and bars[0][1] == 0:
+            whole = _render(summand)
+            raise _error_at(f"a random term needs parentheses: write `({whole})`", source, summand)
+        elif bars:
+            raise _error_at(
+                "a random term must be a summand of its own, `... + ( ... | group)`",
+                source,
+                _outer_bar_groups(summand),
+            )
+        elif any(_is_offset(piece) for piece in summand):
+            if len(summand) > 1 or minus:
+                raise _error_at(
+                    "an offset must be a summand of its own, `... + offset(...)`; put any "
+                    "arithmetic inside its parentheses",
+                    source,
+                    summand,
+                )
+            offsets.append(_offset_expression(summand[0], source))
+        else:
+            if fixed or minus:
+                fixed += signs
+            fixed += summand
+    if not random:
+        raise _error(
+            "no random term in the formula: `fit` needs at least one `( ... | group)`, for "
+            "instance `(1 | group)`",
+            source,
+            len(source),
+            len(source) + 1,
+        )
+    for piece in fixed:
+        if piece.text == ".":
+            raise _error_at("`.` is not supported: name the variables", source, [piece])
+    spec = ModelSpec(response, _render(fixed) or "1", tuple(random), tuple(offsets))
+    parse_terms(spec.fixed)
+    return spec
+
+
+def _is_offset(piece: _Piece) -> bool:
+    return piece.kind is Token.Kind.PYTHON and re.match(r"offset\s*\(", piece.text) is not None
+
+
+def _offset_expression(piece: _Piece, source: str) -> str:
+    expression = piece.text.split("(", 1)[1].rstrip()[:-1].strip()
+    if not expression:
+        raise _error_at("this offset is empty", source, [piece])
+    return expression
+
+
+def _is_one_factor(text: str) -> bool:
+    try:
+        terms = parse_terms(f"0 + {text}")
+    except FormulaError:
+        return False
+    return (
+        len(terms) == 1
+        and len(terms[0].factors) == 1
+        and terms[0].factors[0].eval_method is not Factor.EvalMethod.LITERAL
+    )
+
+
+def _translate(error: Exception, source: str) -> FormulaError:
+    """Formulaic's own syntax error -> ours: same words, a caret in place of colours."""
+    message, _, context = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("\n\n")
+    message = message[:1].lower() + message[1:].rstrip(".")
+    start = context.find("⧛")
+    if start < 0:
+        return _error(message, source, 0, len(source))
+    length = context.find("⧚") - start - 1
+    return _error(message, context.replace("⧛", "").replace("⧚", ""), start, start + length)
+
+
+@lru_cache(maxsize=4096)
+def parse_terms(text: str) -> tuple[Term, ...]:
+    """Right-hand side without random terms -> formulaic terms, main effects first.
+
+    Raises:
+        FormulaError: if formulaic cannot read the text.
+    """
+    try:
+        return tuple(Formula(from_r(text), _parser=_PARSER))
+    except FormulaicError as error:
+        raise _translate(error, text) from None
+
+
+@lru_cache(maxsize=4096)
+def expression_names(expression: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names used in a Python expression: (as values, as functions), each in order, once.
+
+    Example:
+        >>> expression_names("np.log(x) + poly(`my y`, 2)")
+        (('np', 'x', 'my y'), ('poly',))
+    """
+    quoted: dict[str, str] = {}
+
+    def plain(match: re.Match[str]) -> str:
+        name = f"_quoted_{len(quoted)}_"
+        quoted[name] = match[1]
+        return name
+
+    tree = ast.parse(_BACKTICKS.sub(plain, expression).strip(), mode="eval")
+    values: dict[str, None] = {}
+    functions: dict[str, None] = {}
+    called: set[int] = set()
+    bound: set[str] = set()
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.add(node.id)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called.add(id(node.func))
+            functions[node.func.id] = None
+            first = node.args[0] if node.args else None
+            if node.func.id == "Q" and isinstance(first, ast.Constant):
+                values[str(first.value)] = None
+    names = [n for n in nodes if isinstance(n, ast.Name) and id(n) not in called]
+    for node in sorted(names, key=lambda n: (n.lineno, n.col_offset)):
+        if node.id not in bound:
+            values[quoted.get(node.id, node.id)] = None
+    return tuple(values), tuple(functions)

@@ -1,0 +1,1 @@
+"""Inference from a fitted model: tests and standard errors."""

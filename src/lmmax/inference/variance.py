@@ -1,0 +1,86 @@
+"""Standard errors of the variance parameters, by the delta method from the full information.
+
+The parameters are the entries of the natural covariance ``Psi`` (lower triangle, row by row) and
+the scale; :attr:`Estimates.variance_cov` is their joint covariance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ..estimation import Estimates, TermColumns
+
+
+def _errors(estimates: Estimates, gradients: np.ndarray) -> np.ndarray:
+    """Return standard errors of functions with the given gradients (r, k + 1); NaN for none."""
+    variances = np.einsum("ri,ij,rj->r", gradients, estimates.variance_cov, gradients)
+    return np.sqrt(np.where(variances > 0.0, variances, np.nan))
+
+
+def scale_error(estimates: Estimates) -> float:
+    """Return the standard error of the residual variance, NaN if it was fixed."""
+    return float(_errors(estimates, np.eye(len(estimates.variance_cov))[-1:])[0])
+
+
+def matrix_errors(estimates: Estimates) -> np.ndarray:
+    """Return standard errors of the entries of ``Psi``, (q, q); NaN where there is none."""
+    q = len(estimates.root)
+    rows, columns = np.tril_indices(q)
+    errors = _errors(estimates, np.eye(len(rows) + 1)[:-1])
+    errors = np.where(_at_boundary(estimates)[rows] | _at_boundary(estimates)[columns], np.nan, errors)
+    matrix = np.empty((q, q))
+    matrix[rows, columns] = matrix[columns, rows] = errors
+    return matrix
+
+
+def _at_boundary(estimates: Estimates) -> np.ndarray:
+    """Return which effects have variance zero, (q,)."""
+    return np.diag(estimates.D) == 0.0
+
+
+def table(
+    estimates: Estimates, terms: Sequence[TermColumns], names: Sequence[str], group: str
+) -> pd.DataFrame:
+    """Return the table documented at :meth:`lmmax.Fit.varcorr`."""
+    q = len(estimates.root)
+    Psi = estimates.scale * estimates.D
+    sd = np.sqrt(np.diag(Psi))
+    vcov_se = matrix_errors(estimates)
+    records: list[tuple[str, str | None, str | None, float, float, float, float]] = []
+
+    def entry(i: int, j: int) -> int:
+        return max(i, j) * (max(i, j) + 1) // 2 + min(i, j)
+
+    def error(gradient: dict[int, float]) -> float:
+        row = np.zeros((1, len(estimates.variance_cov)))
+        for position, value in gradient.items():
+            row[0, position] = value
+        return float(_errors(estimates, row)[0])
+
+    for term in terms:
+        here = range(q)[term.columns]
+        for i in here:
+            se = vcov_se[i, i] / (2.0 * sd[i]) if sd[i] > 0.0 else np.nan
+            records.append((group, names[i], None, Psi[i, i], vcov_se[i, i], sd[i], se))
+        for i in here if term.correlated else ():
+            for j in range(here.start, i):
+                defined = sd[i] > 0.0 and sd[j] > 0.0
+                r = Psi[i, j] / (sd[i] * sd[j]) if defined else np.nan
+                se = np.nan
+                if defined and 1.0 - abs(r) > 1e-12:
+                    se = error(
+                        {
+                            entry(i, j): 1.0 / (sd[i] * sd[j]),
+                            entry(i, i): -0.5 * r / Psi[i, i],
+                            entry(j, j): -0.5 * r / Psi[j, j],
+                        }
+                    )
+                records.append((group, names[j], names[i], Psi[i, j], vcov_se[i, j], r, se))
+    scale, scale_se = estimates.scale, scale_error(estimates)
+    sigma = float(np.sqrt(scale))
+    records.append(("Residual", None, None, scale, scale_se, sigma, scale_se / (2.0 * sigma)))
+    columns = ["group", "var1", "var2", "vcov", "vcov_se", "sdcor", "sdcor_se"]
+    return pd.DataFrame(records, columns=columns)

@@ -1,0 +1,214 @@
+"""Wald tests of linear hypotheses on the coefficients."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.scipy.special as special
+import numpy as np
+import pandas as pd
+from formulaic.errors import FormulaSyntaxError, FormulaParsingError
+from formulaic.utils.constraints import LinearConstraints
+
+
+class HypothesisError(ValueError):
+    """A hypothesis that does not fit the model's coefficients."""
+
+
+def normal_pvalues(z: np.ndarray) -> np.ndarray:
+    """Return two-sided p-values of standard normal statistics."""
+    return np.array([math.erfc(abs(value) / math.sqrt(2.0)) for value in z])
+
+
+def normal_quantile(alpha: float) -> float:
+    """Return the upper ``alpha / 2`` quantile of the standard normal distribution."""
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha={alpha!r} must lie between 0 and 1 (0.05 for 95% limits)")
+    return NormalDist().inv_cdf(1.0 - 0.5 * alpha)
+
+
+@dataclass(frozen=True)
+class ContrastTable:
+    """Tests of single hypotheses.
+
+    Attributes:
+        table: a row per hypothesis: estimate, standard error, z, p-value, confidence limits.
+    """
+
+    table: pd.DataFrame
+
+    def __str__(self) -> str:
+        return self.table.to_string(float_format="{:.4g}".format)
+
+    def _repr_html_(self) -> str:
+        html: str = self.table.to_html(float_format="{:.4g}".format)
+        return html
+
+
+@dataclass(frozen=True)
+class WaldTest:
+    """A joint test.
+
+    Attributes:
+        statistic: chi-squared, or F where there are denominator degrees of freedom.
+        df_num: number of independent hypotheses.
+        df_denom: denominator degrees of freedom; None for the chi-squared test.
+        pvalue: upper tail probability.
+    """
+
+    statistic: float
+    df_num: int
+    df_denom: float | None
+    pvalue: float
+
+    def __str__(self) -> str:
+        if self.df_denom is None:
+            head = f"chi2({self.df_num}) = {self.statistic:.4g}"
+        else:
+            head = f"F({self.df_num}, {self.df_denom:g}) = {self.statistic:.4g}"
+        return f"Wald test: {head}, p = {self.pvalue:.4g}"
+
+
+def t_test(
+    params: pd.Series, cov: pd.DataFrame, hypothesis: Any, alpha: float = 0.05
+) -> ContrastTable:
+    """Test each row of a hypothesis on its own; see :meth:`lmmax.Fit.t_test`."""
+    R, values, names = linear_hypotheses(params, hypothesis)
+    estimate = R @ params.fillna(0.0).to_numpy()
+    error = np.sqrt(np.einsum("ij,jk,ik->i", R, cov.fillna(0.0).to_numpy(), R))
+    z = (estimate - values) / error
+    half = normal_quantile(alpha) * error
+    table = pd.DataFrame(
+        {
+            "coef": estimate,
+            "std err": error,
+            "z": z,
+            "P>|z|": normal_pvalues(z),
+            f"[{alpha / 2:g}": estimate - half,
+            f"{1 - alpha / 2:g}]": estimate + half,
+        },
+        index=names,
+    )
+    return ContrastTable(table)
+
+
+def wald_test(
+    params: pd.Series, cov: pd.DataFrame, hypothesis: Any, df_denom: float | None = None
+) -> WaldTest:
+    """Test hypotheses jointly, by chi-squared or, with ``df_denom``, by F."""
+    R, values, _ = linear_hypotheses(params, hypothesis)
+    difference = R @ params.fillna(0.0).to_numpy() - values
+    V = R @ cov.fillna(0.0).to_numpy() @ R.T
+    unit = np.sqrt(np.diag(V))
+    V = V / np.outer(unit, unit)
+    rank = int(np.linalg.matrix_rank(V, hermitian=True))
+    if rank < len(V):
+        raise HypothesisError(
+            f"the {len(V)} hypotheses are linearly dependent (rank {rank}); leave out the "
+            "redundant ones"
+        )
+    difference = difference / unit
+    statistic = float(difference @ np.linalg.solve(V, difference))
+    if df_denom is None:
+        return WaldTest(statistic, rank, None, chi2_upper(statistic, rank))
+    statistic /= rank
+    return WaldTest(statistic, rank, df_denom, f_upper(statistic, rank, df_denom))
+
+
+def chi2_upper(statistic: float, df: float) -> float:
+    """Return the upper tail probability of the chi-squared distribution."""
+    with jax.enable_x64(True):
+        return float(special.gammaincc(0.5 * df, 0.5 * statistic))
+
+
+def f_upper(statistic: float, df_num: float, df_denom: float) -> float:
+    """Return the upper tail probability of the F distribution."""
+    with jax.enable_x64(True):
+        ratio = df_denom / (df_denom + df_num * statistic)
+        return float(special.betainc(0.5 * df_denom, 0.5 * df_num, ratio))
+
+
+def linear_hypotheses(
+    params: pd.Series, hypothesis: Any
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return ``(R, r, labels)`` of the hypotheses ``R beta = r``.
+
+    Raises:
+        HypothesisError: for a name that is no coefficient, a shape that does not fit, or a
+            hypothesis about an aliased coefficient.
+    """
+    names = [str(name) for name in params.index]
+    if isinstance(hypothesis, str):
+        hypothesis = [part for part in _split(hypothesis) if part.strip()]
+    if (
+        isinstance(hypothesis, Sequence)
+        and len(hypothesis)
+        and all(isinstance(part, str) for part in hypothesis)
+    ):
+        rows = [_parse(part, names) for part in hypothesis]
+        R = np.vstack([row for row, _ in rows])
+        r = np.concatenate([value for _, value in rows])
+        labels = [part.strip() for part in hypothesis]
+    else:
+        matrix, target = hypothesis if isinstance(hypothesis, tuple) else (hypothesis, 0.0)
+        R = np.atleast_2d(np.asarray(matrix, dtype=float))
+        if R.ndim != 2 or R.shape[1] != len(names):
+            raise HypothesisError(
+                f"a hypothesis matrix needs one column for each of the {len(names)} coefficients "
+                f"({', '.join(names)}); got shape {R.shape}"
+            )
+        try:
+            r = np.broadcast_to(np.asarray(target, dtype=float), (len(R),))
+        except ValueError as error:
+            raise HypothesisError(
+                f"{len(R)} hypotheses need {len(R)} values, got shape {np.shape(target)}"
+            ) from error
+        labels = [_label(row, value, names) for row, value in zip(R, r, strict=True)]
+    empty = ~np.any(R != 0.0, axis=1)
+    if empty.any():
+        raise HypothesisError(f"hypothesis {int(np.argmax(empty)) + 1} involves no coefficient")
+    aliased = params.isna().to_numpy() & np.any(R != 0.0, axis=0)
+    if aliased.any():
+        raise HypothesisError(
+            f"the coefficient of {names[int(np.argmax(aliased))]!r} is aliased (not estimable), so "
+            "no hypothesis about it can be tested"
+        )
+    return R, np.asarray(r), labels
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets and backquotes."""
+    return re.split(r",(?![^(\[]*[)\]])(?=(?:[^`]*`[^`]*`)*[^`]*$)", text)
+
+
+def _parse(text: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and value of one hypothesis in words."""
+    # Names such as "Time:Cu[T.b]" need quoting; longest first, so that parts of names stay whole.
+    special_names = sorted((n for n in names if not n.isidentifier()), key=len, reverse=True)
+    pattern = "|".join([r"`[^`]*`", *map(re.escape, special_names)])
+    quoted = re.sub(pattern, lambda m: m[0] if m[0][0] == "`" else f"`{m[0]}`", text)
+    try:
+        constraints = LinearConstraints.from_spec(quoted, variable_names=names)
+    except (FormulaSyntaxError, FormulaParsingError, ValueError, KeyError) as error:
+        raise HypothesisError(
+            f"cannot read the hypothesis {text.strip()!r}; write for example "
+            f"'{names[-1]} = 0', with the coefficients {', '.join(names)}"
+        ) from error
+    return np.asarray(constraints.constraint_matrix, float), np.asarray(
+        constraints.constraint_values, float
+    )
+
+
+def _label(row: np.ndarray, value: float, names: list[str]) -> str:
+    parts = []
+    for weight, name in zip(row, names, strict=True):
+        if weight:
+            size = "" if abs(weight) == 1.0 else f"{abs(weight):g}*"
+            parts.append(f"{'-' if weight < 0 else '+'} {size}{name}")
+    return f"{' '.join(parts).removeprefix('+ ')} = {value:g}"

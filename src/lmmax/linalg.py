@@ -1,0 +1,147 @@
+"""Small dense kernels that run over many matrices at once, batch axes last.
+
+A matrix argument has shape ``(q, q, ...)``; everything behind the first two axes is batch.  With
+the batch last, every scalar operation of a factorisation is one vector operation over the batch,
+on a CPU as on a GPU.  ``jnp.linalg`` is not used on batches: on CPU it is slow, and in jaxlib
+0.10 its thread pool can deadlock for batches of tens of thousands of matrices.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+UNROLL_LIMIT = 6
+"""Largest order whose factorisation is unrolled; beyond it a loop keeps the graph small."""
+
+
+def symmetrize(A: Array) -> Array:
+    """Return ``(A + A') / 2`` over the first two axes."""
+    return 0.5 * (A + jnp.swapaxes(A, 0, 1))
+
+
+def ldl(A: Array, floor: Array | float | None = None) -> tuple[Array, Array]:
+    """Factor symmetric ``A = L diag(d) L'`` with unit lower triangular ``L``.
+
+    Args:
+        A: symmetric, shape ``(q, q, ...)``.
+        floor: if given, each pivot is replaced by ``max(|pivot|, floor)``, so that the product is
+            a positive definite matrix that equals ``A`` where ``A`` is safely positive definite
+            (a descent direction for any Hessian).  Without it, pivots that are not positive give
+            zero columns, which factors positive *semi*definite matrices.
+
+    Returns:
+        ``L`` of shape ``(q, q, ...)`` and ``d`` of shape ``(q, ...)``.
+    """
+    q = A.shape[0]
+    if q <= UNROLL_LIMIT:
+        return _ldl_unrolled(A, floor)
+
+    rows = jnp.arange(q).reshape((q,) + (1,) * (A.ndim - 2))
+
+    def eliminate(j, carry):
+        A, L, d = carry
+        column = lax.dynamic_index_in_dim(A, j, 1, keepdims=False)
+        pivot = _pivot(lax.dynamic_index_in_dim(column, j, 0, keepdims=False), floor)
+        below = jnp.where(rows > j, _divide(column, pivot), 0.0)
+        A = A - pivot * below[:, None] * below[None, :]
+        L = lax.dynamic_update_index_in_dim(L, below + (rows == j), j, 1)
+        return A, L, lax.dynamic_update_index_in_dim(d, pivot, j, 0)
+
+    zeros = jnp.zeros_like(A)
+    _, L, d = lax.fori_loop(0, q, eliminate, (A, zeros, zeros[0]))
+    return L, d
+
+
+def _ldl_unrolled(A: Array, floor: Array | float | None) -> tuple[Array, Array]:
+    q = A.shape[0]
+    zero, one = jnp.zeros_like(A[0, 0]), jnp.ones_like(A[0, 0])
+    L = [[one if i == j else zero for j in range(q)] for i in range(q)]
+    d = []
+    for j in range(q):
+        pivot = A[j, j]
+        for k in range(j):
+            pivot = pivot - L[j][k] * L[j][k] * d[k]
+        pivot = _pivot(pivot, floor)
+        d.append(pivot)
+        for i in range(j + 1, q):
+            entry = A[i, j]
+            for k in range(j):
+                entry = entry - L[i][k] * L[j][k] * d[k]
+            L[i][j] = _divide(entry, pivot)
+    return jnp.stack([jnp.stack(row) for row in L]), jnp.stack(d)
+
+
+def _pivot(value: Array, floor: Array | float | None) -> Array:
+    return jnp.maximum(value, 0.0) if floor is None else jnp.maximum(jnp.abs(value), floor)
+
+
+def _divide(a: Array, pivot: Array) -> Array:
+    """``a / pivot``, or zero for a zero pivot, with finite derivatives in either case."""
+    positive = pivot > 0.0
+    return jnp.where(positive, a / jnp.where(positive, pivot, 1.0), 0.0)
+
+
+def solve_unit_lower(L: Array, B: Array) -> Array:
+    """Solve ``L X = B`` for unit lower triangular ``L (q, q, ...)`` and ``B (q, r, ...)``."""
+    q = L.shape[0]
+    if q <= UNROLL_LIMIT:
+        rows: list[Array] = []
+        for i in range(q):
+            row = B[i]
+            for j in range(i):
+                row = row - L[i, j] * rows[j]
+            rows.append(row)
+        return jnp.stack(rows)
+
+    index = jnp.arange(q).reshape((q,) + (1,) * (L.ndim - 2))
+
+    def substitute(j, X):
+        column = lax.dynamic_index_in_dim(L, j, 1, keepdims=False)
+        below = jnp.where(index > j, column, 0.0)
+        return X - below[:, None] * lax.dynamic_index_in_dim(X, j, 0, keepdims=True)
+
+    return lax.fori_loop(0, q, substitute, B)
+
+
+def solve_unit_upper(L: Array, B: Array) -> Array:
+    """Solve ``L' X = B`` for unit lower triangular ``L (q, q, ...)`` and ``B (q, r, ...)``."""
+    flipped = jnp.flip(jnp.swapaxes(L, 0, 1), (0, 1))
+    return jnp.flip(solve_unit_lower(flipped, jnp.flip(B, 0)), 0)
+
+
+@jax.custom_jvp
+def gls(S: Array) -> tuple[Array, Array, Array, Array]:
+    """Generalised least squares from the cross-product of the whitened ``[X y]``.
+
+    Args:
+        S: ``[X y]' V^-1 [X y]``, shape ``(p + 1, p + 1, ...)``.
+
+    Returns:
+        ``beta`` (p, ...), ``(X' V^-1 X)^-1`` (p, p, ...), the residual sum of squares (...), and
+        ``log|X' V^-1 X|`` (...).  The derivative rule is closed in these four, so derivatives of
+        any order cost a few products of p x p matrices and never pass through a factorisation.
+    """
+    p = S.shape[0] - 1
+    L, d = ldl(S)
+    # The last row of L holds the coefficients in the coordinates of the factor.
+    eye = jnp.broadcast_to(jnp.eye(p).reshape((p, p) + (1,) * (S.ndim - 2)), S[:p, :p].shape)
+    half = solve_unit_lower(L[:p, :p], eye.astype(S.dtype))
+    inverse = jnp.sum(half[:, :, None] * half[:, None, :] / d[:p, None, None], axis=0)
+    beta = jnp.sum(half * L[p, :p, None], axis=0)
+    return beta, inverse, d[p], jnp.sum(jnp.log(d[:p]), axis=0)
+
+
+@gls.defjvp
+def _gls_jvp(primals, tangents):
+    (S,), (dS,) = primals, tangents
+    p = S.shape[0] - 1
+    beta, inverse, rss, logdet = gls(S)
+    dA, db, dc = dS[:p, :p], dS[:p, p], dS[p, p]
+    dA_beta = jnp.einsum("ij...,j...->i...", dA, beta)
+    dbeta = jnp.einsum("ij...,j...->i...", inverse, db - dA_beta)
+    dinverse = -jnp.einsum("ij...,jk...,kl...->il...", inverse, dA, inverse)
+    drss = dc - 2.0 * jnp.sum(beta * db, axis=0) + jnp.sum(beta * dA_beta, axis=0)
+    dlogdet = jnp.einsum("ij...,ij...->...", inverse, dA)
+    return (beta, inverse, rss, logdet), (dbeta, dinverse, drss, dlogdet)

@@ -1,0 +1,47 @@
+"""Predictions for new rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from .design import DataError
+
+if TYPE_CHECKING:
+    from .results import Fit
+
+NewLevels = Literal["error", "population"]
+
+
+def predict(
+    fit: Fit, newdata: Any, *, random_effects: bool, new_levels: NewLevels, offset: Any
+) -> pd.Series:
+    """Return predictions; see :meth:`lmmax.Fit.predict`."""
+    if new_levels not in ("error", "population"):
+        raise ValueError(f"new_levels={new_levels!r} is unknown; use 'error' or 'population'")
+    if newdata is None:
+        if offset is not None:
+            raise ValueError("offset= goes with newdata; the rows of the fit have theirs already")
+        values = fit.fittedvalues if random_effects else fit.fittedvalues_marginal
+        return values.rename("predicted")
+
+    new = fit.design.new_data(newdata, need_groups=random_effects, offset=offset)
+    values = new.X[:, fit.layout.fixed.kept] @ fit.estimates.beta
+    if new.offset is not None:
+        values = values + new.offset
+    if random_effects:
+        codes = new.codes[0]
+        unseen = (codes < 0) & ~new.missing
+        if new_levels == "error" and unseen.any():
+            grouping = fit.design.groupings[0].name
+            raise DataError(
+                f"{int(unseen.sum())} rows of newdata belong to groups of {grouping!r} that were "
+                f"not in the fit, the first at row {new.index[np.argmax(unseen)]!r}; pass "
+                "new_levels='population' to predict them with random effects of zero"
+            )
+        modes = np.vstack([fit.random_effects.to_numpy(), np.zeros(len(fit.effect_names))])
+        values = values + np.einsum("ij,ij->i", np.hstack(new.Z), modes[codes])
+    values = np.where(new.missing, np.nan, values)
+    return pd.Series(values, index=new.index, name="predicted")

@@ -1,0 +1,451 @@
+"""The fitted model: estimates by name, conditional effects, tests, tables."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from .compress import Compression, Layout
+from .design import DataError, Design
+from .estimation import Estimates, Settings, TermColumns
+from .inference import variance, wald
+from .modes import conditional_covariances, conditional_modes
+from .parameters import pack_triangle
+from .predict import NewLevels, predict
+from .solve import Status
+
+if TYPE_CHECKING:
+    from .summary import Summary
+
+MESSAGES = {
+    Status.CONVERGED: "converged",
+    Status.MAX_STEPS: "stopped at the limit of steps before converging; raise max_steps",
+    Status.STALLED: "no step lowers the criterion further, yet its gradient is not zero",
+    Status.NOT_FINITE: "the criterion is not finite at the starting values",
+    Status.UNBOUNDED: "the residual variance went to zero: the random effects fit the data exactly",
+}
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How the solve ended, for whoever wants to check.
+
+    Attributes:
+        status: name of the status.
+        message: the same in words.
+        steps: evaluations of the criterion (EM, then Newton or L-BFGS).
+        decrement: Newton decrement ``g' H^-1 g``, the distance to the optimum in -2 logL.
+        gradient: gradient of the criterion in the free working parameters (log scale first).
+        gradient_norm: its Euclidean norm.
+        hessian_eigenvalues: of the Hessian in the same parameters, ascending.
+        boundary: terms whose covariance is singular.
+        history: criterion, decrement, damping and acceptance per step.
+    """
+
+    status: str
+    message: str
+    steps: int
+    decrement: float
+    gradient: np.ndarray
+    gradient_norm: float
+    hessian_eigenvalues: np.ndarray
+    boundary: tuple[str, ...]
+    history: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted linear mixed model; immutable, everything derived is computed when first asked for.
+
+    Made by :func:`lmmax.fit` and :func:`lmmax.fit_arrays`.
+
+    Attributes:
+        design: matrices, names and groups of the data that were used.
+        settings: the options of the fit.
+        estimates: the solved model in plain arrays.
+
+    Example:
+        >>> import lmmax
+        >>> data = lmmax.datasets.load("dietox")
+        >>> result = lmmax.fit("Weight ~ Time + (1 | Pig)", data)
+        >>> round(result.scale, 4), round(result.llf, 4)
+        (11.3669, -2404.7753)
+    """
+
+    design: Design
+    settings: Settings
+    estimates: Estimates
+    layout: Layout
+    compression: Compression
+    terms: tuple[TermColumns, ...]
+    notes: tuple[str, ...] = ()
+
+    # --- model ------------------------------------------------------------------------------
+
+    @property
+    def formula(self) -> str:
+        """The model as a formula."""
+        return self.design.spec.formula
+
+    @property
+    def reml(self) -> bool:
+        """Whether the fit is by restricted maximum likelihood."""
+        return self.settings.reml
+
+    @property
+    def nobs(self) -> int:
+        """Number of observations used."""
+        return len(self.design.y)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of levels of the grouping factor."""
+        return len(self.design.groupings[0].levels)
+
+    @cached_property
+    def effect_names(self) -> tuple[str, ...]:
+        """Names of the random effects of one group, term after term, (q,)."""
+        return tuple(name for block in self.design.blocks for name in block.names)
+
+    # --- fixed effects ----------------------------------------------------------------------
+
+    @cached_property
+    def params(self) -> pd.Series:
+        """Fixed-effects coefficients; NaN for aliased columns."""
+        values = np.full(len(self.design.x_names), np.nan)
+        values[self.layout.fixed.kept] = self.estimates.beta
+        return pd.Series(values, index=list(self.design.x_names), name="coef")
+
+    def cov_params(self) -> pd.DataFrame:
+        """Covariance of the coefficients, ``scale (X' V^-1 X)^-1``; NaN for aliased columns."""
+        names = list(self.design.x_names)
+        values = np.full((len(names), len(names)), np.nan)
+        kept = self.layout.fixed.kept
+        values[np.ix_(kept, kept)] = self.scale * self.estimates.beta_unscaled
+        return pd.DataFrame(values, index=names, columns=names)
+
+    @cached_property
+    def bse(self) -> pd.Series:
+        """Standard errors of the coefficients."""
+        values = np.sqrt(np.diag(self.cov_params().to_numpy()))
+        return pd.Series(values, index=self.params.index, name="std err")
+
+    @cached_property
+    def tvalues(self) -> pd.Series:
+        """Coefficients over their standard errors."""
+        return (self.params / self.bse).rename("z")
+
+    @cached_property
+    def pvalues(self) -> pd.Series:
+        """Two-sided p-values from the normal distribution (large-sample)."""
+        values = wald.normal_pvalues(self.tvalues.to_numpy())
+        return pd.Series(values, index=self.params.index, name="P>|z|")
+
+    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
+        """Wald confidence limits of the coefficients, level ``1 - alpha``, normal quantiles."""
+        half = wald.normal_quantile(alpha) * self.bse
+        return pd.DataFrame({"lower": self.params - half, "upper": self.params + half})
+
+    @property
+    def df_resid(self) -> int:
+        """Observations minus estimated coefficients."""
+        return self.nobs - len(self.estimates.beta)
+
+    # --- variance parameters ----------------------------------------------------------------
+
+    @property
+    def scale(self) -> float:
+        """Residual variance (of an observation with weight one)."""
+        return self.estimates.scale
+
+    @cached_property
+    def cov_re(self) -> pd.DataFrame:
+        """Covariance of the random effects of one group, natural units, (q, q)."""
+        names = list(self.effect_names)
+        return pd.DataFrame(self.scale * self.estimates.D, index=names, columns=names)
+
+    @property
+    def theta(self) -> np.ndarray:
+        """Relative Cholesky factor, lower triangle row by row, within each term, (k,)."""
+        inside = pack_triangle(np.asarray(self.estimates.constraints.blocks)) > 0.0
+        return self.estimates.theta[inside]
+
+    def varcorr(self) -> pd.DataFrame:
+        """Variances, covariances and the residual, a row each, in the way of lme4's ``VarCorr``.
+
+        Returns:
+            Columns ``group``, ``var1``, ``var2`` (None for a variance), ``vcov`` and its standard
+            error ``vcov_se``, ``sdcor`` (standard deviation or correlation) and ``sdcor_se``.
+            Standard errors come from the observed information of all covariances and the scale
+            together, by the delta method; they are NaN at a boundary and for fixed parameters.
+        """
+        return variance.table(self.estimates, self.terms, self.effect_names, self._group_name)
+
+    @cached_property
+    def cov_re_se(self) -> pd.DataFrame:
+        """Standard errors of the entries of :attr:`cov_re`; NaN where there is none."""
+        values = variance.matrix_errors(self.estimates)
+        return pd.DataFrame(values, index=self.cov_re.index, columns=self.cov_re.columns)
+
+    @cached_property
+    def scale_se(self) -> float:
+        """Standard error of the residual variance."""
+        return variance.scale_error(self.estimates)
+
+    @property
+    def _group_name(self) -> str:
+        return self.design.groupings[0].name
+
+    # --- likelihood -------------------------------------------------------------------------
+
+    @property
+    def llf(self) -> float:
+        """Log-likelihood (restricted under REML), with all constants, as in lme4."""
+        return -0.5 * self.estimates.criterion
+
+    @property
+    def deviance(self) -> float:
+        """-2 log-likelihood; under REML the REML criterion."""
+        return self.estimates.criterion
+
+    @property
+    def n_params(self) -> int:
+        """Number of estimated parameters: coefficients, covariances, scale."""
+        return len(self.estimates.beta) + int(np.sum(self.estimates.constraints.free))
+
+    @property
+    def aic(self) -> float:
+        """``deviance + 2 n_params`` (under REML comparable only between equal fixed effects)."""
+        return self.deviance + 2 * self.n_params
+
+    @property
+    def bic(self) -> float:
+        """``deviance + n_params log(nobs)``."""
+        return self.deviance + self.n_params * float(np.log(self.nobs))
+
+    # --- random effects ---------------------------------------------------------------------
+
+    @cached_property
+    def random_effects(self) -> pd.DataFrame:
+        """Conditional modes (BLUPs): a row per level, a column per effect."""
+        values = conditional_modes(self.compression, self.estimates)
+        return pd.DataFrame(
+            values,
+            index=pd.Index(self.design.groupings[0].levels, name=self._group_name),
+            columns=list(self.effect_names),
+        )
+
+    @cached_property
+    def random_effects_cov(self) -> np.ndarray:
+        """Conditional covariance of each level's effects given the data, (m, q, q).
+
+        The coefficients count as known (lme4's ``condVar``).  Levels in the order of
+        :attr:`random_effects`.
+        """
+        return conditional_covariances(self.compression, self.estimates)
+
+    # --- fitted values ----------------------------------------------------------------------
+
+    @cached_property
+    def fittedvalues_marginal(self) -> pd.Series:
+        """``X beta`` plus offset, for the rows used."""
+        values = self.design.X[:, self.layout.fixed.kept] @ self.estimates.beta
+        if self.design.offset is not None:
+            values = values + self.design.offset
+        return pd.Series(values, index=self.design.index, name="fitted")
+
+    @cached_property
+    def fittedvalues(self) -> pd.Series:
+        """``X beta + Z b`` plus offset, with the conditional modes, for the rows used."""
+        modes = self.random_effects.to_numpy()[self.design.groupings[0].codes]
+        values = self.fittedvalues_marginal.to_numpy().copy()
+        at = 0
+        for block in self.design.blocks:
+            width = block.Z.shape[1]
+            values += np.einsum("ij,ij->i", block.Z, modes[:, at : at + width])
+            at += width
+        return pd.Series(values, index=self.design.index, name="fitted")
+
+    @property
+    def resid(self) -> pd.Series:
+        """Response minus :attr:`fittedvalues`."""
+        return (self.design.y - self.fittedvalues).rename("resid")
+
+    @property
+    def resid_marginal(self) -> pd.Series:
+        """Response minus :attr:`fittedvalues_marginal`."""
+        return (self.design.y - self.fittedvalues_marginal).rename("resid")
+
+    def predict(
+        self,
+        newdata: Any = None,
+        *,
+        random_effects: bool = True,
+        new_levels: NewLevels = "error",
+        offset: Any = None,
+    ) -> pd.Series:
+        """Predict the response for new rows, or for the rows of the fit.
+
+        Args:
+            newdata: data frame (or mapping) with the columns of the formula, without the response.
+            random_effects: add the conditional modes of the rows' groups; if False, the grouping
+                column may be absent.
+            new_levels: "error", or "population" to predict new groups with effects of zero.
+            offset: array or column name, needed if the fit had one as an array.
+
+        Returns:
+            One prediction per row; NaN where a needed value is missing.
+
+        Raises:
+            DataError: for an absent column, an unseen level of a factor, or a new group under
+                ``new_levels="error"``.
+        """
+        return predict(
+            self, newdata, random_effects=random_effects, new_levels=new_levels, offset=offset
+        )
+
+    # --- tests ------------------------------------------------------------------------------
+
+    def t_test(self, hypothesis: Any, alpha: float = 0.05) -> wald.ContrastTable:
+        """Test each linear hypothesis on the coefficients on its own (normal distribution).
+
+        Args:
+            hypothesis: ``"Time = 7"``, several joined by commas or in a list, or a matrix with a
+                column per coefficient (tested against zero), or a tuple (matrix, values).
+            alpha: one minus the level of the confidence limits.
+
+        Raises:
+            wald.HypothesisError: if a name is not a coefficient, or the shape does not fit.
+        """
+        return wald.t_test(self.params, self.cov_params(), hypothesis, alpha)
+
+    def wald_test(self, hypothesis: Any) -> wald.WaldTest:
+        """Test linear hypotheses jointly by the chi-squared Wald statistic."""
+        return wald.wald_test(self.params, self.cov_params(), hypothesis)
+
+    def f_test(self, hypothesis: Any) -> wald.WaldTest:
+        """Test linear hypotheses jointly by F with ``df_resid`` denominator degrees of freedom.
+
+        As in statsmodels; the denominator ignores the grouping, so it is liberal in small samples.
+        """
+        return wald.wald_test(self.params, self.cov_params(), hypothesis, self.df_resid)
+
+    # --- convergence ------------------------------------------------------------------------
+
+    @property
+    def converged(self) -> bool:
+        """Whether the optimum was reached, judged by the gradient."""
+        return self.estimates.status is Status.CONVERGED
+
+    @property
+    def status(self) -> str:
+        """Name of the solver's status: "converged", "max_steps", "stalled", ..."""
+        return self.estimates.status.name.lower()
+
+    @property
+    def singular(self) -> bool:
+        """Whether some variance is zero or some correlation one: a maximum on the boundary."""
+        return bool(self.estimates.boundary)
+
+    @property
+    def message(self) -> str:
+        """The status in words, and which terms are singular."""
+        text = MESSAGES[self.estimates.status]
+        if self.singular:
+            terms = ", ".join(f"({label})" for label in self.estimates.boundary)
+            text += f"; singular: the covariance of {terms} lies on the boundary"
+        return text
+
+    @cached_property
+    def convergence(self) -> Convergence:
+        """The convergence record."""
+        estimates, solution = self.estimates, self.estimates.solution
+        gradient = solution.gradient[np.asarray(estimates.constraints.free) > 0.0]
+        history = pd.DataFrame(
+            solution.trace[: int(solution.steps)],
+            columns=["criterion", "decrement", "damping", "accepted"],
+        )
+        history["criterion"] += estimates.criterion - float(solution.derivatives.value)
+        history["accepted"] = history["accepted"] > 0.0
+        return Convergence(
+            status=self.status,
+            message=self.message,
+            steps=int(solution.steps),
+            decrement=float(solution.decrement),
+            gradient=gradient,
+            gradient_norm=float(np.linalg.norm(gradient)),
+            hessian_eigenvalues=estimates.hessian_eigenvalues,
+            boundary=estimates.boundary,
+            history=history,
+        )
+
+    # --- fitting again ----------------------------------------------------------------------
+
+    def refit(self, y: Any) -> Fit:
+        """Fit the same model to another response of the rows used, shape (nobs,).
+
+        The designs are not analysed again, so this costs little more than the solve.
+        """
+        from .fit import refit_response
+
+        return refit_response(self, y)
+
+    def refit_ml(self) -> Fit:
+        """Fit the same model by maximum likelihood (itself, if it already is)."""
+        from .fit import refit_settings
+
+        return self if not self.reml else refit_settings(self, reml=False)
+
+    # --- output -----------------------------------------------------------------------------
+
+    def summary(self, alpha: float = 0.05) -> Summary:
+        """Return the printed summary: text by ``print``, HTML in a notebook."""
+        from .summary import summarize
+
+        return summarize(self, alpha)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def __repr__(self) -> str:
+        return (
+            f"<lmmax.Fit {self.formula!r}, {'REML' if self.reml else 'ML'}, nobs={self.nobs}, "
+            f"llf={self.llf:.4f}, {self.status}{', singular' if self.singular else ''}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit to a file; :func:`lmmax.load` reads it back.
+
+        The file is a pickle: load only files you trust.
+        """
+        from . import __version__
+
+        with open(path, "wb") as file:
+            pickle.dump({"lmmax": __version__, "fit": self}, file)
+
+
+def load(path: str | Path) -> Fit:
+    """Read a fit written by :meth:`Fit.save`.
+
+    Raises:
+        ValueError: if the file does not hold a fit of this library.
+    """
+    with open(path, "rb") as file:
+        try:
+            content = pickle.load(file)
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise ValueError(f"{str(path)!r} is not a saved lmmax fit: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("fit"), Fit):
+        raise ValueError(f"{str(path)!r} is not a saved lmmax fit")
+    result: Fit = content["fit"]
+    return result

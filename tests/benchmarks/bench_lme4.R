@@ -1,0 +1,53 @@
+# Times lme4; R's own start-up is never counted.
+#
+# Usage: Rscript bench_lme4.R warm FOLDER REPETITIONS   (FOLDER has sleepstudy.csv, dietox.csv)
+#        Rscript bench_lme4.R large FOLDER FORMULA      (FOLDER has columns.txt and one file of
+#                                                        doubles per column)
+# Prints one line "name seconds" per measurement.
+suppressPackageStartupMessages(library(lme4))
+
+arguments <- commandArgs(trailingOnly = TRUE)
+folder <- arguments[2]
+say <- function(name, seconds) cat(name, format(seconds, digits = 6), "\n")
+
+if (arguments[1] == "warm") {
+  repetitions <- as.integer(arguments[3])
+  median_time <- function(name, call) {
+    call()
+    seconds <- replicate(repetitions, {
+      began <- proc.time()[["elapsed"]]
+      # A clock tick is a millisecond: time several calls together.
+      for (i in 1:5) call()
+      (proc.time()[["elapsed"]] - began) / 5
+    })
+    say(name, median(seconds))
+  }
+  sleepstudy <- read.csv(file.path(folder, "sleepstudy.csv"), stringsAsFactors = TRUE)
+  sleepstudy$Subject <- factor(sleepstudy$Subject)
+  dietox <- read.csv(file.path(folder, "dietox.csv"), stringsAsFactors = TRUE)
+  dietox$Pig <- factor(dietox$Pig)
+  slope <- Reaction ~ Days + (Days | Subject)
+  parsed <- lFormula(slope, sleepstudy)
+  fitted <- lmer(slope, sleepstudy)
+  response <- rev(sleepstudy$Reaction)
+  median_time("sleepstudy_solve", function() {
+    optimizeLmer(do.call(mkLmerDevfun, parsed))
+  })
+  median_time("sleepstudy_slope", function() lmer(slope, sleepstudy))
+  median_time("sleepstudy_refit", function() refit(fitted, response))
+  median_time("dietox_int", function() lmer(Weight ~ Time + (1 | Pig), dietox))
+  median_time("dietox_slope", function() suppressWarnings(lmer(Weight ~ Time + (Time | Pig), dietox)))
+} else {
+  columns <- readLines(file.path(folder, "columns.txt"))
+  data <- lapply(columns, function(name) {
+    path <- file.path(folder, paste0(name, ".f64"))
+    readBin(path, "double", n = file.size(path) / 8)
+  })
+  data <- as.data.frame(setNames(data, columns))
+  formula <- as.formula(arguments[3])
+  began <- proc.time()[["elapsed"]]
+  data$g <- factor(data$g)
+  fit <- suppressWarnings(lmer(formula, data))
+  say("first", proc.time()[["elapsed"]] - began)
+  say("criterion", -2 * as.numeric(logLik(fit)))
+}

@@ -1,0 +1,1 @@
+"""Independent formulas, in NumPy alone, that the library's numbers are compared with."""

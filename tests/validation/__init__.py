@@ -1,0 +1,1 @@
+"""Simulated models, each compared with the best optimum that other software finds."""
