@@ -224,6 +224,14 @@ def test_file_in_place_of_the_directory(tmp_path):
     assert "cannot write" in result["reason"]
 
 
+def test_home_of_an_unknown_user(monkeypatch):
+    monkeypatch.setenv("LMMAX_CACHE_DIR", "~no-such-user-here/cache")
+    with compilation_cache():
+        pass
+    assert not status().enabled
+    assert "no-such-user-here" in status().reason
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
 def test_directory_that_others_can_write_is_refused(tmp_path):
     run(COMPILE_INSIDE, LMMAX_CACHE_DIR=str(tmp_path))

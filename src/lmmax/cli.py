@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_UserError, ValueError, LookupError, TypeError, OSError) as error:
         if arguments.verbose:
             traceback.print_exc()
-        print(f"lmmax: error: {_one_line(error)}", file=sys.stderr)
+        print(f"lmmax: error: {_one_line(error) or type(error).__name__}", file=sys.stderr)
         return _USER_ERROR
     return _CONVERGED
 

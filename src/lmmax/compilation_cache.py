@@ -234,7 +234,10 @@ def _resolve(setting: str | None) -> tuple[_Store | None, str, Path | None]:
     """Make the directory for a value of the environment variable."""
     if setting is not None and setting.strip().lower() in _OFF:
         return None, f"turned off by {ENVIRONMENT_VARIABLE}", None
-    root = Path(setting).expanduser() if setting else _default_root()
+    try:
+        root = Path(setting).expanduser() if setting else _default_root()
+    except RuntimeError as error:  # "~name" of an unknown user
+        return None, f"{ENVIRONMENT_VARIABLE}={setting}: {error}", None
     if root is None:
         return None, f"no home directory; set {ENVIRONMENT_VARIABLE}", None
     versions = f"jax-{jax.__version__}-{_jaxlib_version}-{_processor()}"

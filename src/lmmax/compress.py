@@ -20,9 +20,11 @@ from .likelihood.grouped import GroupedProblem
 
 CHUNK_ROWS = 1 << 14
 ALIAS_TOLERANCE = 1e-7
-"""A column of X is aliased if less than this fraction of it is left by the columns before it (as R)."""
+"""A column of X is aliased if the columns before it leave less than this fraction of it (as R)."""
 DEPENDENT_TOLERANCE = 1e-12
 """A column of Z_i is dependent within its group below this fraction of its norm: rounding."""
+SMALLEST_BUCKET = 64
+"""Groups are padded to at least this number; merging fewer would gain nothing."""
 MERGE_LIMIT = 2000
 """Most patterns of ``U`` merged by a loop; with more, merging would cost more than it saves."""
 
@@ -105,17 +107,22 @@ def column_factor(columns: np.ndarray, weights: np.ndarray | None) -> Factor:
         pass
 
     root = columns / scale if weights is None else columns / scale * np.sqrt(weights)[:, None]
-    root = np.linalg.qr(root, mode="r")
+    root = _triangle(root)
     kept: list[int] = []
     for j in range(p):
-        candidate = np.linalg.qr(root[:, [*kept, j]], mode="r")
+        candidate = _triangle(root[:, [*kept, j]])
         if candidate.shape[0] > len(kept) and norms[j] > 0.0:
             left = abs(candidate[len(kept), len(kept)])
             if left > ALIAS_TOLERANCE:
                 kept.append(j)
-    R = np.linalg.qr(root[:, kept], mode="r")
-    R = R * np.where(np.diag(R) < 0.0, -1.0, 1.0)[:, None]
+    R = _triangle(root[:, kept])
+    R *= np.where(np.diag(R) < 0.0, -1.0, 1.0)[:, None]
     return Factor(R * scale[kept], np.asarray(kept, dtype=int))
+
+
+def _triangle(columns: np.ndarray) -> np.ndarray:
+    """Return the triangular factor of Householder's QR."""
+    return np.asarray(np.linalg.qr(columns, mode="r"))
 
 
 def random_factor(
@@ -294,14 +301,14 @@ def _merge(U: np.ndarray, Y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     q, width, m = Y.shape
     weight = np.ones(m)
     rows = q * width
-    if m <= rows:
+    if m <= max(rows, SMALLEST_BUCKET):
         return U, Y, weight
     entries = U[np.triu_indices(q)]
     mixing = np.sqrt(np.arange(2.0, 2.0 + len(entries)))
     key = np.zeros(m)
     for entry, factor in zip(entries, mixing, strict=True):  # a fixed order of summation
         key += entry * factor
-    label, unique = pd.factorize(key)
+    label, _ = pd.factorize(key)
     counts = np.bincount(label)
     merged = np.flatnonzero(counts > rows)
     gain = int(np.sum(counts[merged] - rows))
@@ -318,7 +325,7 @@ def _merge(U: np.ndarray, Y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
         if np.any(U[:, :, members] != shared[:, :, None]):
             continue  # different factors with equal keys
         keep[members] = False
-        R = np.linalg.qr(Y[:, :, members].reshape(rows, -1).T, mode="r")
+        R = _triangle(Y[:, :, members].reshape(rows, -1).T)
         parts_Y.append(R.T.reshape(q, width, rows))
         parts_U.append(np.broadcast_to(shared[:, :, None], (q, q, rows)))
         parts_weight.append(np.full(rows, len(members) / rows))
@@ -329,36 +336,39 @@ def _merge(U: np.ndarray, Y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     )
 
 
-def bucket(size: int, smallest: int) -> int:
-    """Round a size up to one of about four values per octave, at least ``smallest``."""
-    if size <= smallest:
-        return smallest
-    step = max(1 << max(size.bit_length() - 3, 0), smallest)
-    if size <= 1024:
-        return 1 << (size - 1).bit_length()
+def bucket(size: int) -> int:
+    """Round a number of groups up: powers of four while small, then four values per octave."""
+    if size <= SMALLEST_BUCKET:
+        return SMALLEST_BUCKET
+    if size <= 4 * SMALLEST_BUCKET:
+        return 4 * SMALLEST_BUCKET
+    step = 1 << (size.bit_length() - 3)
     return -(-size // step) * step
 
 
 def _pad(problem: GroupedProblem) -> GroupedProblem:
     """Round the numbers of groups and of fixed effects up, so that compiled code is reused."""
     q, width, m = problem.Y.shape
-    groups, p = bucket(m, 8) - m, width - 1
-    extra = bucket(p, 2) - p if p <= 8 else -p % 4
+    p = width - 1
+    groups = bucket(m) - m
+    extra = -p % 4 if p > 2 else 2 - p
     if not groups and not extra:
         return problem
     columns = np.r_[np.arange(p), p + extra]  # y stays last
     Y = np.zeros((q, width + extra, m + groups))
     Y[:, columns, :m] = problem.Y
+    U = np.zeros((q, q, m + groups))
+    U[:, :, :m] = problem.U
     C = np.eye(width + extra)
     C[np.ix_(columns, columns)] = problem.C
     x_inverse = np.zeros((p + extra, p + extra))
     x_inverse[:p, :p] = problem.x_inverse
     return replace(
         problem,
-        U=np.pad(problem.U, ((0, 0), (0, 0), (0, groups))),
+        U=U,
         Y=Y,
-        weight=np.pad(problem.weight, (0, groups)),
+        weight=np.concatenate([problem.weight, np.zeros(groups)]),
         C=C,
         x_inverse=x_inverse,
-        beta_origin=np.pad(problem.beta_origin, (0, extra)),
+        beta_origin=np.concatenate([problem.beta_origin, np.zeros(extra)]),
     )

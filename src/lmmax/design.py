@@ -219,7 +219,7 @@ class _Frame:
 
     @staticmethod
     def _foreign(data: Any) -> Any:
-        import narwhals as nw
+        import narwhals.stable.v1 as nw
 
         frame = nw.from_native(data, pass_through=True)
         if isinstance(frame, nw.LazyFrame):
@@ -289,7 +289,7 @@ def _one_dimensional(values: Any, what: str) -> Any:
 
 
 def _from_narwhals(column: Any) -> Any:
-    import narwhals as nw
+    import narwhals.stable.v1 as nw
 
     native = column.to_native()
     ordered_dictionary = getattr(getattr(native, "type", None), "ordered", False)
@@ -1088,6 +1088,57 @@ def _factor_contrasts(
     return found
 
 
+def _learn(
+    expressions: Sequence[_Expression],
+    columns: Mapping[str, _Column],
+    side: dict[str, np.ndarray],
+    index: pd.Index,
+    context: Mapping[str, Any],
+    missing: str,
+    dropped_by: dict[str, int],
+) -> tuple[dict[str, _Value], dict[str, Any], pd.Index, list[str]]:
+    """Evaluate all expressions on complete rows, leaving out rows where a transform gives NaN.
+
+    Returns:
+        Values, state of the transforms, labels of the rows that stay, and a warning per term that
+        lost rows. `columns`, `side` and `dropped_by` are updated.
+    """
+    reports: list[str] = []
+    for attempt in range(2):
+        # Levels, means and knots are learnt from the rows that stay, so a transform that drops
+        # more of them starts the evaluation again.
+        transforms: dict[str, Any] = {}
+        values = _evaluate_all(expressions, columns, context, transforms, len(index))
+        created = _created_missing(expressions, values, index)
+        if not created:
+            return values, transforms, index, reports
+        counts = {name: int(mask.sum()) for name, mask in created.items()}
+        bad = _missing_mask(len(index), created.values())
+        if missing == "raise":
+            _raise_missing(counts, int(bad.sum()))
+        if bad.all() or attempt:
+            rows_affected = "any row" if bad.all() else f"{_row(index, np.argmax(bad))} again"
+            reason = (
+                "its variables are: check for the logarithm or root of a negative number"
+                if bad.all()
+                else "rows were left out for it: its values depend on other rows, so make a column"
+            )
+            raise DataError(
+                f"the term `{next(iter(created))}` is not a number in {rows_affected}, though "
+                f"{reason}"
+            )
+        for name, count in counts.items():
+            first = _row(index, np.argmax(created[name]))
+            reports.append(
+                f"`{name}` is not a number in {count} row{'s' if count > 1 else ''} (first: "
+                f"{first}), which {'were' if count > 1 else 'was'} dropped"
+            )
+            dropped_by[name] = dropped_by.get(name, 0) + count
+        index = _keep(np.flatnonzero(~bad), columns, side, index)
+
+    raise AssertionError("unreachable: the second attempt returns or raises")
+
+
 def build_design(
     spec: ModelSpec | str,
     data: Any,
@@ -1191,39 +1242,9 @@ def build_design(
             raise _no_rows(dropped_by, n)
         index = _keep(np.flatnonzero(~bad), columns, side, index)
 
-    reports: list[str] = []
-    for attempt in range(2):
-        # Levels, means and knots are learnt from the rows that stay, so a transform that drops
-        # more of them starts the evaluation again.
-        transforms: dict[str, Any] = {}
-        values = _evaluate_all(expressions, columns, context, transforms, len(index))
-        created = _created_missing(expressions, values, index)
-        if not created:
-            break
-        counts = {name: int(mask.sum()) for name, mask in created.items()}
-        bad = _missing_mask(len(index), created.values())
-        if missing == "raise":
-            _raise_missing(counts, int(bad.sum()))
-        if bad.all() or attempt:
-            rows_affected = "any row" if bad.all() else f"{_row(index, np.argmax(bad))} again"
-            reason = (
-                "its variables are: check for the logarithm or root of a negative number"
-                if bad.all()
-                else "rows were left out for it: its values depend on other rows, so make a column"
-            )
-            raise DataError(
-                f"the term `{next(iter(created))}` is not a number in {rows_affected}, though "
-                f"{reason}"
-            )
-        for name, count in counts.items():
-            first = _row(index, np.argmax(created[name]))
-            reports.append(
-                f"`{name}` is not a number in {count} row{'s' if count > 1 else ''} (first: "
-                f"{first}), which {'were' if count > 1 else 'was'} dropped"
-            )
-            dropped_by[name] = dropped_by.get(name, 0) + count
-        index = _keep(np.flatnonzero(~bad), columns, side, index)
-
+    values, transforms, index, reports = _learn(
+        expressions, columns, side, index, context, missing, dropped_by
+    )
     for report in reports:
         warnings.warn(report, stacklevel=2)
     rows = len(index)

@@ -6,9 +6,11 @@ This module is the one place that maps the user's quantities there and back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import jax
@@ -17,10 +19,11 @@ import numpy as np
 
 from .compilation_cache import compilation_cache
 from .compress import Compression
-from .likelihood.grouped import GroupedProblem
+from .likelihood.grouped import Derivatives, GroupedProblem
 from .parameters import factor, lower_from_root, pack_triangle, unpack_lower, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
+    TRACE_LENGTH,
     Constraints,
     Options,
     Solution,
@@ -60,7 +63,7 @@ class Settings:
     start: Any = None
     fix: Mapping[str, Any] | None = None
     solver: str = "auto"
-    tol: float = 1e-10
+    tol: float = 1e-14
     max_steps: int = 100
     em_steps: int = 3
 
@@ -223,16 +226,52 @@ def estimate(
     )
 
 
-def _from_start(solver: Solver) -> Solver:
-    """Let missing (NaN) entries of the start stand for the moment estimate."""
+def _from_start(solver: Solver) -> Callable[..., jax.Array]:
+    """Let missing (NaN) entries of the start stand for the moment estimate.
+
+    The record is returned as one flat array: transfers to the host cost more than a small solve.
+    """
 
     def solve(
         problem: GroupedProblem, constraints: Constraints, options: Options, start: jax.Array
-    ) -> Solution:
+    ) -> jax.Array:
         default = default_start(problem, constraints)
-        return solver(problem, constraints, options, jnp.where(jnp.isnan(start), default, start))
+        start = jnp.where(jnp.isnan(start), default, start)
+        solution = solver(problem, constraints, options, start)
+        leaves = jax.tree.leaves(solution)
+        return jnp.concatenate([jnp.ravel(leaf).astype(start.dtype) for leaf in leaves])
 
     return solve
+
+
+def _unflatten(flat: np.ndarray, k: int, p: int) -> Solution:
+    """Undo the flattening of a record with k covariance parameters and p coefficients."""
+    at = 0
+
+    def take(*shape: int) -> Any:
+        nonlocal at
+        size = math.prod(shape)
+        part = flat[at : at + size].reshape(shape)
+        at += size
+        return part
+
+    return Solution(
+        x=take(k + 1),
+        derivatives=Derivatives(
+            value=take(),
+            gradient=take(k + 1),
+            hessian=take(k + 1, k + 1),
+            log_scale=take(),
+            beta=take(p),
+            beta_inverse=take(p, p),
+        ),
+        gradient=take(k + 1),
+        hessian=take(k + 1, k + 1),
+        status=take(),
+        steps=take(),
+        decrement=take(),
+        trace=take(TRACE_LENGTH, 4),
+    )
 
 
 _compiled: dict[str, Any] = {
@@ -255,13 +294,13 @@ def _solve(
         tol=settings.tol,
     )
     with jax.enable_x64(True), compilation_cache():
-        result: Solution = jax.device_get(_compiled[solver](problem, constraints, options, start))
-    return result
+        flat = np.asarray(_compiled[solver](problem, constraints, options, start))
+    return _unflatten(flat, len(start) - 1, len(problem.beta_origin))
 
 
 def _constraints(
     problem: GroupedProblem, terms: Sequence[TermColumns], settings: Settings
-) -> tuple[Constraints, np.ndarray | None]:
+) -> tuple[Constraints, np.ndarray]:
     """Translate structure, ``fix`` and ``start`` into the solver's terms."""
     A, y_scale = np.asarray(problem.z_factor), float(problem.y_scale)
     q = len(A)
@@ -286,7 +325,7 @@ def _constraints(
         start[0] = np.log(scale / y_scale**2)
         start[1:] = pack_triangle(factor(A @ D @ A.T)) * free_theta
     if fixed_scale is not None:
-        if not np.isscalar(fixed_scale) or not 0.0 < float(fixed_scale) < np.inf:
+        if not isinstance(fixed_scale, Real) or not 0.0 < float(fixed_scale) < np.inf:
             raise ConstraintError(f"fix['scale']={fixed_scale!r} must be a positive number")
         start[0] = np.log(float(fixed_scale) / y_scale**2)
     if fixed_cov is not None:
@@ -419,7 +458,7 @@ def _step_off(
             gain = slopes[0] ** 2 / (2.0 * curvature) if curvature > 0.0 else np.inf
             if gain > 1e-8:
                 size = -slopes[0] / curvature if curvature > 0.0 else noise**2
-                better = x.copy()
+                better = np.array(x)
                 free = np.asarray(constraints.free)[1:] > 0.0
                 moved = pack_triangle(factor(D + size * np.outer(v, v)))
                 better[1:][free] = moved[free]

@@ -37,7 +37,7 @@ def fit(
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
-    tol: float = 1e-10,
+    tol: float = 1e-14,
     max_steps: int = 100,
     em_steps: int = 3,
     verbose: bool = False,
@@ -124,7 +124,7 @@ def fit_arrays(
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
-    tol: float = 1e-10,
+    tol: float = 1e-14,
     max_steps: int = 100,
     em_steps: int = 3,
     verbose: bool = False,
@@ -136,11 +136,21 @@ def fit_arrays(
         X: fixed-effects design, shape (n, p), with its column of ones if there is an intercept.
         groups: group label of each row, shape (n,), of any type, in any order.
         Z: random-effects design, shape (n, q); a random intercept if None.
-        weights, offset: arrays (n,).
-        x_names, z_names: names of the columns; from the data frame, or x1, x2, ... if None.
+        weights: prior weights, (n,).
+        offset: known part of the mean, (n,).
+        x_names: names of the columns of X; from the data frame, or x1, x2, ... if None.
+        z_names: names of the columns of Z, likewise.
         group_name: name of the grouping factor.
         covariance: "us" (correlated effects) or "diag".
-        reml, missing, start, fix, solver, tol, max_steps, em_steps, verbose: as in :func:`fit`.
+        reml: as in :func:`fit`, like all that follow.
+        missing: "drop" or "raise".
+        start: an earlier fit, ``{"cov_re": ..., "scale": ...}`` or theta.
+        fix: ``{"cov_re": ..., "scale": ...}`` to hold fixed.
+        solver: "auto", "newton" or "lbfgs".
+        tol: largest Newton decrement that counts as converged.
+        max_steps: most solver steps.
+        em_steps: EM steps before them.
+        verbose: print the trace of the solve.
 
     Returns:
         The fit.
@@ -291,8 +301,8 @@ def _notes(design: Design, arranged: Layout) -> tuple[str, ...]:
     if aliased:
         names = ", ".join(design.x_names[j] for j in aliased)
         notes.append(
-            f"{len(aliased)} fixed-effects column{'s' * (len(aliased) > 1)} dropped, being a linear "
-            f"combination of the columns before: {names}"
+            f"{len(aliased)} fixed-effects column{'s' * (len(aliased) > 1)} dropped as linear "
+            f"combinations of the columns before: {names}"
         )
     return tuple(notes)
 

@@ -5,8 +5,8 @@ and ``vmap``, or solve it under ``jit`` and ``vmap``.  Functions follow the dtyp
 arrays: enable float64 in JAX for full precision; float32 gives a criterion good to about 1e-6
 relative.
 
-Theta is the lower triangle, row by row, of ``Lambda``, with ``D = Lambda Lambda'`` the covariance of
-the random effects relative to the residual variance.
+Theta is the lower triangle, row by row, of ``Lambda``, with ``D = Lambda Lambda'`` the covariance
+of the random effects relative to the residual variance.
 
 Example:
     >>> import jax, numpy as np
@@ -169,7 +169,7 @@ def solve(
     reml: bool | float = True,
     *,
     start: Array | None = None,
-    tol: float = 1e-10,
+    tol: float = 1e-14,
     max_steps: int = 100,
     em_steps: int = 3,
 ) -> Optimum:
@@ -183,7 +183,8 @@ def solve(
         reml: restricted maximum likelihood or, if False, maximum likelihood.
         start: theta (k,) to start from, which skips the EM steps; a moment estimate if None.
         tol: largest decrement that counts as converged (never below what rounding allows).
-        max_steps, em_steps: most Newton steps, and EM steps before them.
+        max_steps: most Newton steps.
+        em_steps: EM steps before them.
     """
     U = jnp.asarray(problem.U)
     dtype, q = U.dtype, U.shape[0]

@@ -8,6 +8,8 @@ on a CPU as on a GPU.  ``jnp.linalg`` is not used on batches: on CPU it is slow,
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -40,7 +42,7 @@ def ldl(A: Array, floor: Array | float | None = None) -> tuple[Array, Array]:
 
     rows = jnp.arange(q).reshape((q,) + (1,) * (A.ndim - 2))
 
-    def eliminate(j, carry):
+    def eliminate(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         A, L, d = carry
         column = lax.dynamic_index_in_dim(A, j, 1, keepdims=False)
         pivot = _pivot(lax.dynamic_index_in_dim(column, j, 0, keepdims=False), floor)
@@ -58,7 +60,7 @@ def _ldl_unrolled(A: Array, floor: Array | float | None) -> tuple[Array, Array]:
     q = A.shape[0]
     zero, one = jnp.zeros_like(A[0, 0]), jnp.ones_like(A[0, 0])
     L = [[one if i == j else zero for j in range(q)] for i in range(q)]
-    d = []
+    d: list[Array] = []
     for j in range(q):
         pivot = A[j, j]
         for k in range(j):
@@ -97,7 +99,7 @@ def solve_unit_lower(L: Array, B: Array) -> Array:
 
     index = jnp.arange(q).reshape((q,) + (1,) * (L.ndim - 2))
 
-    def substitute(j, X):
+    def substitute(j: Array, X: Array) -> Array:
         column = lax.dynamic_index_in_dim(L, j, 1, keepdims=False)
         below = jnp.where(index > j, column, 0.0)
         return X - below[:, None] * lax.dynamic_index_in_dim(X, j, 0, keepdims=True)
@@ -134,7 +136,7 @@ def gls(S: Array) -> tuple[Array, Array, Array, Array]:
 
 
 @gls.defjvp
-def _gls_jvp(primals, tangents):
+def _gls_jvp(primals: Any, tangents: Any) -> Any:
     (S,), (dS,) = primals, tangents
     p = S.shape[0] - 1
     beta, inverse, rss, logdet = gls(S)

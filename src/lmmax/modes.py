@@ -2,7 +2,8 @@
 
 With ``G_i = U_i Lambda`` and ``r_i = Y_i [-beta; 1]``, per group and in working coordinates::
 
-    b_i = Lambda (I + G_i' G_i)^-1 G_i' r_i        cov(b_i | y) = scale Lambda (I + G_i' G_i)^-1 Lambda'
+    b_i = Lambda (I + G_i' G_i)^-1 G_i' r_i
+    cov(b_i | y) = scale Lambda (I + G_i' G_i)^-1 Lambda'
 
 which never inverts Lambda, so singular covariances are as good as any.  NumPy: it runs once.
 """

@@ -92,7 +92,7 @@ def lower_from_root(root: Any) -> np.ndarray:
 
     Unlike ``factor(root @ root.T)`` it loses no digits when the product is nearly singular.
     """
-    R = np.linalg.qr(np.asarray(root, dtype=float).T, mode="r")
+    R = np.asarray(np.linalg.qr(np.asarray(root, dtype=float).T, mode="r"))
     signs = np.where(np.diag(R) < 0.0, -1.0, 1.0)
     return (R * signs[:, None]).T
 

@@ -24,8 +24,8 @@ def predict(
     if newdata is None:
         if offset is not None:
             raise ValueError("offset= goes with newdata; the rows of the fit have theirs already")
-        values = fit.fittedvalues if random_effects else fit.fittedvalues_marginal
-        return values.rename("predicted")
+        rows = fit.fittedvalues if random_effects else fit.fittedvalues_marginal
+        return rows.rename("predicted")
 
     new = fit.design.new_data(newdata, need_groups=random_effects, offset=offset)
     values = new.X[:, fit.layout.fixed.kept] @ fit.estimates.beta
@@ -38,7 +38,7 @@ def predict(
             grouping = fit.design.groupings[0].name
             raise DataError(
                 f"{int(unseen.sum())} rows of newdata belong to groups of {grouping!r} that were "
-                f"not in the fit, the first at row {new.index[np.argmax(unseen)]!r}; pass "
+                f"not in the fit, the first at row {new.index[int(np.argmax(unseen))]!r}; pass "
                 "new_levels='population' to predict them with random effects of zero"
             )
         modes = np.vstack([fit.random_effects.to_numpy(), np.zeros(len(fit.effect_names))])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .compress import Compression, Layout
-from .design import DataError, Design
+from .design import Design
 from .estimation import Estimates, Settings, TermColumns
 from .inference import variance, wald
 from .modes import conditional_covariances, conditional_modes
@@ -367,7 +366,7 @@ class Fit:
     def convergence(self) -> Convergence:
         """The convergence record."""
         estimates, solution = self.estimates, self.estimates.solution
-        gradient = solution.gradient[np.asarray(estimates.constraints.free) > 0.0]
+        gradient = np.asarray(solution.gradient)[np.asarray(estimates.constraints.free) > 0.0]
         history = pd.DataFrame(
             solution.trace[: int(solution.steps)],
             columns=["criterion", "decrement", "damping", "accepted"],

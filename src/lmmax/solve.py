@@ -66,10 +66,10 @@ class Constraints:
             fixed).
     """
 
-    free: Array | np.ndarray
-    natural: Array | np.ndarray
-    blocks: Array | np.ndarray
-    profile: Array | np.ndarray | bool
+    free: Any
+    natural: Any
+    blocks: Any
+    profile: Any
 
 
 @jax.tree_util.register_dataclass
@@ -77,17 +77,17 @@ class Constraints:
 class Options:
     """Options of the solve, all of them data: changing one does not recompile."""
 
-    reml: Array | np.ndarray | float
-    em_steps: Array | np.ndarray | int
-    max_steps: Array | np.ndarray | int
-    tol: Array | np.ndarray | float
+    reml: Any
+    em_steps: Any
+    max_steps: Any
+    tol: Any
 
 
 class Solution(NamedTuple):
     """The end of a solve, in working coordinates.
 
     ``trace`` has a row per evaluation: criterion, decrement, damping, whether accepted.
-    ``decrement`` is ``g' H^-1 g``: how far, in units of -2 log-likelihood, a Newton step still goes.
+    ``decrement`` is ``g' H^-1 g``: how far, in units of the criterion, a Newton step still goes.
     """
 
     x: Array
@@ -219,7 +219,10 @@ def newton(
 
         em = state.evaluations < options.em_steps
         warm = _em_trial(x, at, constraints, n_groups)
-        settled = accept & ~em & (decrement <= tol)
+        # Where rounding hides any further decrease, Newton has arrived if it has also stopped
+        # getting closer.
+        arrived = (decrement <= slack) & (decrement >= 0.25 * state.decrement)
+        settled = accept & ~em & ((decrement <= tol) | arrived)
         # A stationary point by symmetry only: leave it along the columns with negative curvature.
         curvature = jnp.diag(hessian)
         escape = diagonal * constraints.free * (curvature < -1e-6 * jnp.max(jnp.abs(curvature)))

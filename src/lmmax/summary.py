@@ -1,3 +1,620 @@
+"""The printed summary of a fit: plain text by ``print``, HTML in a notebook.
+
+:func:`summarize` collects numbers; formatting them into cells is shared by both renderings.
+"""
+
 from __future__ import annotations
-class Summary: ...
-def summarize(fit, alpha): raise ValueError
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .estimation import TermColumns
+from .inference.wald import normal_pvalues, normal_quantile
+from .results import MESSAGES, Fit
+
+WIDTH = 80
+"""Most columns of the text, unless a single name is longer."""
+MISSING = "-"
+"""Stands for a number that does not exist, such as the standard error of a variance of zero."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Summary:
+    """Summary of a fit; ``print`` shows text, a notebook shows HTML.
+
+    Made by :meth:`lmmax.Fit.summary`.
+
+    Attributes:
+        title: what was fitted, and by which method.
+        formula: the model.
+        tables: numbers before rounding.  The header (index: what; column ``value``); the random
+            effects, a row per effect and one for the residual (index: term), with the correlations
+            within a term as a triangle in the last columns; the fixed effects (index: coefficient),
+            NaN where a coefficient is aliased.
+        residuals: quantiles of the scaled residuals ``sqrt(weight) (y - fitted) / sqrt(scale)``.
+        warnings: what makes the numbers unusable, shown at the top.
+        notes: what a reader should know, shown at the bottom.
+
+    Example:
+        >>> import lmmax
+        >>> data = lmmax.datasets.load("dietox")
+        >>> summary = lmmax.fit("Weight ~ Time + (1 | Pig)", data).summary()
+        >>> summary.title
+        'Linear mixed model fit by REML'
+        >>> summary.tables[2][["coef", "std err"]].round(3).to_dict("index")["Time"]
+        {'coef': 6.943, 'std err': 0.033}
+    """
+
+    title: str
+    formula: str
+    tables: tuple[pd.DataFrame, ...]
+    residuals: pd.Series
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return _text(self)
+
+    def __repr__(self) -> str:
+        return _text(self)
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+
+def summarize(fit: Fit, alpha: float = 0.05) -> Summary:
+    """Return the summary of a fit, with confidence limits of level ``1 - alpha``.
+
+    Args:
+        fit: the fitted model.
+        alpha: one minus the confidence level.
+
+    Raises:
+        ValueError: if alpha does not lie between 0 and 1.
+
+    Example:
+        >>> import lmmax
+        >>> fitted = lmmax.fit("Yield ~ 1 + (1 | Batch)", lmmax.datasets.load("dyestuff"))
+        >>> summarize(fitted, alpha=0.1).tables[2].columns[-2:].tolist()
+        ['[0.05', '0.95]']
+    """
+    return Summary(
+        title=f"Linear mixed model fit by {'REML' if fit.reml else 'maximum likelihood'}",
+        formula=fit.formula,
+        tables=(_header(fit), _random_effects(fit), _fixed_effects(fit, alpha)),
+        residuals=_residual_quantiles(fit),
+        warnings=_warnings(fit),
+        notes=_notes(fit),
+    )
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+
+def _header(fit: Fit) -> pd.DataFrame:
+    sizes = fit.layout.sizes
+    entries: dict[str, Any] = {
+        "Dependent variable": fit.design.response_name,
+        "Method": "REML" if fit.reml else "ML",
+        "No. observations": fit.nobs,
+        f"No. groups ({fit.design.groupings[0].name})": fit.n_groups,
+        "Min. group size": int(sizes.min()),
+        "Mean group size": float(sizes.mean()),
+        "Max. group size": int(sizes.max()),
+        "Log-likelihood": fit.llf,
+        "REML criterion" if fit.reml else "Deviance": fit.deviance,
+        "AIC": fit.aic,
+        "BIC": fit.bic,
+        "Scale": fit.scale,
+        "Converged": fit.converged,
+        "Singular fit": fit.singular,
+        "Steps": int(fit.estimates.solution.steps),
+    }
+    return pd.DataFrame({"value": pd.Series(entries, dtype=object)})
+
+
+def _random_effects(fit: Fit) -> pd.DataFrame:
+    Psi, errors = fit.cov_re.to_numpy(), fit.cov_re_se.to_numpy()
+    sd = np.sqrt(np.diag(Psi))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        correlation = Psi / np.outer(sd, sd)
+    n_correlations = max(0, *(_width(term) - 1 for term in fit.terms if term.correlated), 0)
+    group = fit.design.groupings[0].name
+    rows: list[list[Any]] = []
+    for term in fit.terms:
+        start = term.columns.start
+        for j in range(start, term.columns.stop):
+            before = correlation[j, start:j].tolist() if term.correlated else []
+            padding = [math.nan] * (n_correlations - len(before))
+            rows.append(
+                [
+                    group,
+                    fit.effect_names[j],
+                    term.correlated,
+                    Psi[j, j],
+                    errors[j, j],
+                    sd[j],
+                    *before,
+                    *padding,
+                ]
+            )
+    sigma = math.sqrt(fit.scale) if fit.scale >= 0.0 else math.nan
+    rows.append(
+        ["Residual", "", False, fit.scale, fit.scale_se, sigma, *[math.nan] * n_correlations]
+    )
+    return pd.DataFrame(
+        rows,
+        index=pd.Index(
+            [term.label for term in fit.terms for _ in range(_width(term))] + ["Residual"],
+            name="term",
+        ),
+        columns=["group", "name", "correlated", "variance", "std err", "std dev"]
+        + [f"corr {j + 1}" for j in range(n_correlations)],
+    )
+
+
+def _width(term: TermColumns) -> int:
+    return term.columns.stop - term.columns.start
+
+
+def _fixed_effects(fit: Fit, alpha: float) -> pd.DataFrame:
+    coef = fit.params.to_numpy()
+    se = fit.bse.to_numpy()
+    half = normal_quantile(alpha) * se
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = coef / se
+    return pd.DataFrame(
+        {
+            "coef": coef,
+            "std err": se,
+            "z": z,
+            "P>|z|": normal_pvalues(z),
+            f"[{0.5 * alpha:.10g}": coef - half,
+            f"{1.0 - 0.5 * alpha:.10g}]": coef + half,
+        },
+        index=fit.params.index,
+    )
+
+
+def _residual_quantiles(fit: Fit) -> pd.Series:
+    values = fit.design.y - fit.fittedvalues.to_numpy()
+    if fit.design.weights is not None:
+        values = values * np.sqrt(fit.design.weights)
+    # Not finite only where the fit failed; the summary must still print.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = values / np.sqrt(fit.scale)
+    names = ["Min", "1Q", "Median", "3Q", "Max"]
+    return pd.Series(np.quantile(values, [0.0, 0.25, 0.5, 0.75, 1.0]), index=names)
+
+
+# --- words ------------------------------------------------------------------------------------
+
+
+def _warnings(fit: Fit) -> tuple[str, ...]:
+    if fit.converged:
+        return ()
+    return (
+        f"the fit did not converge: {MESSAGES[fit.estimates.status]}. "
+        "Do not use the numbers below as estimates.",
+    )
+
+
+def _notes(fit: Fit) -> tuple[str, ...]:
+    notes = [_sentence(note) for note in fit.notes]
+    if not fit.converged:
+        decrement = float(fit.estimates.solution.decrement)
+        notes.append(
+            f"Not converged (status {fit.status}): the Newton decrement, about the distance to "
+            f"the optimum in -2 log-likelihood, is {decrement:.3g}, and tol is "
+            f"{fit.settings.tol:.3g}. See fit.convergence."
+        )
+    notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
+    if fit.settings.fix:
+        notes.append(
+            f"Held fixed, so without standard errors: {', '.join(_held(fit.settings.fix))}."
+        )
+    if fit.design.weights is not None:
+        notes.append("Prior weights were used: the scale is the residual variance at weight 1.")
+    if fit.design.offset is not None:
+        notes.append("The mean includes an offset.")
+    if fit.reml:
+        notes.append("Under REML, AIC and BIC compare only models with the same fixed effects.")
+    notes.append("z, P>|z| and the confidence limits are large-sample ones (normal distribution).")
+    return tuple(notes)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+
+
+def _held(fix: Mapping[str, Any]) -> list[str]:
+    names = []
+    for name, value in fix.items():
+        parts = [f"{name} of {label}" for label in value] if isinstance(value, Mapping) else [name]
+        names += parts
+    return names
+
+
+def _singular_note(fit: Fit, label: str) -> str:
+    here = next(term.columns for term in fit.terms if term.label == label)
+    variances = np.diag(fit.cov_re.to_numpy())[here]
+    names = fit.effect_names[here]
+    zero = [name for name, variance in zip(names, variances, strict=True) if variance == 0.0]
+    if zero:
+        several = len(zero) > 1
+        found = (
+            f"the variance{'s' * several} of {', '.join(zero)} {'are' if several else 'is'} "
+            f"estimated as zero, and no standard error{'s' * several} can be given for "
+            f"{'them' if several else 'it'}."
+        )
+    elif len(names) == 2:
+        found = "its correlation is estimated as +1 or -1; the standard errors take that as given."
+    else:
+        found = (
+            "some combination of its effects has an estimated variance of zero; the standard "
+            "errors take that as given."
+        )
+    text = f"Singular fit: {label} lies on the boundary, {found}"
+    if fit.converged:
+        text += (
+            f" This is a legitimate maximum of the {'restricted ' * fit.reml}likelihood, not a "
+            "failure: the data show no variation in that direction, and a simpler term would fit "
+            "as well."
+        )
+    return text
+
+
+# --- numbers to cells -------------------------------------------------------------------------
+
+
+class _Cells(NamedTuple):
+    """One table as text: labels on the left, numbers on the right."""
+
+    label_headers: list[str]
+    labels: list[list[str]]
+    headers: list[str]
+    rows: list[list[str]]
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(value)) if value > 0.0 else 0
+
+
+def _decimals(largest: float, smallest: float) -> int | None:
+    """Return how many decimals show both sizes, or None if only an exponent does.
+
+    Three where there is room, more if the smallest needs them for two significant digits.
+    """
+    digits = max(_exponent(largest) + 1, 1)
+    needed = 1 - _exponent(smallest)
+    decimals = max(needed, min(3, max(7 - digits, 0)))
+    return decimals if digits <= 7 and digits + decimals <= 9 else None
+
+
+def _sizes(values: np.ndarray) -> np.ndarray:
+    """Return the sizes that matter for formatting: finite and not zero."""
+    sizes = np.abs(values[np.isfinite(values)])
+    return sizes[sizes > 0.0]
+
+
+def _format_block(values: np.ndarray, precision: np.ndarray) -> list[list[str]]:
+    """Format columns of one unit, with common decimals if the sizes allow, else row by row.
+
+    Args:
+        values: numbers, (r, c).
+        precision: per row the numbers of which two digits must be seen, (r, d).
+    """
+    ranges = []
+    for row, small in zip(values, precision, strict=True):
+        sizes, smalls = _sizes(row), _sizes(small)
+        largest = float(sizes.max()) if sizes.size else 0.0
+        ranges.append((largest, float(smalls.min()) if smalls.size else largest))
+    known = [pair for pair in ranges if pair[0] > 0.0]
+    common = None
+    if known:
+        common = _decimals(max(large for large, _ in known), min(small for _, small in known))
+    spread = max((_exponent(large) - _exponent(small) for large, small in known), default=0)
+    mantissa = min(max(spread + 1, 3), 6)
+
+    formatted = []
+    for row, (large, small) in zip(values, ranges, strict=True):
+        decimals = common if common is not None else _decimals(large, small)
+        code = f".{mantissa}e" if decimals is None else f".{decimals}f"
+        formatted.append([_format(value, code) for value in row])
+    return formatted
+
+
+def _format(value: float, code: str) -> str:
+    if math.isnan(value):
+        return MISSING
+    text = format(value, code)
+    # A rounded "-0.000" says nothing that "0.000" does not.
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text
+
+
+def _format_z(value: float) -> str:
+    return _format(value, ".3f" if abs(value) < 1e5 else ".3e")
+
+
+def _format_p(value: float) -> str:
+    return "<0.001" if value < 0.0005 else _format(value, ".3f")
+
+
+def _format_correlation(value: float) -> str:
+    """Two decimals, but more where two would claim a perfect correlation that is not one."""
+    if abs(value) < 1.0 - 1e-8:
+        for code in (".2f", ".3f", ".4f"):
+            if abs(float(format(value, code))) < 1.0:
+                return _format(value, code)
+    return _format(value, ".2f")
+
+
+def _header_cells(header: pd.DataFrame) -> list[tuple[str, str]]:
+    entries = header["value"].to_dict()
+    steps = entries.pop("Steps")
+    cells = []
+    for key, value in entries.items():
+        if key == "Converged":
+            text = f"{'yes' if value else 'NO'} ({steps} step{'s' * (steps != 1)})"
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif key == "Scale":
+            text = _format(value, ".6g")
+        elif key == "Mean group size":
+            text = _format(value, ".2f")
+        elif isinstance(value, float):
+            text = _format(value, ".4f")
+        else:
+            text = str(value)
+        cells.append((str(key), text))
+    return cells
+
+
+def _residual_cells(residuals: pd.Series) -> _Cells:
+    row = [_format(value, ".4f" if abs(value) < 1e5 else ".3e") for value in residuals.to_numpy()]
+    return _Cells([], [[]], [str(name) for name in residuals.index], [row])
+
+
+def _random_cells(table: pd.DataFrame) -> tuple[_Cells, list[list[str]]]:
+    """Return the cells without correlations, and the correlations, a list per row."""
+    variances = table[["variance", "std err"]].to_numpy(float)
+    sds = table[["std dev"]].to_numpy(float)
+    numbers = [
+        [*left, *right]
+        for left, right in zip(
+            _format_block(variances, variances), _format_block(sds, sds), strict=True
+        )
+    ]
+    corr = table.filter(like="corr ").to_numpy(float)
+    labels: list[list[str]] = []
+    correlations: list[list[str]] = []
+    for _, term in groupby(range(len(table)), key=lambda i: table.index[i]):
+        # The group is named once per term, as in lme4.
+        for j, i in enumerate(term):
+            labels.append(
+                [str(table["group"].iloc[i]) if j == 0 else "", str(table["name"].iloc[i])]
+            )
+            shown = corr[i, :j] if table["correlated"].iloc[i] else []
+            correlations.append([_format_correlation(value) for value in shown])
+    return (
+        _Cells(["Groups", "Name"], labels, ["Variance", "Std.Err.", "Std.Dev."], numbers),
+        correlations,
+    )
+
+
+def _fixed_cells(table: pd.DataFrame) -> _Cells:
+    names = list(table.columns)
+    lower, upper = names[4:]
+    estimates = table[["coef", "std err", lower, upper]].to_numpy(float)
+    rows = []
+    for block, z, p in zip(
+        _format_block(estimates, estimates[:, 1:2]), table["z"], table["P>|z|"], strict=True
+    ):
+        coef, se, low, high = block
+        if coef == MISSING:
+            coef = "aliased"
+        rows.append([coef, se, _format_z(z), _format_p(p), low, high])
+    return _Cells([""], [[str(name)] for name in table.index], names, rows)
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def _text(summary: Summary) -> str:
+    header, random, fixed = summary.tables
+    random_cells, correlations = _random_cells(random)
+    whole = _with_correlations(random_cells, correlations)
+    separate = max(map(len, _table_lines(whole, gap=1, fold=False))) > WIDTH
+    blocks = {
+        "Scaled residuals:": _table_lines(_residual_cells(summary.residuals)),
+        "Random effects:": _table_lines(random_cells if separate else whole),
+        "Correlations of the random effects:": (
+            _correlation_lines(random_cells, correlations) if separate else []
+        ),
+        "Fixed effects:": _table_lines(_fixed_cells(fixed)),
+    }
+    pairs = _header_cells(header)
+    width = max(72, *(len(line) for lines in blocks.values() for line in lines))
+    double, single = "=" * width, "-" * width
+
+    # Long names widen the rules, not the prose.
+    prose = min(width, WIDTH)
+    lines = [summary.title.center(width).rstrip(), double]
+    for warning in summary.warnings:
+        lines += [*_wrap(f"WARNING: {warning}", prose), single]
+    lines += [*_wrap(f"Formula: {summary.formula}", prose, indent=" " * 9), single]
+    lines += _header_lines(pairs, width)
+    for heading, block in blocks.items():
+        if block:
+            lines += [single, heading, *block]
+    lines.append(double)
+    if summary.notes:
+        lines.append("Notes:")
+        for number, note in enumerate(summary.notes, 1):
+            mark = f"[{number}] "
+            lines += _wrap(mark + note, prose, indent=" " * len(mark))
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _header_lines(pairs: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """Set keys and values in two columns, or in one if they do not fit."""
+    half = (width - 3) // 2
+    if any(len(key) + len(value) + 2 > half for key, value in pairs):
+        left = max(len(key) for key, _ in pairs) + 1
+        return [f"{key + ':':<{left}}  {value}" for key, value in pairs]
+    cells = [f"{key}:{value:>{half - len(key) - 1}}" for key, value in pairs]
+    rows = (len(cells) + 1) // 2
+    right = [*cells[rows:], ""][:rows]
+    gap = " " * (width - 2 * half)
+    return [f"{a}{gap}{b}".rstrip() for a, b in zip(cells[:rows], right, strict=True)]
+
+
+def _table_lines(cells: _Cells, gap: int | None = None, fold: bool = True) -> list[str]:
+    """Align labels left and numbers right; a label that does not fit has a line of its own."""
+    label_rows = [cells.label_headers, *cells.labels] if cells.label_headers else cells.labels
+    widths = [max(map(len, column)) for column in zip(*label_rows, strict=True)]
+    labels = [
+        "  ".join(part.ljust(w) for part, w in zip(row, widths, strict=True)).rstrip()
+        for row in (cells.label_headers, *cells.labels)
+    ]
+    rows = [cells.headers, *cells.rows]
+    numbers = [max(7, *map(len, column)) for column in zip(*rows, strict=True)]
+    longest = max(map(len, labels))
+    if gap is None:
+        gap = 2 if longest + sum(numbers) + 2 * len(numbers) <= WIDTH else 1
+    room = max(WIDTH - sum(numbers) - gap * len(numbers), 8) if fold else longest
+    room = min(longest, room)
+    lines = []
+    for label, row in zip(labels, rows, strict=True):
+        right = "".join(" " * gap + cell.rjust(w) for cell, w in zip(row, numbers, strict=True))
+        if len(label) > room:
+            lines.append(label)
+            label = ""
+        lines.append(f"{label:<{room}}{right}".rstrip())
+    return lines
+
+
+def _with_correlations(cells: _Cells, correlations: list[list[str]]) -> _Cells:
+    count = max(map(len, correlations))
+    return cells._replace(
+        headers=[*cells.headers, *["Corr", *[""] * (count - 1)][:count]],
+        rows=[
+            [*row, *corr, *[""] * (count - len(corr))]
+            for row, corr in zip(cells.rows, correlations, strict=True)
+        ],
+    )
+
+
+def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str]:
+    """Set the triangle of each term apart, effects numbered, in as many pieces as fit."""
+    lines: list[str] = []
+    starts = [i for i, (group, _) in enumerate(cells.labels) if group]
+    for start, end in zip(starts, [*starts[1:], len(correlations)], strict=True):
+        triangle = correlations[start:end]
+        names = [[f"({j})", cells.labels[start + j - 1][1]] for j in range(1, end - start + 1)]
+        # Seven columns of eight characters leave room for a name.
+        for first in range(0, len(triangle[-1]), 7):
+            columns = range(first, min(first + 7, len(triangle[-1])))
+            piece = _Cells(
+                ["", ""],
+                names[first + 1 :],
+                [f"({j + 1})" for j in columns],
+                [
+                    [row[j] if j < len(row) else "" for j in columns]
+                    for row in triangle[first + 1 :]
+                ],
+            )
+            lines += _table_lines(piece)
+    return lines
+
+
+# --- HTML -------------------------------------------------------------------------------------
+
+# Colours come from the page, so that light and dark themes both work.
+_CSS = """
+.lmmax-summary { color: inherit; max-width: 60em; line-height: 1.4; }
+.lmmax-summary p { margin: 0.3em 0; }
+.lmmax-summary .lmmax-title { font-weight: bold; font-size: 1.15em; }
+.lmmax-summary .lmmax-warning { border-left: 4px solid #d9480f; padding: 0.2em 0.7em; }
+.lmmax-summary .lmmax-scroll { overflow-x: auto; margin: 0.6em 0; }
+.lmmax-summary table { border-collapse: collapse; margin: 0; table-layout: auto;
+  font-variant-numeric: tabular-nums; border: none; }
+.lmmax-summary caption { text-align: left; font-weight: bold; padding: 0.2em 0; color: inherit; }
+.lmmax-summary tr { background: transparent !important; border: none; }
+.lmmax-summary th, .lmmax-summary td { padding: 0.15em 0.7em; text-align: right;
+  white-space: nowrap; border: none; color: inherit; }
+.lmmax-summary th { font-weight: 600; }
+.lmmax-summary tbody th { text-align: left; font-weight: normal; }
+.lmmax-summary thead th { border-bottom: 1px solid; }
+.lmmax-summary table { border-top: 1px solid; border-bottom: 1px solid; }
+.lmmax-summary ol { margin: 0.3em 0; padding-left: 1.8em; font-size: 0.92em; }
+"""
+
+
+def _html(summary: Summary) -> str:
+    header, random, fixed = summary.tables
+    parts = [
+        f"<style>{_CSS}</style>",
+        f'<p class="lmmax-title">{escape(summary.title)}</p>',
+        *(
+            f'<p class="lmmax-warning"><strong>Warning:</strong> {escape(warning)}</p>'
+            for warning in summary.warnings
+        ),
+        f"<p><code>{escape(summary.formula)}</code></p>",
+        _html_header(_header_cells(header)),
+        _html_table("Scaled residuals", _residual_cells(summary.residuals)),
+        _html_table("Random effects", _with_correlations(*_random_cells(random))),
+        _html_table("Fixed effects", _fixed_cells(fixed)),
+    ]
+    if summary.notes:
+        parts.append(f"<ol>{''.join(f'<li>{escape(note)}</li>' for note in summary.notes)}</ol>")
+    return '<div class="lmmax-summary">\n' + "\n".join(parts) + "\n</div>"
+
+
+def _html_header(pairs: Sequence[tuple[str, str]]) -> str:
+    half = (len(pairs) + 1) // 2
+    body = ""
+    for i in range(half):
+        row = [pairs[i], *pairs[half + i : half + i + 1]]
+        body += (
+            "<tr>" + "".join(f"{_th(key, row=True)}{_td(value)}" for key, value in row) + "</tr>"
+        )
+    return f'<div class="lmmax-scroll"><table><tbody>{body}</tbody></table></div>'
+
+
+def _html_table(caption: str, cells: _Cells) -> str:
+    head = "".join(map(_th, (*cells.label_headers, *cells.headers)))
+    body = "".join(
+        f"<tr>{_join(_th(part, row=True) for part in labels)}{_join(map(_td, row))}</tr>"
+        for labels, row in zip(cells.labels, cells.rows, strict=True)
+    )
+    return (
+        f'<div class="lmmax-scroll"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _join(parts: Iterable[str]) -> str:
+    return "".join(parts)
+
+
+def _th(text: str, row: bool = False) -> str:
+    return f'<th scope="{"row" if row else "col"}">{escape(text)}</th>'
+
+
+def _td(text: str) -> str:
+    return f"<td>{escape(text)}</td>"

@@ -30,7 +30,9 @@ def matrix_errors(estimates: Estimates) -> np.ndarray:
     q = len(estimates.root)
     rows, columns = np.tril_indices(q)
     errors = _errors(estimates, np.eye(len(rows) + 1)[:-1])
-    errors = np.where(_at_boundary(estimates)[rows] | _at_boundary(estimates)[columns], np.nan, errors)
+    errors = np.where(
+        _at_boundary(estimates)[rows] | _at_boundary(estimates)[columns], np.nan, errors
+    )
     matrix = np.empty((q, q))
     matrix[rows, columns] = matrix[columns, rows] = errors
     return matrix

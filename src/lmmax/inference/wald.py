@@ -13,7 +13,7 @@ import jax
 import jax.scipy.special as special
 import numpy as np
 import pandas as pd
-from formulaic.errors import FormulaSyntaxError, FormulaParsingError
+from formulaic.errors import FormulaParsingError, FormulaSyntaxError
 from formulaic.utils.constraints import LinearConstraints
 
 
