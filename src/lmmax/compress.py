@@ -191,7 +191,8 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
     n, p, q, m = len(y), len(fixed.kept), A.shape[0], len(sizes)
     whole = p == X.shape[1]
     weighted = y if weights is None else y * weights
-    beta_origin = np.linalg.solve(fixed.R.T, (X.T @ weighted)[fixed.kept]) if p else np.empty(0)
+    R_inverse, A_inverse = np.linalg.inv(fixed.R), np.linalg.inv(A)
+    beta_origin = R_inverse.T @ (X.T @ weighted)[fixed.kept]
 
     U = np.zeros((q, q, m))
     Y = np.empty((q, p + 1, m))
@@ -207,11 +208,10 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
             root = np.sqrt(weights[take])
             data *= root
             Z *= root
-        if p:
-            data[:p] = np.linalg.solve(fixed.R.T, data[:p])
-            data[p] -= beta_origin @ data[:p]
+        data[:p] = R_inverse.T @ data[:p]
+        data[p] -= beta_origin @ data[:p]
         total += data[p] @ data[p]
-        Q = np.linalg.solve(A.T, Z)
+        Q = A_inverse.T @ Z
         local, count = starts[groups] - rows.start, sizes[groups]
         U[:, :, groups] = _orthonormalise(Q, local, count)
         Y[:, :, groups] = _project_out(Q, data, local, count)
@@ -230,8 +230,8 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
         n_obs=float(n),
         n_fixed=float(p),
         z_factor=A,
-        z_inverse=np.linalg.inv(A),
-        x_inverse=np.linalg.inv(fixed.R),
+        z_inverse=A_inverse,
+        x_inverse=R_inverse,
         x_logdet=float(np.sum(np.log(np.diag(fixed.R)))),
         beta_origin=beta_origin / y_scale,
         y_scale=y_scale,

@@ -210,11 +210,11 @@ def _warnings(fit: Fit) -> tuple[str, ...]:
 def _notes(fit: Fit) -> tuple[str, ...]:
     notes = [_sentence(note) for note in fit.notes]
     if not fit.converged:
-        decrement = float(fit.estimates.solution.decrement)
+        record = fit.convergence
         notes.append(
-            f"Not converged (status {fit.status}): the Newton decrement, about the distance to "
-            f"the optimum in -2 log-likelihood, is {decrement:.3g}, and tol is "
-            f"{fit.settings.tol:.3g}. See fit.convergence."
+            f"Not converged (status {record.status}): Newton decrement {record.decrement:.3g} "
+            f"where tol is {fit.settings.tol:.3g}, gradient norm {record.gradient_norm:.3g}; see "
+            "fit.convergence."
         )
     notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
     if fit.settings.fix:
@@ -262,12 +262,12 @@ def _singular_note(fit: Fit, label: str) -> str:
             "some combination of its effects has an estimated variance of zero; the standard "
             "errors take that as given."
         )
-    text = f"Singular fit: {label} lies on the boundary, {found}"
+    text = f"Singular fit: {label} lies on the boundary: {found}"
     if fit.converged:
         text += (
             f" This is a legitimate maximum of the {'restricted ' * fit.reml}likelihood, not a "
-            "failure: the data show no variation in that direction, and a simpler term would fit "
-            "as well."
+            "failure: in that direction the groups differ no more than the residual variance "
+            "alone makes them, and a simpler term fits as well."
         )
     return text
 
@@ -402,7 +402,7 @@ def _random_cells(table: pd.DataFrame) -> tuple[_Cells, list[list[str]]]:
             labels.append(
                 [str(table["group"].iloc[i]) if j == 0 else "", str(table["name"].iloc[i])]
             )
-            shown = corr[i, :j] if table["correlated"].iloc[i] else []
+            shown: list[float] = corr[i, :j].tolist() if table["correlated"].iloc[i] else []
             correlations.append([_format_correlation(value) for value in shown])
     return (
         _Cells(["Groups", "Name"], labels, ["Variance", "Std.Err.", "Std.Dev."], numbers),
@@ -414,12 +414,14 @@ def _fixed_cells(table: pd.DataFrame) -> _Cells:
     names = list(table.columns)
     lower, upper = names[4:]
     estimates = table[["coef", "std err", lower, upper]].to_numpy(float)
+    # Where nothing at all was estimated, it is the fit that failed.
+    failed = bool(np.isnan(estimates[:, 0]).all())
     rows = []
     for block, z, p in zip(
         _format_block(estimates, estimates[:, 1:2]), table["z"], table["P>|z|"], strict=True
     ):
         coef, se, low, high = block
-        if coef == MISSING:
+        if coef == MISSING and not failed:
             coef = "aliased"
         rows.append([coef, se, _format_z(z), _format_p(p), low, high])
     return _Cells([""], [[str(name)] for name in table.index], names, rows)
@@ -432,25 +434,25 @@ def _text(summary: Summary) -> str:
     header, random, fixed = summary.tables
     random_cells, correlations = _random_cells(random)
     whole = _with_correlations(random_cells, correlations)
-    separate = max(map(len, _table_lines(whole, gap=1, fold=False))) > WIDTH
+    separate = max(map(len, _table_lines(whole, gap=1, fold=False, least=5))) > WIDTH
     blocks = {
         "Scaled residuals:": _table_lines(_residual_cells(summary.residuals)),
-        "Random effects:": _table_lines(random_cells if separate else whole),
+        "Random effects:": _table_lines(random_cells if separate else whole, least=5),
         "Correlations of the random effects:": (
             _correlation_lines(random_cells, correlations) if separate else []
         ),
         "Fixed effects:": _table_lines(_fixed_cells(fixed)),
     }
     pairs = _header_cells(header)
-    width = max(72, *(len(line) for lines in blocks.values() for line in lines))
+    # A name longer than the page sticks out of it; nothing else does.
+    longest = max(len(line) for lines in blocks.values() for line in lines)
+    width = min(max(72, longest), WIDTH)
     double, single = "=" * width, "-" * width
 
-    # Long names widen the rules, not the prose.
-    prose = min(width, WIDTH)
     lines = [summary.title.center(width).rstrip(), double]
     for warning in summary.warnings:
-        lines += [*_wrap(f"WARNING: {warning}", prose), single]
-    lines += [*_wrap(f"Formula: {summary.formula}", prose, indent=" " * 9), single]
+        lines += [*_wrap(f"WARNING: {warning}", width), single]
+    lines += [*_wrap(f"Formula: {summary.formula}", width, indent=" " * 9), single]
     lines += _header_lines(pairs, width)
     for heading, block in blocks.items():
         if block:
@@ -460,7 +462,7 @@ def _text(summary: Summary) -> str:
         lines.append("Notes:")
         for number, note in enumerate(summary.notes, 1):
             mark = f"[{number}] "
-            lines += _wrap(mark + note, prose, indent=" " * len(mark))
+            lines += _wrap(mark + note, width, indent=" " * len(mark))
     return "\n".join(lines)
 
 
@@ -483,8 +485,17 @@ def _header_lines(pairs: Sequence[tuple[str, str]], width: int) -> list[str]:
     return [f"{a}{gap}{b}".rstrip() for a, b in zip(cells[:rows], right, strict=True)]
 
 
-def _table_lines(cells: _Cells, gap: int | None = None, fold: bool = True) -> list[str]:
-    """Align labels left and numbers right; a label that does not fit has a line of its own."""
+def _table_lines(
+    cells: _Cells, *, gap: int | None = None, fold: bool = True, least: int = 7
+) -> list[str]:
+    """Align labels left and numbers right; a label that does not fit has a line of its own.
+
+    Args:
+        cells: the table.
+        gap: spaces between columns; by default two, or one where two do not fit.
+        fold: whether long labels may have lines of their own.
+        least: width of the narrowest column of numbers.
+    """
     label_rows = [cells.label_headers, *cells.labels] if cells.label_headers else cells.labels
     widths = [max(map(len, column)) for column in zip(*label_rows, strict=True)]
     labels = [
@@ -492,12 +503,12 @@ def _table_lines(cells: _Cells, gap: int | None = None, fold: bool = True) -> li
         for row in (cells.label_headers, *cells.labels)
     ]
     rows = [cells.headers, *cells.rows]
-    numbers = [max(7, *map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = [max(least, *map(len, column)) for column in zip(*rows, strict=True)]
     longest = max(map(len, labels))
     if gap is None:
         gap = 2 if longest + sum(numbers) + 2 * len(numbers) <= WIDTH else 1
     room = max(WIDTH - sum(numbers) - gap * len(numbers), 8) if fold else longest
-    room = min(longest, room)
+    room = max((len(label) for label in labels if len(label) <= room), default=0)
     lines = []
     for label, row in zip(labels, rows, strict=True):
         right = "".join(" " * gap + cell.rjust(w) for cell, w in zip(row, numbers, strict=True))
@@ -526,9 +537,9 @@ def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str
     for start, end in zip(starts, [*starts[1:], len(correlations)], strict=True):
         triangle = correlations[start:end]
         names = [[f"({j})", cells.labels[start + j - 1][1]] for j in range(1, end - start + 1)]
-        # Seven columns of eight characters leave room for a name.
-        for first in range(0, len(triangle[-1]), 7):
-            columns = range(first, min(first + 7, len(triangle[-1])))
+        # Eight columns of seven characters leave room for a name.
+        for first in range(0, len(triangle[-1]), 8):
+            columns = range(first, min(first + 8, len(triangle[-1])))
             piece = _Cells(
                 ["", ""],
                 names[first + 1 :],
@@ -538,7 +549,7 @@ def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str
                     for row in triangle[first + 1 :]
                 ],
             )
-            lines += _table_lines(piece)
+            lines += _table_lines(piece, least=5)
     return lines
 
 

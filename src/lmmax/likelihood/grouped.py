@@ -21,15 +21,20 @@ Derivatives with respect to ``D`` flow through ``P_i = U_i' H_i^-1 Y_i`` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from ..linalg import gls, ldl, solve_unit_lower, symmetrize
+
+
+CHUNK_GROUPS = 2048
+"""Groups handled together in one pass, so that intermediates stay in the processor's cache."""
 
 
 @jax.tree_util.register_dataclass
@@ -217,33 +222,46 @@ def derivatives(
     """
     q, width, _ = problem.Y.shape
     p = width - 1
-    white, logdets = _whiten(jnp.asarray(problem.U), jnp.asarray(problem.Y), D)
-    P, K = _moments(white)
-    weight = jnp.asarray(problem.weight)
-    K_flat, P_flat = K.reshape(q * q, -1), P.reshape(q * width, -1)
-    Y_white = white[:, q:]
-    S = problem.C + jnp.einsum("axm,aym->xy", Y_white, Y_white)
+
+    def first_pass(U: Array, Y: Array, weight: Array) -> tuple[Any, tuple[Array, Array]]:
+        white, logdets = _whiten(U, Y, D)
+        P, K = _moments(white)
+        Y_white, P_flat = white[:, q:], P.reshape(q * width, -1)
+        sums = (
+            jnp.einsum("axm,aym->xy", Y_white, Y_white),
+            jnp.sum(weight * logdets),
+            P_flat @ P_flat.T,
+            K.reshape(q * q, -1) @ weight,
+        )
+        return sums, (P, K)
+
+    data = (jnp.asarray(problem.U), jnp.asarray(problem.Y), jnp.asarray(problem.weight))
+    (S, logdet, M, K_sum), (P, K) = _over_chunks(first_pass, data)
+    S = S + problem.C
     beta, inverse, rss, logdet_x = gls(S)
     d = degrees_of_freedom(problem, reml).astype(S.dtype)
     s = jnp.where(profile, profiled_log_scale(rss, d), log_scale)
     precision = jnp.exp(-s)
-    logdet = jnp.sum(weight * logdets) + reml * logdet_x
-    value = logdet + d * (jnp.log(2.0 * jnp.pi) + s) + rss * precision
+    value = logdet + reml * logdet_x + d * (jnp.log(2.0 * jnp.pi) + s) + rss * precision
 
     duplication = jnp.asarray(_duplication(q), S.dtype)
-    M = (P_flat @ P_flat.T).reshape(q, width, q, width).transpose(0, 2, 1, 3)
-    M = (duplication.T @ M.reshape(q * q, -1)).reshape(-1, width, width)
+    M = M.reshape(q, width, q, width).transpose(0, 2, 1, 3).reshape(q * q, -1)
+    M = (duplication.T @ M).reshape(-1, width, width)
     v = jnp.concatenate([-beta, jnp.ones(1, S.dtype)])
     Mv = M @ v
     rho = Mv @ v
     solved = jnp.einsum("ij,cjk->cik", inverse, M[:, :p, :p])
-    gradient = duplication.T @ (K_flat @ weight)
+    gradient = duplication.T @ K_sum
     gradient = gradient - reml * jnp.einsum("cii->c", solved) - precision * rho
 
     outer = precision * jnp.outer(v, v)
     outer = outer.at[:p, :p].add(reml * inverse)
-    B = jnp.einsum("axm,bxm->abm", jnp.einsum("axm,xy->aym", P, outer), P)
-    T = (2.0 * B.reshape(q * q, -1) - weight * K_flat) @ K_flat.T  # indices da, bc
+
+    def second_pass(P: Array, K: Array, weight: Array) -> tuple[Array, tuple[()]]:
+        B = jnp.einsum("axm,bxm->abm", jnp.einsum("axm,xy->aym", P, outer), P)
+        return (2.0 * B - weight * K).reshape(q * q, -1) @ K.reshape(q * q, -1).T, ()
+
+    T, _ = _over_chunks(second_pass, (P, K, data[2]))  # indices da, bc
     T = T.reshape(q, q, q, q).transpose(1, 2, 3, 0).reshape(q * q, q * q)  # tr(. E_ab K E_cd)
     T = duplication.T @ T @ duplication
     hessian = 0.5 * (T + T.T) - reml * jnp.einsum("cij,dji->cd", solved, solved)
@@ -260,6 +278,39 @@ def derivatives(
         beta=beta,
         beta_inverse=inverse,
     )
+
+
+def _over_chunks(
+    function: Callable[..., tuple[Any, Any]], data: tuple[Array, ...]
+) -> tuple[Any, Any]:
+    """Call ``function`` on chunks of the groups: sum its first result, join its second.
+
+    A chunk's intermediates stay in the cache, and memory does not grow with the number of groups.
+    """
+    m = data[0].shape[-1]
+    if m % CHUNK_GROUPS or m == CHUNK_GROUPS:
+        return function(*data)
+
+    def chunk(i: Array | int) -> tuple[Any, Any]:
+        at = i * CHUNK_GROUPS
+        return function(*(lax.dynamic_slice_in_dim(x, at, CHUNK_GROUPS, -1) for x in data))
+
+    def body(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sums, joined = carry
+        new_sums, parts = chunk(i)
+        joined = jax.tree.map(
+            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, i * CHUNK_GROUPS, -1),
+            joined,
+            parts,
+        )
+        return jax.tree.map(jnp.add, sums, new_sums), joined
+
+    sums, parts = jax.eval_shape(chunk, 0)
+    start = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
+        jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], m), x.dtype), parts),
+    )
+    return lax.fori_loop(0, m // CHUNK_GROUPS, body, start)
 
 
 def _duplication(q: int) -> np.ndarray:
