@@ -296,13 +296,14 @@ def _notes(design: Design, arranged: Layout) -> tuple[str, ...]:
     notes = []
     if design.n_dropped:
         by = ", ".join(f"{name} {count}" for name, count in design.dropped_by.items())
-        notes.append(f"{design.n_dropped} rows dropped for missing values ({by})")
+        rows = "row" if design.n_dropped == 1 else "rows"
+        notes.append(f"{design.n_dropped} {rows} dropped for missing values ({by})")
     aliased = sorted(set(range(len(design.x_names))) - set(arranged.fixed.kept.tolist()))
     if aliased:
         names = ", ".join(design.x_names[j] for j in aliased)
         notes.append(
-            f"{len(aliased)} fixed-effects column{'s' * (len(aliased) > 1)} dropped as linear "
-            f"combinations of the columns before: {names}"
+            "fixed-effects columns dropped as linear combinations of the columns before them: "
+            f"{names}"
         )
     return tuple(notes)
 
@@ -331,7 +332,7 @@ def check_identified(
         raise DataError(
             f"the residual variance is not identified: no group of {name!r} has more than "
             f"{largest} row{'s' * (largest > 1)}, and the random effects "
-            f"{' + '.join(f'({block.term})' for block in design.blocks)} alone can produce any "
+            f"{' + '.join(str(block.term) for block in design.blocks)} alone can produce any "
             "residual. Group more coarsely, use fewer random effects, or fix the residual "
             "variance with fix={'scale': ...}"
         )

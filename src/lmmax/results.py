@@ -183,7 +183,8 @@ class Fit:
             Columns ``group``, ``var1``, ``var2`` (None for a variance), ``vcov`` and its standard
             error ``vcov_se``, ``sdcor`` (standard deviation or correlation) and ``sdcor_se``.
             Standard errors come from the observed information of all covariances and the scale
-            together, by the delta method; they are NaN at a boundary and for fixed parameters.
+            together, by the delta method.  A singular covariance has them given its rank; zero
+            variances, perfect correlations and fixed parameters have none (NaN).
         """
         return variance.table(self.estimates, self.terms, self.effect_names, self._group_name)
 
@@ -358,7 +359,7 @@ class Fit:
         """The status in words, and which terms are singular."""
         text = MESSAGES[self.estimates.status]
         if self.singular:
-            terms = ", ".join(f"({label})" for label in self.estimates.boundary)
+            terms = ", ".join(self.estimates.boundary)
             text += f"; singular: the covariance of {terms} lies on the boundary"
         return text
 

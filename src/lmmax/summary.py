@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -96,9 +96,6 @@ def summarize(fit: Fit, alpha: float = 0.05) -> Summary:
     )
 
 
-# --- numbers ----------------------------------------------------------------------------------
-
-
 def _header(fit: Fit) -> pd.DataFrame:
     sizes = fit.layout.sizes
     entries: dict[str, Any] = {
@@ -126,7 +123,7 @@ def _random_effects(fit: Fit) -> pd.DataFrame:
     sd = np.sqrt(np.diag(Psi))
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = Psi / np.outer(sd, sd)
-    n_correlations = max(0, *(_width(term) - 1 for term in fit.terms if term.correlated), 0)
+    n_correlations = max((_width(term) - 1 for term in fit.terms if term.correlated), default=0)
     group = fit.design.groupings[0].name
     rows: list[list[Any]] = []
     for term in fit.terms:
@@ -193,9 +190,6 @@ def _residual_quantiles(fit: Fit) -> pd.Series:
         values = values / np.sqrt(fit.scale)
     names = ["Min", "1Q", "Median", "3Q", "Max"]
     return pd.Series(np.quantile(values, [0.0, 0.25, 0.5, 0.75, 1.0]), index=names)
-
-
-# --- words ------------------------------------------------------------------------------------
 
 
 def _warnings(fit: Fit) -> tuple[str, ...]:
@@ -270,9 +264,6 @@ def _singular_note(fit: Fit, label: str) -> str:
             "alone makes them, and a simpler term fits as well."
         )
     return text
-
-
-# --- numbers to cells -------------------------------------------------------------------------
 
 
 class _Cells(NamedTuple):
@@ -427,9 +418,6 @@ def _fixed_cells(table: pd.DataFrame) -> _Cells:
     return _Cells([""], [[str(name)] for name in table.index], names, rows)
 
 
-# --- text -------------------------------------------------------------------------------------
-
-
 def _text(summary: Summary) -> str:
     header, random, fixed = summary.tables
     random_cells, correlations = _random_cells(random)
@@ -492,7 +480,7 @@ def _table_lines(
 
     Args:
         cells: the table.
-        gap: spaces between columns; by default two, or one where two do not fit.
+        gap: spaces between columns; by default two, or one where only that fits.
         fold: whether long labels may have lines of their own.
         least: width of the narrowest column of numbers.
     """
@@ -506,7 +494,9 @@ def _table_lines(
     numbers = [max(least, *map(len, column)) for column in zip(*rows, strict=True)]
     longest = max(map(len, labels))
     if gap is None:
-        gap = 2 if longest + sum(numbers) + 2 * len(numbers) <= WIDTH else 1
+        # One space only where that saves folding.
+        left = WIDTH - longest - sum(numbers)
+        gap = 1 if len(numbers) <= left < 2 * len(numbers) else 2
     room = max(WIDTH - sum(numbers) - gap * len(numbers), 8) if fold else longest
     room = max((len(label) for label in labels if len(label) <= room), default=0)
     lines = []
@@ -553,8 +543,6 @@ def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str
     return lines
 
 
-# --- HTML -------------------------------------------------------------------------------------
-
 # Colours come from the page, so that light and dark themes both work.
 _CSS = """
 .lmmax-summary { color: inherit; max-width: 60em; line-height: 1.4; }
@@ -571,6 +559,7 @@ _CSS = """
 .lmmax-summary th { font-weight: 600; }
 .lmmax-summary tbody th { text-align: left; font-weight: normal; }
 .lmmax-summary thead th { border-bottom: 1px solid; }
+.lmmax-summary thead th.lmmax-label { text-align: left; }
 .lmmax-summary table { border-top: 1px solid; border-bottom: 1px solid; }
 .lmmax-summary ol { margin: 0.3em 0; padding-left: 1.8em; font-size: 0.92em; }
 """
@@ -601,16 +590,16 @@ def _html_header(pairs: Sequence[tuple[str, str]]) -> str:
     body = ""
     for i in range(half):
         row = [pairs[i], *pairs[half + i : half + i + 1]]
-        body += (
-            "<tr>" + "".join(f"{_th(key, row=True)}{_td(value)}" for key, value in row) + "</tr>"
-        )
+        body += "<tr>" + "".join(f"{_th(key)}{_td(value)}" for key, value in row) + "</tr>"
     return f'<div class="lmmax-scroll"><table><tbody>{body}</tbody></table></div>'
 
 
 def _html_table(caption: str, cells: _Cells) -> str:
-    head = "".join(map(_th, (*cells.label_headers, *cells.headers)))
+    head = "".join(
+        f'<th scope="col" class="lmmax-label">{escape(text)}</th>' for text in cells.label_headers
+    ) + "".join(f'<th scope="col">{escape(text)}</th>' for text in cells.headers)
     body = "".join(
-        f"<tr>{_join(_th(part, row=True) for part in labels)}{_join(map(_td, row))}</tr>"
+        f"<tr>{''.join(map(_th, labels))}{''.join(map(_td, row))}</tr>"
         for labels, row in zip(cells.labels, cells.rows, strict=True)
     )
     return (
@@ -619,12 +608,8 @@ def _html_table(caption: str, cells: _Cells) -> str:
     )
 
 
-def _join(parts: Iterable[str]) -> str:
-    return "".join(parts)
-
-
-def _th(text: str, row: bool = False) -> str:
-    return f'<th scope="{"row" if row else "col"}">{escape(text)}</th>'
+def _th(text: str) -> str:
+    return f'<th scope="row">{escape(text)}</th>'
 
 
 def _td(text: str) -> str:

@@ -8,7 +8,7 @@ suppressPackageStartupMessages(library(lme4))
 
 arguments <- commandArgs(trailingOnly = TRUE)
 folder <- arguments[2]
-say <- function(name, seconds) cat(name, format(seconds, digits = 6), "\n")
+say <- function(name, seconds) cat(name, format(seconds, digits = 15), "\n")
 
 if (arguments[1] == "warm") {
   repetitions <- as.integer(arguments[3])

@@ -11,32 +11,14 @@ import pytest
 
 from tests.oracles import dense
 from tests.oracles import lindstrom_bates as lb
+from tests.oracles.problems import simulate, unpack_symmetric
 from tests.reference import load_data, load_record, matrix
-
-
-def simulate(seed: int, q: int, weighted: bool) -> dict[str, Any]:
-    """Ragged groups, some smaller than q, with an unstructured D."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    sizes = np.array([1, 1, 2, 3, 5, 8, 4])
-    codes = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    n = len(codes)
-    X = np.column_stack([np.ones(n), rng.standard_normal((n, 2))])
-    Z = np.column_stack([np.ones(n), rng.standard_normal((n, 3))])[:, :q]
-    y = X @ [1.0, -0.5, 2.0] + (Z * rng.standard_normal((len(sizes), q))[codes]).sum(1)
-    y = y + rng.standard_normal(n)
-    weights = rng.uniform(0.5, 2.0, n) if weighted else None
-    return {"y": y, "X": X, "Z": Z, "codes": codes, "weights": weights}
 
 
 def complex_step(f: Callable[[np.ndarray], Any], x: np.ndarray) -> np.ndarray:
     """Derivative of an analytic f along each entry of x, in the last axis."""
     h = 1e-30
     return np.stack([np.imag(f(x + 1j * h * e)) / h for e in np.eye(len(x))], axis=-1)
-
-
-def unpack_symmetric(vech: np.ndarray, q: int) -> np.ndarray:
-    L = lb.unpack_factor(vech, q)
-    return L + L.T - np.diag(np.diag(L))
 
 
 CASES = [(q, reml, weighted) for q in (1, 2, 3) for reml in (True, False) for weighted in (0, 1)]

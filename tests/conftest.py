@@ -1,0 +1,61 @@
+"""What the whole test session shares: a compilation cache of its own, and common fits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import lmmax
+
+CACHE_VARIABLE = "LMMAX_CACHE_DIR"
+_own_cache = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the tests out of the user's compilation cache, unless the caller chose a directory.
+
+    Set before collection and in the environment, so that whatever compiles first and every
+    subprocess share it.
+    """
+    if CACHE_VARIABLE not in os.environ:
+        directory = tempfile.mkdtemp(prefix="lmmax-tests-")
+        config.stash[_own_cache] = directory
+        os.environ[CACHE_VARIABLE] = directory
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the cache that this session made."""
+    directory = config.stash.get(_own_cache, None)
+    if directory is not None:
+        os.environ.pop(CACHE_VARIABLE, None)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _fit(formula: str, name: str) -> lmmax.Fit:
+    # Imported late: a module that does not import shall fail its own tests, not all of them.
+    import lmmax
+
+    return lmmax.fit(formula, lmmax.datasets.load(name))
+
+
+@pytest.fixture(scope="session")
+def dietox_intercept() -> lmmax.Fit:
+    """REML fit of a random intercept, the documented example of statsmodels."""
+    return _fit("Weight ~ Time + (1 | Pig)", "dietox")
+
+
+@pytest.fixture(scope="session")
+def dietox_slope() -> lmmax.Fit:
+    """REML fit of a correlated random intercept and slope."""
+    return _fit("Weight ~ Time + (1 + Time | Pig)", "dietox")
+
+
+@pytest.fixture(scope="session")
+def sleepstudy_slope() -> lmmax.Fit:
+    """REML fit of a correlated random intercept and slope, balanced."""
+    return _fit("Reaction ~ Days + (1 + Days | Subject)", "sleepstudy")

@@ -1,0 +1,160 @@
+"""The criterion and its derivatives against the dense density, closed forms and autodiff."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmmax import functional
+from lmmax.likelihood import grouped
+from lmmax.parameters import pack_triangle
+from lmmax.solve import evaluate, unstructured
+from tests.oracles import dense, lindstrom_bates
+from tests.simulate import simulate
+
+CASES = [(q, weighted) for q in (1, 2, 3) for weighted in (False, True)]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=CASES, ids=[f"q{q}{'w' if w else ''}" for q, w in CASES])
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    q, weighted = request.param
+    return simulate(10 + q, q=q, weighted=weighted)
+
+
+def problem_of(case: dict[str, Any]) -> functional.Problem:
+    return functional.problem(
+        case["y"], case["X"], case["codes"], case["Z"], weights=case["weights"]
+    )
+
+
+def random_theta(q: int, seed: int = 0) -> np.ndarray:
+    return pack_triangle(np.tril(np.random.default_rng(seed).normal(size=(q, q))))
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_criterion_is_the_multivariate_normal_density(case: dict[str, Any], reml: bool) -> None:
+    q = case["Z"].shape[1]
+    problem = problem_of(case)
+    for seed in range(3):
+        theta = random_theta(q, seed)
+        L = lindstrom_bates.unpack_factor(theta, q)
+        expected = dense.criterion(**case, D=L @ L.T, reml=reml)
+        assert float(functional.criterion(problem, theta, reml)) == pytest.approx(
+            expected, rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_autodiff_equals_the_closed_forms(case: dict[str, Any], reml: bool) -> None:
+    q = case["Z"].shape[1]
+    theta = random_theta(q)
+    problem = problem_of(case)
+    gradient, hessian = lindstrom_bates.derivatives_theta(**case, theta=theta, reml=reml)
+    size = np.max(np.abs(hessian))
+    ours = jax.grad(functional.criterion, argnums=1)(problem, theta, reml)
+    assert np.allclose(ours, gradient, rtol=1e-10, atol=1e-10 * size)
+    ours = jax.hessian(functional.criterion, argnums=1)(problem, theta, reml)
+    assert np.allclose(ours, hessian, rtol=1e-9, atol=1e-10 * size)
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_gradient_equals_central_differences(case: dict[str, Any], reml: bool) -> None:
+    theta = random_theta(case["Z"].shape[1])
+    problem = problem_of(case)
+    gradient = np.asarray(jax.grad(functional.criterion, argnums=1)(problem, theta, reml))
+    for j, step in enumerate(1e-4 * np.eye(len(theta))):
+        # Fourth-order central difference.
+        f = [float(functional.criterion(problem, theta + k * step, reml)) for k in (-2, -1, 1, 2)]
+        difference = (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / 12e-4
+        assert gradient[j] == pytest.approx(difference, rel=1e-7, abs=1e-7)
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_newton_derivatives_equal_autodiff(case: dict[str, Any], reml: bool) -> None:
+    q = case["Z"].shape[1]
+    problem = problem_of(case)
+    k = q * (q + 1) // 2
+    theta = jnp.asarray(random_theta(q, 2))
+    flag = jnp.asarray(float(reml))
+    x = jnp.concatenate([jnp.zeros(1), theta])
+    x, at, gradient, hessian = evaluate(problem, unstructured(q), flag, x)
+
+    def joint(x: jax.Array) -> jax.Array:
+        L = lindstrom_bates_factor(x[1:], q)
+        S, logdet = grouped.reduce(problem, L @ L.T)
+        d = grouped.degrees_of_freedom(problem, flag)
+        return grouped.objective(S, logdet, x[0], d, flag)
+
+    size = float(jnp.max(jnp.abs(hessian)))
+    assert float(at.value) == pytest.approx(float(joint(x)), rel=1e-13)
+    assert np.allclose(gradient, jax.grad(joint)(x), rtol=1e-10, atol=1e-11 * size)
+    assert np.allclose(hessian, jax.hessian(joint)(x), rtol=1e-9, atol=1e-11 * size)
+    assert abs(float(gradient[0])) < 1e-10 * size  # the scale is profiled
+    assert hessian.shape == (k + 1, k + 1)
+
+
+def lindstrom_bates_factor(theta: jax.Array, q: int) -> jax.Array:
+    return jnp.zeros((q, q)).at[np.tril_indices(q)].set(theta)
+
+
+def test_derivatives_in_the_data_equal_central_differences() -> None:
+    case = simulate(7, q=2)
+    problem = problem_of(case)
+    theta = random_theta(2)
+    value = functional.criterion
+    gradient = jax.grad(value)(problem, theta, True)
+    rng = np.random.default_rng(0)
+    for name in ("U", "Y", "C", "weight"):
+        leaf = np.asarray(getattr(problem, name))
+        direction = rng.normal(size=leaf.shape)
+        if name == "C":
+            direction = direction + direction.T
+
+        def moved(t: float, name=name, leaf=leaf, direction=direction) -> float:
+            changed = {**vars(problem), name: leaf + t * direction}
+            return float(value(functional.Problem(**changed), theta, True))
+
+        h = 1e-6
+        difference = (moved(h) - moved(-h)) / (2 * h)
+        assert float(np.sum(getattr(gradient, name) * direction)) == pytest.approx(
+            difference, rel=1e-6, abs=1e-6
+        )
+
+
+def test_chunks_of_groups_give_the_same_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = simulate(3, sizes=np.random.default_rng(3).integers(1, 7, 64))
+    problem = problem_of(case)
+    x = jnp.concatenate([jnp.zeros(1), jnp.asarray(random_theta(2))])
+    whole = evaluate(problem, unstructured(2), jnp.asarray(1.0), x)
+    monkeypatch.setattr(grouped, "CHUNK_GROUPS", 16)
+    chunked = evaluate(problem, unstructured(2), jnp.asarray(1.0), x)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
+        assert np.allclose(a, b, rtol=1e-11, atol=1e-11 * float(jnp.max(jnp.abs(whole[3]))))
+
+
+def test_float32_is_usable() -> None:
+    case = simulate(21, q=2, sizes=np.full(30, 8))
+    problem = problem_of(case)
+    theta = random_theta(2)
+    exact = float(functional.criterion(problem, theta))
+    single = jax.tree.map(lambda leaf: np.float32(leaf), problem)
+    with jax.enable_x64(False):
+        value = functional.criterion(single, jnp.asarray(theta, jnp.float32))
+        assert value.dtype == jnp.float32
+        assert float(value) == pytest.approx(exact, rel=2e-6)
+        optimum = jax.jit(functional.solve)(single)
+    double = jax.jit(functional.solve)(problem)
+    assert int(optimum.status) == 1
+    assert float(optimum.criterion) == pytest.approx(float(double.criterion), rel=2e-6)
+    assert np.allclose(optimum.beta, double.beta, rtol=1e-4)
+    assert np.allclose(optimum.cov_re, double.cov_re, rtol=2e-3, atol=1e-4)
