@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .compress import Compression, Layout, compress, layout
-from .design import DataError, Design, build_design, design_from_arrays
+from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
 from .estimation import Settings, TermColumns, estimate
 from .formula import parse_formula
 from .results import Fit
@@ -85,7 +85,7 @@ def fit(
     its criterion; Lindstrom and Bates (1988), JASA 83, 1014-1022, for Newton and EM.
     """
     settings = Settings(
-        reml=bool(reml),
+        reml=_check_reml(reml),
         start=start,
         fix=fix,
         solver=solver,
@@ -168,7 +168,7 @@ def fit_arrays(
         True
     """
     settings = Settings(
-        reml=bool(reml),
+        reml=_check_reml(reml),
         start=start,
         fix=fix,
         solver=solver,
@@ -192,6 +192,16 @@ def fit_arrays(
     return fit_design(design, settings, verbose=verbose)
 
 
+def _check_reml(reml: Any) -> bool:
+    # Text such as "ML" is true in Python, and would mean the opposite.
+    if not isinstance(reml, bool | np.bool_):
+        raise TypeError(
+            f"reml={reml!r} must be True (restricted maximum likelihood) or False (maximum "
+            "likelihood)"
+        )
+    return bool(reml)
+
+
 def check_supported(spec: ModelSpec) -> None:
     """Raise for what the formula language can say and this release cannot fit."""
     groups = list(dict.fromkeys(term.group for term in spec.random))
@@ -210,6 +220,7 @@ def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> 
     at = 0
     for block in design.blocks:
         width = block.Z.shape[1]
+        _check_columns(block)
         correlated = block.term.covariance == "us" and width > 1
         terms.append(TermColumns(str(block.term), slice(at, at + width), correlated))
         at += width
@@ -227,6 +238,16 @@ def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> 
     if len(arranged.fixed.kept) < len(design.x_names):
         warnings.warn(notes[-1], RankWarning, stacklevel=3)
     return _solve(design, settings, arranged, compressed, tuple(terms), notes, verbose)
+
+
+def _check_columns(block: RandomBlock) -> None:
+    """Raise for a random effect that no row sees."""
+    for j in np.flatnonzero(block.Z[0] == 0.0):
+        if not block.Z[:, j].any():
+            raise DataError(
+                f"the random effect {block.names[j]!r} of {block.term} is zero in every row, so "
+                "its variance cannot be estimated; leave it out"
+            )
 
 
 def refit_response(fitted: Fit, y: Any) -> Fit:
@@ -282,7 +303,7 @@ def _solve(
     result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
     if verbose:
         print(result.convergence.history.to_string())
-        print(f"{result.status}: {result.message}")
+        print(f"{result.message} ({result.convergence.steps} evaluations)")
     if not result.converged:
         warnings.warn(f"{result.message}; see fit.convergence", ConvergenceWarning, stacklevel=4)
     return result

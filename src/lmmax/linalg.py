@@ -88,6 +88,8 @@ def _divide(a: Array, pivot: Array) -> Array:
 def solve_unit_lower(L: Array, B: Array) -> Array:
     """Solve ``L X = B`` for unit lower triangular ``L (q, q, ...)`` and ``B (q, r, ...)``."""
     q = L.shape[0]
+    if q == 0:
+        return B
     if q <= UNROLL_LIMIT:
         rows: list[Array] = []
         for i in range(q):

@@ -16,6 +16,9 @@ from lmmax.solve import evaluate, unstructured
 from tests.oracles import dense, lindstrom_bates
 from tests.simulate import simulate
 
+CRITERION = jax.jit(functional.criterion)
+GRADIENT = jax.jit(jax.grad(functional.criterion, argnums=1))
+HESSIAN = jax.jit(jax.hessian(functional.criterion, argnums=1))
 CASES = [(q, weighted) for q in (1, 2, 3) for weighted in (False, True)]
 
 
@@ -49,7 +52,7 @@ def test_criterion_is_the_multivariate_normal_density(case: dict[str, Any], reml
         theta = random_theta(q, seed)
         L = lindstrom_bates.unpack_factor(theta, q)
         expected = dense.criterion(**case, D=L @ L.T, reml=reml)
-        assert float(functional.criterion(problem, theta, reml)) == pytest.approx(
+        assert float(CRITERION(problem, theta, reml)) == pytest.approx(
             expected, rel=1e-12
         )
 
@@ -61,9 +64,9 @@ def test_autodiff_equals_the_closed_forms(case: dict[str, Any], reml: bool) -> N
     problem = problem_of(case)
     gradient, hessian = lindstrom_bates.derivatives_theta(**case, theta=theta, reml=reml)
     size = np.max(np.abs(hessian))
-    ours = jax.grad(functional.criterion, argnums=1)(problem, theta, reml)
+    ours = GRADIENT(problem, theta, reml)
     assert np.allclose(ours, gradient, rtol=1e-10, atol=1e-10 * size)
-    ours = jax.hessian(functional.criterion, argnums=1)(problem, theta, reml)
+    ours = HESSIAN(problem, theta, reml)
     assert np.allclose(ours, hessian, rtol=1e-9, atol=1e-10 * size)
 
 
@@ -71,10 +74,10 @@ def test_autodiff_equals_the_closed_forms(case: dict[str, Any], reml: bool) -> N
 def test_gradient_equals_central_differences(case: dict[str, Any], reml: bool) -> None:
     theta = random_theta(case["Z"].shape[1])
     problem = problem_of(case)
-    gradient = np.asarray(jax.grad(functional.criterion, argnums=1)(problem, theta, reml))
+    gradient = np.asarray(GRADIENT(problem, theta, reml))
     for j, step in enumerate(1e-4 * np.eye(len(theta))):
         # Fourth-order central difference.
-        f = [float(functional.criterion(problem, theta + k * step, reml)) for k in (-2, -1, 1, 2)]
+        f = [float(CRITERION(problem, theta + k * step, reml)) for k in (-2, -1, 1, 2)]
         difference = (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / 12e-4
         assert gradient[j] == pytest.approx(difference, rel=1e-7, abs=1e-7)
 
@@ -87,7 +90,7 @@ def test_newton_derivatives_equal_autodiff(case: dict[str, Any], reml: bool) -> 
     theta = jnp.asarray(random_theta(q, 2))
     flag = jnp.asarray(float(reml))
     x = jnp.concatenate([jnp.zeros(1), theta])
-    x, at, gradient, hessian = evaluate(problem, unstructured(q), flag, x)
+    x, at, gradient, hessian = jax.jit(evaluate)(problem, unstructured(q), flag, x)
 
     def joint(x: jax.Array) -> jax.Array:
         L = lindstrom_bates_factor(x[1:], q)
@@ -97,8 +100,8 @@ def test_newton_derivatives_equal_autodiff(case: dict[str, Any], reml: bool) -> 
 
     size = float(jnp.max(jnp.abs(hessian)))
     assert float(at.value) == pytest.approx(float(joint(x)), rel=1e-13)
-    assert np.allclose(gradient, jax.grad(joint)(x), rtol=1e-10, atol=1e-11 * size)
-    assert np.allclose(hessian, jax.hessian(joint)(x), rtol=1e-9, atol=1e-11 * size)
+    assert np.allclose(gradient, jax.jit(jax.grad(joint))(x), rtol=1e-10, atol=1e-11 * size)
+    assert np.allclose(hessian, jax.jit(jax.hessian(joint))(x), rtol=1e-9, atol=1e-11 * size)
     assert abs(float(gradient[0])) < 1e-10 * size  # the scale is profiled
     assert hessian.shape == (k + 1, k + 1)
 
@@ -111,8 +114,7 @@ def test_derivatives_in_the_data_equal_central_differences() -> None:
     case = simulate(7, q=2)
     problem = problem_of(case)
     theta = random_theta(2)
-    value = functional.criterion
-    gradient = jax.grad(value)(problem, theta, True)
+    gradient = jax.jit(jax.grad(functional.criterion))(problem, theta, True)
     rng = np.random.default_rng(0)
     for name in ("U", "Y", "C", "weight"):
         leaf = np.asarray(getattr(problem, name))
@@ -122,7 +124,7 @@ def test_derivatives_in_the_data_equal_central_differences() -> None:
 
         def moved(t: float, name=name, leaf=leaf, direction=direction) -> float:
             changed = {**vars(problem), name: leaf + t * direction}
-            return float(value(functional.Problem(**changed), theta, True))
+            return float(CRITERION(functional.Problem(**changed), theta, True))
 
         h = 1e-6
         difference = (moved(h) - moved(-h)) / (2 * h)
@@ -135,9 +137,11 @@ def test_chunks_of_groups_give_the_same_derivatives(monkeypatch: pytest.MonkeyPa
     case = simulate(3, sizes=np.random.default_rng(3).integers(1, 7, 64))
     problem = problem_of(case)
     x = jnp.concatenate([jnp.zeros(1), jnp.asarray(random_theta(2))])
-    whole = evaluate(problem, unstructured(2), jnp.asarray(1.0), x)
+    arguments = (problem, unstructured(2), jnp.asarray(1.0), x)
+    whole = evaluate(*arguments)
     monkeypatch.setattr(grouped, "CHUNK_GROUPS", 16)
-    chunked = evaluate(problem, unstructured(2), jnp.asarray(1.0), x)
+    chunked = evaluate(*arguments)
+    assert "while" in str(jax.make_jaxpr(evaluate)(*arguments))  # the loop over chunks is there
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
         assert np.allclose(a, b, rtol=1e-11, atol=1e-11 * float(jnp.max(jnp.abs(whole[3]))))
 
@@ -146,10 +150,10 @@ def test_float32_is_usable() -> None:
     case = simulate(21, q=2, sizes=np.full(30, 8))
     problem = problem_of(case)
     theta = random_theta(2)
-    exact = float(functional.criterion(problem, theta))
+    exact = float(CRITERION(problem, theta))
     single = jax.tree.map(lambda leaf: np.float32(leaf), problem)
     with jax.enable_x64(False):
-        value = functional.criterion(single, jnp.asarray(theta, jnp.float32))
+        value = CRITERION(single, jnp.asarray(theta, jnp.float32))
         assert value.dtype == jnp.float32
         assert float(value) == pytest.approx(exact, rel=2e-6)
         optimum = jax.jit(functional.solve)(single)

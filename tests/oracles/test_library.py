@@ -14,6 +14,9 @@ from tests.oracles import dense
 from tests.oracles import lindstrom_bates as lb
 from tests.oracles.problems import simulate
 
+CRITERION = jax.jit(functional.criterion)
+GRADIENT = jax.jit(jax.grad(functional.criterion, argnums=1))
+HESSIAN = jax.jit(jax.hessian(functional.criterion, argnums=1))
 CASES = [(q, reml, weighted) for q in (1, 2, 3) for reml in (True, False) for weighted in (0, 1)]
 
 
@@ -46,7 +49,7 @@ def test_criterion(case: dict[str, Any]) -> None:
         L = lb.unpack_factor(theta, case["q"])
         expected = dense.criterion(**case["data"], D=L @ L.T, reml=case["reml"])
         with jax.enable_x64(True):
-            got = float(functional.criterion(problem, theta, case["reml"]))
+            got = float(CRITERION(problem, theta, case["reml"]))
         assert got == pytest.approx(expected, rel=1e-12, abs=1e-10)
 
 
@@ -55,8 +58,8 @@ def test_gradient_and_hessian(case: dict[str, Any]) -> None:
     for theta in thetas(case):
         gradient, hessian = lb.derivatives_theta(**case["data"], theta=theta, reml=reml)
         with jax.enable_x64(True):
-            got_gradient = jax.grad(functional.criterion, 1)(problem, theta, reml)
-            got_hessian = jax.hessian(functional.criterion, 1)(problem, theta, reml)
+            got_gradient = GRADIENT(problem, theta, reml)
+            got_hessian = HESSIAN(problem, theta, reml)
         np.testing.assert_allclose(got_gradient, gradient, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(got_hessian, hessian, rtol=1e-9, atol=1e-9)
 
