@@ -122,7 +122,8 @@ def assert_same(fit: lmmax.Fit, plain: lmmax.Fit, x: float = 1.0, y: float = 1.0
     np.testing.assert_allclose(
         fit.random_effects_cov / units, plain.random_effects_cov, rtol=0, atol=EXACT
     )
-    np.testing.assert_allclose(fit.fittedvalues / y, plain.fittedvalues, rtol=0, atol=10 * EXACT)
+    fitted = fit.fittedvalues[plain.fittedvalues.index]
+    np.testing.assert_allclose(fitted / y, plain.fittedvalues, rtol=0, atol=10 * EXACT)
 
 
 # --- units, origins, collinearity ------------------------------------------------------------
@@ -168,6 +169,17 @@ def test_response_far_from_zero(data: pd.DataFrame, plain: lmmax.Fit) -> None:
     np.testing.assert_allclose(fit.random_effects, plain.random_effects, atol=1e-8)
 
 
+def test_many_rows_of_a_response_far_from_zero() -> None:
+    """As a time stamp may be: its variation is small against it, but far above rounding."""
+    data = simulate(2, 1000, 100)
+    plain = lmmax.fit(INTERCEPT, data)
+    fit = lmmax.fit(INTERCEPT, data.assign(y=data["y"] + 2.0**30))
+    assert fit.converged
+    assert fit.scale == pytest.approx(plain.scale, rel=1e-7)
+    assert fit.cov_re.iloc[0, 0] == pytest.approx(plain.cov_re.iloc[0, 0], rel=1e-7)
+    assert fit.deviance == pytest.approx(plain.deviance, rel=1e-7)
+
+
 @pytest.mark.parametrize("distance", [1e-3, 1e-6])
 def test_near_collinear_columns(data: pd.DataFrame, plain: lmmax.Fit, distance: float) -> None:
     """``z`` replaced by ``x + distance z``: the same model in other coordinates."""
@@ -209,7 +221,7 @@ def assert_same_but_aliased(fit: lmmax.Fit, plain: lmmax.Fit, aliased: list[str]
 
 def test_several_aliased_columns_are_all_named(data: pd.DataFrame, plain: lmmax.Fit) -> None:
     columns = {"v": 0.0, "w": data["x"] - data["z"]}
-    with pytest.warns(lmmax.RankWarning, match=r"2 .*columns.*: v, w\b"):
+    with pytest.warns(lmmax.RankWarning, match=r"linear combinations.*: v, w\b"):
         fit = lmmax.fit("y ~ v + x + z + w + (1 + x | g)", data.assign(**columns), reml=plain.reml)
     assert_same_but_aliased(fit, plain, ["v", "w"])
 
@@ -243,20 +255,8 @@ def test_categorical_effects_with_and_without_intercept(data: pd.DataFrame) -> N
 def test_order_of_rows(data: pd.DataFrame, plain: lmmax.Fit) -> None:
     rows = np.random.Generator(np.random.PCG64(2)).permutation(len(data))
     fit = lmmax.fit(FORMULA, data.iloc[rows], reml=plain.reml)
-    assert_same(lmmax.fit(FORMULA, data.iloc[rows], reml=plain.reml), plain_in(plain, rows))
     assert list(fit.fittedvalues.index) == list(data.index[rows])
-
-
-def plain_in(plain: lmmax.Fit, rows: np.ndarray) -> Any:
-    """``plain`` with its fitted values in another order."""
-
-    class Reordered:
-        fittedvalues = plain.fittedvalues.iloc[rows]
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(plain, name)
-
-    return Reordered()
+    assert_same(fit, plain)
 
 
 LABELS = {
@@ -384,10 +384,10 @@ def assert_at_optimum(fit: lmmax.Fit, data: pd.DataFrame, effects: tuple[str, ..
 
     best = value(D)
     assert fit.deviance == pytest.approx(best, rel=1e-11)
-    # Steps of a hundredth of the square root of the information, along each entry.
+    sd = np.sqrt(np.diag(D))
     for i, j in zip(*np.tril_indices(q), strict=True):
         E = np.zeros((q, q))
-        E[i, j] = E[j, i] = 1e-3
+        E[i, j] = E[j, i] = 1e-3 * sd[i] * sd[j]
         plus, minus = value(D + E) - best, value(D - E) - best
         assert plus > 0 and minus > 0
         assert abs(plus - minus) < 0.02 * (plus + minus)
@@ -404,7 +404,7 @@ def test_hardly_more_rows_than_coefficients(data: pd.DataFrame, rows: int, reml:
 
 def test_as_many_coefficients_as_rows(data: pd.DataFrame) -> None:
     with pytest.raises(
-        lmmax.DataError, match="3 observations cannot estimate 3 fixed-effects.*fewer terms"
+        lmmax.DataError, match=r"3 observations cannot estimate 3 fixed-effects.*fewer terms"
     ):
         lmmax.fit(INTERCEPT, data.iloc[[0, 1, 9]])
 
@@ -450,9 +450,9 @@ def test_random_effects_that_fit_exactly(data: pd.DataFrame, reml: bool) -> None
     np.testing.assert_allclose(fit.random_effects["Intercept"], b - b.mean(), atol=1e-8)
 
 
-@pytest.mark.parametrize("sd", [1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("sd", [1e-3, 1e-5, 1e-7])
 def test_huge_variance_ratio(data: pd.DataFrame, sd: float) -> None:
-    """Group variance one, residual variance down to 1e-12: the within-group estimates."""
+    """Group variance one, residual variance down to 1e-14: the within-group estimates."""
     rng = np.random.Generator(np.random.PCG64(6))
     b = rng.standard_normal(GROUPS)
     data = data.assign(y=2 + 3 * data["x"] + b[data["g"]] + sd * rng.standard_normal(len(data)))
@@ -488,7 +488,9 @@ def test_tiny_variance_is_not_taken_for_zero() -> None:
     means = rng.standard_normal(groups)
     means -= means.mean()
     means *= np.sqrt((groups - 1) * msw * (1 / size + ratio) / (means @ means))
-    fit = lmmax.fit("y ~ 1 + (1 | g)", {"y": (within + means[:, None]).ravel(), "g": g})
+    data = {"y": (within + means[:, None]).ravel(), "g": g}
+    # By default the fit ends at a decrement of 1e-14, here 1e-3 of the estimate.
+    fit = lmmax.fit("y ~ 1 + (1 | g)", data, tol=1e-22)
     assert fit.converged and not fit.singular
     assert fit.scale == pytest.approx(msw, rel=1e-9)
     assert fit.cov_re.iloc[0, 0] == pytest.approx(ratio * msw, rel=1e-6)
@@ -550,16 +552,14 @@ def test_nothing_but_missing_values(data: pd.DataFrame) -> None:
         lmmax.fit(FORMULA, data.assign(x=np.nan))
 
 
-@pytest.mark.parametrize(
-    "empty", [pd.DataFrame({c: [] for c in "yxzg"}), dict.fromkeys("yxzg", [])]
-)
+@pytest.mark.parametrize("empty", [pd.DataFrame({c: [] for c in "yxzg"}), {c: [] for c in "yxzg"}])
 def test_no_data(empty: Any) -> None:
     with pytest.raises(lmmax.DataError, match="the data have no rows"):
         lmmax.fit(FORMULA, empty)
 
 
 def test_one_group(data: pd.DataFrame) -> None:
-    with pytest.raises(lmmax.DataError, match="grouping factor 'g' has one level, '0'.*leave"):
+    with pytest.raises(lmmax.DataError, match=r"grouping factor 'g' has one level, '0'.*leave"):
         lmmax.fit(FORMULA, data.assign(g=0))
 
 
@@ -573,7 +573,7 @@ def test_missing_column(data: pd.DataFrame) -> None:
 @pytest.mark.parametrize("formula", ["Yield ~ x + (1 | g)", "y ~ x + dosis + (1 | g)"])
 def test_misspelt_variable(data: pd.DataFrame, formula: str) -> None:
     data = data.rename(columns={"z": "dose"}).assign(yield_=data["y"])
-    with pytest.raises(lmmax.DataError, match="no column '(Yield|dosis)'.*Did you mean"):
+    with pytest.raises(lmmax.DataError, match=r"no column '(Yield|dosis)'.*Did you mean"):
         lmmax.fit(formula, data)
 
 
@@ -667,7 +667,7 @@ def test_weights_that_make_no_sense(data: pd.DataFrame, weights: str) -> None:
         rest = lmmax.fit(FORMULA, data.drop(index=5))
         assert fit.deviance == pytest.approx(rest.deviance, rel=EXACT)
     else:
-        with pytest.raises(lmmax.DataError, match="weights must be positive.*row 5 is (0|-2)"):
+        with pytest.raises(lmmax.DataError, match=r"weights must be positive.*row 5 is (0|-2)"):
             lmmax.fit(FORMULA, data, weights=values)
 
 
@@ -694,10 +694,11 @@ def test_no_warning_from_a_plain_fit(data: pd.DataFrame) -> None:
 @pytest.mark.parametrize("reml", [True, False], ids=["reml", "ml"])
 def test_statsmodels_at_our_estimates(data: pd.DataFrame, reml: bool) -> None:
     mixed = pytest.importorskip("statsmodels.regression.mixed_linear_model")
-    codes = np.sort(np.random.Generator(np.random.PCG64(10)).integers(0, 40, len(data)) ** 2 // 50)
-    data = data.assign(g=codes)
-    assert np.bincount(pd.factorize(codes)[0]).min() == 1
+    alone = data.index % 12 == 0
+    data = data.assign(g=np.where(alone, GROUPS + data.index, data["g"]))
+    assert data.groupby("g").size().min() == 1
     fit = lmmax.fit(FORMULA, data, reml=reml)
+    assert not fit.singular
     assert_optimal(fit, matrices(data))
     problem = matrices(data)
     model = mixed.MixedLM(problem["y"], problem["X"], problem["codes"], problem["Z"])

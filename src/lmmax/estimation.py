@@ -20,7 +20,14 @@ import numpy as np
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .likelihood.grouped import Derivatives, GroupedProblem
-from .parameters import factor, lower_from_root, pack_triangle, unpack_lower, unpack_symmetric
+from .parameters import (
+    factor,
+    lower_from_root,
+    pack_triangle,
+    triangle_order,
+    unpack_lower,
+    unpack_symmetric,
+)
 from .solve import (
     NEWTON_LIMIT,
     TRACE_LENGTH,
@@ -152,11 +159,12 @@ class Estimates:
         s, theta = self.solution.x[0], self.solution.x[1:]
         natural = np.asarray(self.constraints.natural)
         shrink = np.exp(-0.5 * s * natural)
-        L = self.z_inverse @ unpack_lower(theta * shrink)
+        to_user = self.z_inverse @ self.solution.order
+        L = to_user @ unpack_lower(theta * shrink)
         jacobian = np.zeros((len(theta) + 1, len(free)))
 
         def change(dL: np.ndarray) -> np.ndarray:
-            half = self.z_inverse @ dL @ L.T
+            half = to_user @ dL @ L.T
             return self.scale * pack_triangle(half + half.T)
 
         rows, columns = np.tril_indices(q)
@@ -204,8 +212,7 @@ def estimate(
         solution = _solve(problem, constraints, settings, better)
 
     x, at = solution.x, solution.derivatives
-    lower = unpack_lower(x[1:] * np.exp(-0.5 * x[0] * np.asarray(constraints.natural)))
-    lower, boundary = _snap(lower, constraints, terms, noise)
+    root, boundary = _snap(_root(solution, constraints), constraints, terms, noise)
     p = int(problem.n_fixed)
     R_inverse = np.asarray(problem.x_inverse)[:p, :p]
     y_scale = float(problem.y_scale)
@@ -215,7 +222,7 @@ def estimate(
         beta=R_inverse @ (at.beta[:p] + np.asarray(problem.beta_origin)[:p]) * y_scale,
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float(np.exp(x[0]) * y_scale**2),
-        root=z_inverse @ lower,
+        root=z_inverse @ root,
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
         status=Status(int(solution.status)),
@@ -246,7 +253,7 @@ def _from_start(solver: Solver) -> Callable[..., jax.Array]:
 
 def _unflatten(flat: np.ndarray, k: int, p: int) -> Solution:
     """Undo the flattening of a record with k covariance parameters and p coefficients."""
-    at = 0
+    at, q = 0, triangle_order(k)
 
     def take(*shape: int) -> Any:
         nonlocal at
@@ -257,6 +264,7 @@ def _unflatten(flat: np.ndarray, k: int, p: int) -> Solution:
 
     return Solution(
         x=take(k + 1),
+        order=take(q, q),
         derivatives=Derivatives(
             value=take(),
             gradient=take(k + 1),
@@ -438,7 +446,7 @@ def _step_off(
     """
     x = solution.x
     q = len(constraints.blocks)
-    L = unpack_lower(x[1:] * np.exp(-0.5 * x[0] * np.asarray(constraints.natural)))
+    L = _root(solution, constraints)
     D = L @ L.T
     at = solution.derivatives
     G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
@@ -458,12 +466,21 @@ def _step_off(
             gain = slopes[0] ** 2 / (2.0 * curvature) if curvature > 0.0 else np.inf
             if gain > 1e-8:
                 size = -slopes[0] / curvature if curvature > 0.0 else noise**2
-                better = np.array(x)
-                free = np.asarray(constraints.free)[1:] > 0.0
-                moved = pack_triangle(factor(D + size * np.outer(v, v)))
-                better[1:][free] = moved[free]
-                return better
+                # Fixed terms are in their own order, with which the solver starts.
+                return np.append(x[0], _theta(D + size * np.outer(v, v), x, constraints))
     return None
+
+
+def _root(solution: Solution, constraints: Constraints) -> np.ndarray:
+    """Return a square root of the solution's relative covariance, rows as in the model, (q, q)."""
+    shrink = np.exp(-0.5 * solution.x[0] * np.asarray(constraints.natural))
+    return np.asarray(solution.order @ unpack_lower(solution.x[1:] * shrink))
+
+
+def _theta(D: np.ndarray, x: np.ndarray, constraints: Constraints) -> np.ndarray:
+    """Return the packed factor of D where it is free, the entries of ``x`` elsewhere."""
+    free = np.asarray(constraints.free)[1:] > 0.0
+    return np.where(free, pack_triangle(factor(D)), x[1:])
 
 
 def _snap(

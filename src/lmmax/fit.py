@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from .compress import Compression, Layout, compress, layout
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
@@ -15,6 +16,9 @@ from .estimation import Settings, TermColumns, estimate
 from .formula import parse_formula
 from .results import Fit
 from .spec import ModelSpec
+
+ROUNDING = 100.0
+"""Residuals this many units of rounding above zero, relative to the response, are not real."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -252,7 +256,16 @@ def _check_columns(block: RandomBlock) -> None:
 
 def refit_response(fitted: Fit, y: Any) -> Fit:
     """Fit the model of ``fitted`` to another response; see :meth:`lmmax.Fit.refit`."""
-    y = np.asarray(y, dtype=float)
+    if isinstance(y, pd.Series) and len(y) == fitted.nobs:
+        if not y.index.equals(fitted.design.index):
+            raise DataError(
+                "y is a Series whose index differs from that of the rows used in the fit: reorder "
+                "it, or pass y.to_numpy() if its rows are in that order"
+            )
+    try:
+        y = np.asarray(y, dtype=float)
+    except (TypeError, ValueError):
+        raise DataError("y must be numeric, one value for each row used in the fit") from None
     if y.shape != (fitted.nobs,):
         raise DataError(
             f"y has shape {y.shape}; refit needs one value for each of the {fitted.nobs} rows "
@@ -265,7 +278,7 @@ def refit_response(fitted: Fit, y: Any) -> Fit:
         )
     design = replace(fitted.design, y=y)
     compressed = compress(_without_offset(design), fitted.layout)
-    _check_response(design, compressed)
+    _check_response(design, fitted.layout, compressed)
     return _solve(
         design,
         fitted.settings,
@@ -343,8 +356,14 @@ def check_identified(
             f"{n} observations cannot estimate {p} fixed-effects coefficients and the variances; "
             "use fewer terms or more data"
         )
-    _check_response(design, compressed)
-    if "scale" in (settings.fix or {}):
+    _check_response(design, arranged, compressed)
+    fix = settings.fix or {}
+    held = fix.get("cov_re")
+    if isinstance(held, Mapping):
+        terms = [term for term in terms if term.label not in held]
+    elif held is not None:
+        terms = []
+    if fix.get("scale") is not None or not terms:
         return
     q = compressed.U.shape[0]
     if arranged.sizes.max() <= q and _residual_in_span(compressed.U, terms):
@@ -353,14 +372,18 @@ def check_identified(
         raise DataError(
             f"the residual variance is not identified: no group of {name!r} has more than "
             f"{largest} row{'s' * (largest > 1)}, and the random effects "
-            f"{' + '.join(str(block.term) for block in design.blocks)} alone can produce any "
+            f"{' + '.join(term.label for term in terms)} alone can produce any "
             "residual. Group more coarsely, use fewer random effects, or fix the residual "
             "variance with fix={'scale': ...}"
         )
 
 
-def _check_response(design: Design, compressed: Compression) -> None:
-    if compressed.total <= (1e-13 * len(design.y)) ** 2:
+def _check_response(design: Design, arranged: Layout, compressed: Compression) -> None:
+    # Residuals of an exact fit are rounding errors, as large as the coefficients are uncertain.
+    R = arranged.fixed.R
+    condition = np.linalg.norm(R, axis=0) * np.linalg.norm(np.linalg.inv(R), axis=1)
+    rounding = ROUNDING * np.finfo(float).eps * np.max(condition, initial=1.0)
+    if compressed.total <= rounding**2:
         raise DataError(
             f"the response {design.response_name!r} is an exact linear combination of the fixed "
             "effects (or constant), so nothing is left to estimate variances from"
@@ -370,10 +393,10 @@ def _check_response(design: Design, compressed: Compression) -> None:
 def _residual_in_span(U: np.ndarray, terms: Sequence[TermColumns]) -> bool:
     """Return whether some E, structured like the covariance, has ``Z_i E Z_i' = I`` throughout."""
     q = U.shape[0]
-    pattern = np.eye(q)
+    pattern = np.zeros((q, q))
     for term in terms:
-        if term.correlated:
-            pattern[term.columns, term.columns] = 1.0
+        width = term.columns.stop - term.columns.start
+        pattern[term.columns, term.columns] = 1.0 if term.correlated else np.eye(width)
     rows, columns = np.nonzero(np.tril(pattern))
     products = np.einsum("iem,jem->ijem", U[:, columns], U[:, rows])
     products = products + np.where(rows == columns, 0.0, 1.0)[:, None] * products.swapaxes(0, 1)

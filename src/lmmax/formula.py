@@ -305,7 +305,7 @@ def _random_terms(inner: list[_Piece], source: str) -> list[RandomTerm]:
             [bar],
         )
     for piece in left:
-        if piece.kind is Token.Kind.PYTHON and re.match(r"offset\s*\(", piece.text):
+        if _is_offset(piece):
             raise _error_at("an offset cannot be part of a random term", source, [piece])
     design = _render(left)
     if not parse_terms(design):

@@ -201,17 +201,18 @@ def solve(
     else:
         L = jnp.asarray(problem.z_factor, dtype) @ unpack_lower(jnp.asarray(start, dtype))
         x0 = jnp.concatenate([jnp.zeros(1, dtype), pack_triangle(_cholesky(L @ L.T))])
-    x, status, steps, decrement = _minimiser(problem, flag, constraints, options, x0)
+    x, order, status, steps, decrement = _minimiser(problem, flag, constraints, options, x0)
 
-    S, logdet = grouped.reduce(problem, relative_covariance(x, jnp.zeros_like(x[1:])))
+    D = relative_covariance(x, jnp.zeros_like(x[1:]), order)
+    S, logdet = grouped.reduce(problem, D)
     beta, inverse, rss, _ = gls(S)
     d = grouped.degrees_of_freedom(problem, flag)
     s = grouped.profiled_log_scale(rss, d)
     y_scale = jnp.asarray(problem.y_scale, dtype)
     scale = jnp.exp(s) * y_scale**2
     R_inverse = jnp.asarray(problem.x_inverse, dtype)
-    root = jnp.asarray(problem.z_inverse, dtype) @ unpack_lower(x[1:])
-    D = root @ root.T
+    A_inverse = jnp.asarray(problem.z_inverse, dtype)
+    D = A_inverse @ D @ A_inverse.T
     return Optimum(
         theta=pack_triangle(_cholesky(D)),
         beta=R_inverse @ (beta + problem.beta_origin) * y_scale,
@@ -234,9 +235,9 @@ def _cholesky(D: Array) -> Array:
 @jax.custom_jvp
 def _minimiser(
     problem: Problem, reml: Array, constraints: Constraints, options: Options, start: Array
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array]:
     solution = newton(problem, constraints, options, start)
-    return solution.x, solution.status, solution.steps, solution.decrement
+    return solution.x, solution.order, solution.status, solution.steps, solution.decrement
 
 
 @_minimiser.defjvp
@@ -246,8 +247,8 @@ def _minimiser_jvp(primals: Any, tangents: Any) -> Any:
 
     def gradient(problem: Problem, reml: Array) -> Array:
         def value(theta: Array) -> Array:
-            L = unpack_lower(theta)
-            S, logdet = grouped.reduce(problem, L @ L.T)
+            root = solution.order @ unpack_lower(theta)
+            S, logdet = grouped.reduce(problem, root @ root.T)
             d = grouped.degrees_of_freedom(problem, reml)
             s = grouped.profiled_log_scale(gls(S)[2], d)
             return grouped.objective(S, logdet, s, d, reml)
@@ -259,6 +260,7 @@ def _minimiser_jvp(primals: Any, tangents: Any) -> Any:
     change = jnp.concatenate([jnp.zeros(1, change.dtype), change])
     dx, _ = newton_step(change, solution.hessian, jnp.zeros((), change.dtype))
     dx = dx.at[0].set(0.0)
-    out = (solution.x, solution.status, solution.steps, solution.decrement)
-    zero = np.zeros((), jax.dtypes.float0)
-    return out, (dx, zero, zero, jnp.zeros_like(solution.decrement))
+    out = (solution.x, solution.order, solution.status, solution.steps, solution.decrement)
+    none = np.zeros((), jax.dtypes.float0)
+    fixed = (jnp.zeros_like(solution.order), none, none, jnp.zeros_like(solution.decrement))
+    return out, (dx, *fixed)

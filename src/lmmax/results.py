@@ -28,7 +28,10 @@ MESSAGES = {
     Status.MAX_STEPS: "stopped at the limit of steps before converging; raise max_steps",
     Status.STALLED: "no step lowers the criterion further, yet its gradient is not zero",
     Status.NOT_FINITE: "the criterion is not finite at the starting values",
-    Status.UNBOUNDED: "the residual variance went to zero: the random effects fit the data exactly",
+    Status.UNBOUNDED: (
+        "the residual variance went to zero: the random effects fit the data exactly, and the "
+        "likelihood has no maximum; use fewer random effects, or fix={'scale': ...}"
+    ),
 }
 
 

@@ -6,6 +6,11 @@ Profiling the scale means that each evaluation replaces ``s`` by its minimiser, 
 is zero; the Newton step of the joint system is then the Newton step of the profiled criterion, so
 one loop serves fits with the scale or covariances fixed as well.
 
+The rows of ``Lambda`` are ordered by pivoting, largest remaining variance first, anew at every step.
+A variance near zero then sits in the last rows, where its entries of ``Lambda`` are small too; with
+the order as given, its correlations would be free to rotate, a curved valley that Newton follows
+slowly.
+
 The criterion is even in each column of ``Lambda``: a zero diagonal entry is a stationary point by
 symmetry.  The loop steps off it when the curvature there is negative; otherwise a zero variance
 is a legitimate minimum.
@@ -86,11 +91,14 @@ class Options:
 class Solution(NamedTuple):
     """The end of a solve, in working coordinates.
 
+    ``order`` (q, q) is the permutation matrix of the rows: ``D = order L L' order'`` with ``L`` the
+    lower triangle in ``x``.
     ``trace`` has a row per evaluation: criterion, decrement, damping, whether accepted.
     ``decrement`` is ``g' H^-1 g``: how far, in units of the criterion, a Newton step still goes.
     """
 
     x: Array
+    order: Array
     derivatives: Derivatives
     gradient: Array
     hessian: Array
@@ -115,31 +123,78 @@ def default_start(problem: GroupedProblem, constraints: Constraints) -> Array:
     return jnp.append(jnp.zeros(1, theta.dtype), theta * constraints.free[1:])
 
 
-def relative_covariance(x: Array, natural: Array) -> Array:
+def relative_covariance(x: Array, natural: Array, order: Array) -> Array:
     """Return ``D`` (q, q) at ``x = (s, theta)``."""
-    L = unpack_lower(x[1:] * jnp.exp(-0.5 * x[0] * natural))
-    return L @ L.T
+    root = order @ unpack_lower(x[1:] * jnp.exp(-0.5 * x[0] * natural))
+    return root @ root.T
+
+
+class Evaluation(NamedTuple):
+    """A point, its rows in pivot order, and the criterion's derivatives in D and in ``x``."""
+
+    x: Array
+    order: Array
+    at: Derivatives
+    gradient: Array
+    hessian: Array
 
 
 def evaluate(
-    problem: GroupedProblem, constraints: Constraints, reml: Array, x: Array
-) -> tuple[Array, Derivatives, Array, Array]:
-    """Return ``x`` with its scale profiled, the derivatives in D, and gradient and Hessian in x."""
-
-    def coordinates(x: Array) -> Array:
-        D = relative_covariance(x, constraints.natural)
-        return jnp.append(pack_triangle(D), x[0])
-
-    D = relative_covariance(x, constraints.natural)
+    problem: GroupedProblem, constraints: Constraints, reml: Array, x: Array, order: Array
+) -> Evaluation:
+    """Evaluate at ``x``, profile the scale, and choose the order of rows for the next step."""
+    D = relative_covariance(x, constraints.natural, order)
     at = derivatives(problem, D, reml, x[0], constraints.profile)
     x = x.at[0].set(at.log_scale)
+    x, order = _pivoted(x, order, D, constraints)
+
+    def coordinates(x: Array) -> Array:
+        D = relative_covariance(x, constraints.natural, order)
+        return jnp.append(pack_triangle(D), x[0])
+
     jacobian = jax.jacfwd(coordinates)(x)
     bend = jax.hessian(lambda x: at.gradient @ coordinates(x))(x)
     free = jnp.asarray(constraints.free, x.dtype)
     gradient = (jacobian.T @ at.gradient) * free
     hessian = jacobian.T @ at.hessian @ jacobian + bend
     hessian = hessian * jnp.outer(free, free) + jnp.diag(1.0 - free)
-    return x, at, gradient, hessian
+    return Evaluation(x, order, at, gradient, hessian)
+
+
+def _pivoted(x: Array, order: Array, D: Array, constraints: Constraints) -> tuple[Array, Array]:
+    """Return ``x`` and ``order`` with the rows of each estimated term in pivot order."""
+    q = D.shape[0]
+    if q == 1:
+        return x, order
+    diagonal = np.flatnonzero(pack_triangle(np.eye(q)))
+    movable = jnp.asarray(constraints.free)[1:][diagonal] > 0.0
+    # Rows trade places within their term; fixed terms keep theirs.
+    allowed = jnp.where(movable[:, None], jnp.asarray(constraints.blocks) > 0.0, np.eye(q) > 0.0)
+
+    def choose(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        rest, left, new = carry
+        candidates = jnp.where(allowed[j] & left, jnp.diag(rest), -jnp.inf)
+        pick = jax.nn.one_hot(jnp.argmax(candidates), q, dtype=D.dtype)
+        column = rest @ pick
+        pivot = pick @ column
+        positive = pivot > 0.0
+        rest = rest - jnp.where(
+            positive, jnp.outer(column, column) / jnp.where(positive, pivot, 1.0), 0.0
+        )
+        return rest, left & (pick == 0.0), new.at[:, j].set(pick)
+
+    start = (D, jnp.ones(q, bool), jnp.zeros_like(D))
+    _, _, new = lax.fori_loop(0, q, choose, start)
+    same = jnp.all(new == order)  # factoring D again would cost half the digits of a small pivot
+    theta = _free_factor(new.T @ D @ new, x, constraints)
+    return jnp.where(same, x, x.at[1:].set(theta)), new
+
+
+def _free_factor(D: Array, x: Array, constraints: Constraints) -> Array:
+    """Return theta: the packed Cholesky factor of D in free entries, those of ``x`` elsewhere."""
+    L, d = ldl(D)
+    free = jnp.asarray(constraints.free)[1:] > 0.0
+    return jnp.where(free, pack_triangle(L * jnp.sqrt(d)[None, :]), x[1:])
 
 
 def newton_step(gradient: Array, hessian: Array, damping: Array) -> tuple[Array, Array]:
@@ -159,10 +214,7 @@ def newton_step(gradient: Array, hessian: Array, damping: Array) -> tuple[Array,
 class _State(NamedTuple):
     evaluations: Array
     status: Array
-    x: Array
-    at: Derivatives
-    gradient: Array
-    hessian: Array
+    point: Evaluation
     trial: Array
     predicted: Array
     damping: Array
@@ -188,18 +240,14 @@ def newton(
 
     def body(state: _State) -> _State:
         first = state.evaluations == 0
-        trial, at, gradient, hessian = evaluate(problem, constraints, reml, state.trial)
-        slack = 100.0 * eps * (jnp.abs(state.at.value) + problem.n_obs)
-        gain = state.at.value - at.value
-        finite = jnp.isfinite(at.value) & jnp.all(jnp.isfinite(hessian))
+        old = state.point
+        new = evaluate(problem, constraints, reml, state.trial, old.order)
+        slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
+        gain = old.at.value - new.at.value
+        finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
         accept = finite & (first | (gain >= -slack))
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
-
-        x, at, gradient, hessian = keep(
-            (trial, at, gradient, hessian), (state.x, state.at, state.gradient, state.hessian)
-        )
+        point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+        x, _, at, gradient, hessian = point
         good = accept & (gain >= 0.25 * state.predicted - slack)
         relaxed = jnp.where(state.damping < 1e-3, 0.0, 0.1 * state.damping)
         damping = jnp.where(
@@ -218,7 +266,7 @@ def newton(
         predicted = -jnp.sum(gradient * step) - 0.5 * step @ hessian @ step
 
         em = state.evaluations < options.em_steps
-        warm = _em_trial(x, at, constraints, n_groups)
+        warm = _em_trial(point, constraints, n_groups)
         # Where rounding hides any further decrease, Newton has arrived if it has also stopped
         # getting closer.
         arrived = (decrement <= slack) & (decrement >= 0.25 * state.decrement)
@@ -253,10 +301,7 @@ def newton(
         return _State(
             evaluations=evaluations,
             status=status.astype(jnp.int32),
-            x=x,
-            at=at,
-            gradient=gradient,
-            hessian=hessian,
+            point=point,
             trial=jnp.where(em, warm, x + jnp.where(stuck, bump, step)),
             predicted=jnp.where(em | stuck, 0.0, predicted),
             damping=damping,
@@ -264,15 +309,15 @@ def newton(
             trace=trace,
         )
 
-    shapes = jax.eval_shape(lambda x: evaluate(problem, constraints, reml, x), start)
+    order = jnp.eye(q, dtype=dtype)
+    shapes = jax.eval_shape(
+        lambda x, order: evaluate(problem, constraints, reml, x, order), start, order
+    )
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     state = _State(
         evaluations=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        x=start,
-        at=blank[1],
-        gradient=blank[2],
-        hessian=blank[3],
+        point=blank._replace(x=start, order=order),
         trial=start,
         predicted=jnp.zeros((), dtype),
         damping=jnp.zeros((), dtype),
@@ -280,11 +325,13 @@ def newton(
         trace=jnp.full((TRACE_LENGTH, 4), jnp.nan, dtype),
     )
     state = lax.while_loop(lambda state: state.status == Status.RUNNING, body, state)
+    x, order, at, gradient, hessian = state.point
     return Solution(
-        x=state.x,
-        derivatives=state.at,
-        gradient=state.gradient,
-        hessian=state.hessian,
+        x=x,
+        order=order,
+        derivatives=at,
+        gradient=gradient,
+        hessian=hessian,
         status=state.status,
         steps=state.evaluations,
         decrement=state.decrement,
@@ -292,18 +339,16 @@ def newton(
     )
 
 
-def _em_trial(x: Array, at: Derivatives, constraints: Constraints, n_groups: Array) -> Array:
+def _em_trial(point: Evaluation, constraints: Constraints, n_groups: Array) -> Array:
     """Return ``x`` after one EM step; fixed entries stay."""
+    x, order, at, _, _ = point
     q = constraints.blocks.shape[0]
-    D = relative_covariance(x, constraints.natural)
+    D = relative_covariance(x, constraints.natural, order)
     # A packed off-diagonal entry moves two entries of D, hence half of its derivative each.
     halves = 0.5 + 0.5 * np.eye(q)
     G = unpack_symmetric(at.gradient[:-1]) * halves
     D = em_step(D, G, n_groups, constraints.blocks)
-    L, d = ldl(D)
-    theta = pack_triangle(L * jnp.sqrt(d)[None, :])
-    free = constraints.free[1:]
-    return x.at[1:].set(free * theta + (1.0 - free) * x[1:])
+    return x.at[1:].set(_free_factor(order.T @ D @ order, x, constraints))
 
 
 def lbfgs(
@@ -319,10 +364,11 @@ def lbfgs(
     reml = jnp.asarray(options.reml, dtype)
     free = jnp.asarray(constraints.free, dtype)
     d = degrees_of_freedom(problem, reml)
+    order = jnp.eye(len(constraints.blocks), dtype=dtype)
 
     def value(x: Array) -> Array:
         x = jnp.where(free > 0.0, x, start)
-        S, logdet = reduce(problem, relative_covariance(x, jnp.asarray(constraints.natural)))
+        S, logdet = reduce(problem, relative_covariance(x, constraints.natural, order))
         s = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), x[0])
         return objective(S, logdet, s, d, reml) / problem.n_obs
 
@@ -355,12 +401,14 @@ def lbfgs(
             jnp.full((TRACE_LENGTH, 4), jnp.nan, dtype),
         ),
     )
-    x, at, gradient, hessian = evaluate(problem, constraints, reml, jnp.where(free > 0.0, x, start))
+    x = jnp.where(free > 0.0, x, start)
+    x, order, at, gradient, hessian = evaluate(problem, constraints, reml, x, order)
     finite = jnp.isfinite(at.value)
     converged = jnp.abs(decrement) <= tol
     status = jnp.where(converged, Status.CONVERGED, Status.MAX_STEPS)
     return Solution(
         x=x,
+        order=order,
         derivatives=at,
         gradient=gradient,
         hessian=hessian,

@@ -1,0 +1,456 @@
+"""Terms -> columns: names in expressions, transforms with state, contrasts.
+
+formulaic evaluates the expressions, decides which factors lose a column and names the columns.
+Every use of its internals is here and in formula.py.
+"""
+
+from __future__ import annotations
+
+import builtins
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from formulaic import ModelSpec as Part
+from formulaic.errors import FactorEvaluationError
+from formulaic.materializers import PandasMaterializer
+from formulaic.materializers.types import EvaluatedFactor, FactorValues
+from formulaic.parser.types import Factor
+from formulaic.transforms import TRANSFORMS
+from formulaic.transforms.contrasts import (
+    Contrasts,
+    CustomContrasts,
+    DiffContrasts,
+    HelmertContrasts,
+    PolyContrasts,
+    SASContrasts,
+    SumContrasts,
+    TreatmentContrasts,
+)
+from formulaic.utils.cast import as_columns
+from formulaic.utils.layered_mapping import LayeredMapping
+from formulaic.utils.stateful_transforms import stateful_eval
+from interface_meta import override
+
+from .formula import R_HINTS, expression_names, from_r, parse_terms
+from .frames import DataError, Table, as_numbers, is_label, is_number, listing, unknown_column
+from .levels import as_categories
+
+__all__ = [
+    "Encoder",
+    "Factor",
+    "Part",
+    "contrasts_by_expression",
+    "factor_names",
+    "formula_part",
+    "offset_factor",
+    "response_factor",
+    "term_factors",
+    "used_columns",
+]
+
+_LOOKUP, _LITERAL = Factor.EvalMethod.LOOKUP, Factor.EvalMethod.LITERAL
+
+_CONTRASTS: dict[str, type[Contrasts]] = {
+    "treatment": TreatmentContrasts,
+    "sum": SumContrasts,
+    "helmert": HelmertContrasts,
+    "poly": PolyContrasts,
+    "SAS": SASContrasts,
+    "diff": DiffContrasts,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Categories:
+    """A factor: its levels, and contrasts if the formula names them."""
+
+    values: pd.Categorical
+    contrasts: Contrasts | None = None
+
+
+def as_contrasts(contrasts: Any, what: str) -> Contrasts:
+    """Anything a user may write for contrasts -> formulaic object.
+
+    Raises:
+        DataError: for an unknown name or a matrix that is none.
+    """
+    if isinstance(contrasts, Contrasts):
+        return contrasts
+    if isinstance(contrasts, str):
+        name = contrasts.removeprefix("contr.")
+        if name not in _CONTRASTS:
+            raise DataError(
+                f"unknown contrasts {contrasts!r} for {what}: choose one of "
+                f"{', '.join(map(repr, _CONTRASTS))}, or give a formulaic contrasts object"
+            )
+        return _CONTRASTS[name]()
+    if contrasts is builtins.sum:  # `C(f, sum)`, as R users write it
+        return SumContrasts()
+    if inspect.isclass(contrasts) and issubclass(contrasts, Contrasts):
+        return contrasts()
+    try:
+        if not isinstance(contrasts, Mapping):
+            contrasts = np.array(contrasts, dtype=np.float64, ndmin=2)
+        return CustomContrasts(contrasts)
+    except Exception as error:
+        raise DataError(f"cannot use {contrasts!r} as contrasts for {what}: {error}") from None
+
+
+def _categorical(data: Any, contrasts: Any = None, *, levels: Any = None) -> _Categories:
+    """`C(...)` in a formula: take values as categories.
+
+    Args:
+        data: (n,) values.
+        contrasts: see `as_contrasts`.
+        levels: the levels in order; every value must be among them.
+    """
+    values = as_categories(data)
+    if levels is not None:
+        levels = pd.Index(list(levels))
+        lacking = values.categories.difference(levels)
+        if len(lacking):
+            raise DataError(f"C(..., levels=...) lacks {listing(map(repr, lacking))}")
+        values = values.set_categories(levels).remove_unused_categories()
+    return _Categories(values, None if contrasts is None else as_contrasts(contrasts, "C()"))
+
+
+def _log(x: Any, base: float | None = None) -> Any:
+    return np.log(x) if base is None else np.log(x) / np.log(base)
+
+
+_FUNCTIONS: dict[str, Any] = {
+    **TRANSFORMS,
+    **{
+        name: getattr(np, name)
+        for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "floor", "tanh")
+    },
+    "ceiling": np.ceil,
+    "C": _categorical,
+    "log": _log,
+    "exp10": lambda x: np.power(10.0, x),  # formulaic's own is x**10
+}
+# It would reach across groups and over rows left out.
+del _FUNCTIONS["lag"]
+
+
+def term_factors(text: str) -> list[Factor]:
+    """The factors of a part of a formula, each a column name or an expression, or a literal."""
+    return [factor for term in parse_terms(text) for factor in term.factors]
+
+
+def response_factor(text: str) -> Factor:
+    """The response as one factor."""
+    factors = term_factors(f"0 + {text}")
+    if len(factors) != 1:
+        raise DataError(f"the response must be one variable or one call, not `{text}`")
+    return factors[0]
+
+
+def offset_factor(text: str) -> Factor:
+    """An offset as one factor: it is arithmetic, not a sum of terms."""
+    text = from_r(text)
+    quoted = text[0] == "`" == text[-1] and text.count("`") == 2
+    if quoted or text.isidentifier():
+        return Factor(text.strip("`"), eval_method=_LOOKUP)
+    return Factor(text, eval_method=Factor.EvalMethod.PYTHON)
+
+
+def factor_names(factor: Factor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names that a factor uses, as values and as functions."""
+    if factor.eval_method is _LITERAL:
+        return (), ()
+    if factor.eval_method is _LOOKUP:
+        return (factor.expr,), ()
+    return expression_names(factor.expr)
+
+
+def used_columns(
+    factors: Mapping[Factor, str], table: Table, context: Mapping[str, Any]
+) -> list[str]:
+    """Columns that the factors need.
+
+    Args:
+        factors: the factors, each with the part of the model it stands in, for messages.
+        table: the data.
+        context: names that are known besides the columns.
+
+    Raises:
+        DataError: for a name that is neither a column nor known.
+    """
+    columns: dict[str, None] = {}
+    for factor, where in factors.items():
+        values, functions = factor_names(factor)
+        is_name = factor.eval_method is _LOOKUP
+        if not is_name:
+            where = f"term `{factor.expr}`, {where}"
+        for name in values:
+            if name in table:
+                columns[name] = None
+            elif is_name or not _is_known(name, context):
+                if name in R_HINTS and not is_name:
+                    raise DataError(f"unknown name {name!r} ({where}): {R_HINTS[name]}")
+                raise unknown_column(name, table, where)
+        for name in functions:
+            if not _is_known(name, context):
+                close = difflib.get_close_matches(name, [*_FUNCTIONS, *context], n=1)
+                meant = f"did you mean {close[0]}()? " if close else ""
+                own = "pass functions of your own in context={'name': function}"
+                raise DataError(
+                    f"unknown function {name}() ({where}): {R_HINTS.get(name, meant + own)}"
+                )
+    return list(columns)
+
+
+def _is_known(name: str, context: Mapping[str, Any]) -> bool:
+    return name in context or name in _FUNCTIONS or hasattr(builtins, name)
+
+
+class Encoder(PandasMaterializer):  # type: ignore[misc]
+    """Columns of a model over complete rows: formulaic's materialiser, but strict.
+
+    An expression sees only the columns it names, every factor has one value per row, and levels
+    in new data must be known; formulaic makes zeros of those that are not.
+
+    Args:
+        frame: complete rows of the columns in use.
+        context: names that expressions may use besides the columns.
+        transforms: state of the transforms; None learns it.
+        levels: levels of the categorical factors, by expression; None learns them.
+    """
+
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        context: Mapping[str, Any],
+        transforms: dict[str, Any] | None = None,
+        levels: dict[str, pd.Index] | None = None,
+    ) -> None:
+        super().__init__(frame, context)
+        self.transforms = {} if transforms is None else transforms
+        self.levels: dict[str, pd.Index] = {} if levels is None else levels
+        self._learning = levels is None
+
+    def evaluate(self, factors: Iterable[Factor]) -> None:
+        """Evaluate factors, which must come before the matrices they are part of."""
+        settings = Part([], na_action="ignore", output="numpy", transform_state=self.transforms)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            # Results that are not numbers are reported by `undefined` and by the caller.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for factor in factors:
+                try:
+                    self._evaluate_factor(factor, settings, set())
+                except FactorEvaluationError as error:
+                    cause = error.__cause__
+                    if isinstance(cause, DataError):
+                        raise cause from None
+                    raise DataError(
+                        f"cannot evaluate the term `{factor.expr}`: {type(cause).__name__}: {cause}"
+                    ) from cause
+
+    def undefined(self) -> dict[str, np.ndarray]:
+        """Rows, (n,) bool, in which an expression gave NaN from complete columns."""
+        masks = {}
+        for text, factor in self.factor_cache.items():
+            if factor.factor.eval_method in (_LOOKUP, _LITERAL):
+                continue
+            if isinstance(factor.values, _Categories):
+                mask = factor.values.values.isna()
+            else:
+                columns = _columns(factor.values)
+                mask = np.logical_or.reduce([pd.isna(np.asarray(c)) for c in columns])
+            if mask.any():
+                masks[text] = np.asarray(mask)
+        return masks
+
+    def numbers(self, factor: Factor, what: str) -> np.ndarray:
+        """The values of a factor that must be one numeric column, a response or offset."""
+        value = self.factor_cache[factor.expr].values
+        if isinstance(value, _Categories):
+            categories = value.values.categories
+            raise DataError(
+                f"{what} {factor.expr!r} is True/False, a linear mixed model needs a numeric one: "
+                "convert it with .astype(float) if 0 and 1 are meant as numbers"
+                if pd.api.types.is_bool_dtype(categories.dtype)
+                else f"{what} {factor.expr!r} is not numeric (values such as "
+                f"{listing(map(repr, categories[:3]))}): convert it with pandas.to_numeric"
+            )
+        if np.ndim(value) != 1:
+            raise DataError(f"{what} {factor.expr!r} must be one numeric column")
+        return np.asarray(value, dtype=np.float64)
+
+    def matrix(self, part: Part) -> tuple[np.ndarray, Part]:
+        """One part of the formula -> (n, columns) float64, and the part with what it learnt."""
+        # formulaic shares it between parts, but their contrasts may differ.
+        self.encoded_cache.clear()
+        with np.errstate(all="ignore"):
+            built = self._build_model_matrix(part, drop_rows=())
+        return built.__wrapped__, built.model_spec
+
+    @override
+    def _lookup(self, name: str) -> tuple[Any, set[Any]]:
+        return self._checked(name, self.data[name]), set()
+
+    @override
+    def _evaluate(self, expr: str, metadata: Any, spec: Part) -> tuple[Any, set[Any]]:
+        # Not all columns: one may bear the name of a function.
+        names = (name for name in expression_names(expr)[0] if name in self.data)
+        scope = LayeredMapping(
+            LayeredMapping({name: as_numbers(self.data[name]) for name in names}, name="data"),
+            LayeredMapping(self.context, name="context"),
+            LayeredMapping(_FUNCTIONS, name="transforms"),
+        )
+        try:
+            value = stateful_eval(expr, scope, {}, spec.transform_state, spec)
+        except DataError as error:
+            raise DataError(f"in the term `{expr}`: {error}") from None
+        return self._checked(expr, value), set()
+
+    def _checked(self, text: str, value: Any) -> Any:
+        """A value with one row per row of data: numbers, columns of them, or known categories."""
+        if isinstance(value, _Categories):
+            return self._known(text, value)
+        for column in _columns(value):
+            if np.ndim(column) != 1:
+                raise DataError(f"the term `{text}` gives one value, not one per row")
+            if len(column) != self.nrows:
+                raise DataError(
+                    f"the term `{text}` gives {len(column)} values for {self.nrows} rows"
+                )
+        if isinstance(value, FactorValues) and value.__formulaic_metadata__.encoder:
+            return value
+        if isinstance(value, (dict, pd.DataFrame)) or np.ndim(value) == 2:
+            return value
+        bare = value.__wrapped__ if isinstance(value, FactorValues) else value
+        series = as_numbers(bare if isinstance(bare, pd.Series) else pd.Series(bare))
+        if is_number(series.dtype):
+            if text in self.levels:
+                raise DataError(
+                    f"{text!r} is numeric in the new data, but the model was fitted to "
+                    f"categories: {listing(map(repr, self.levels[text]))}"
+                )
+            return series.to_numpy(np.float64)
+        if is_label(series.dtype):
+            return self._known(text, _Categories(as_categories(series)))
+        dates = series.dtype.kind in "mM"
+        hint = ": turn dates into numbers, for instance days since the first" if dates else ""
+        raise DataError(f"{text!r} holds {series.dtype}, not numbers{hint}")
+
+    def _known(self, text: str, value: _Categories) -> Any:
+        categories = value.values.categories
+        if self._learning:
+            self.levels[text] = categories
+        elif text not in self.levels:
+            raise DataError(
+                f"{text!r} was numeric in the data of the fit, but holds "
+                f"{listing(map(repr, categories[:3]))} in the new data"
+            )
+        else:
+            known = self.levels[text]
+            unseen = categories[known.get_indexer(categories) < 0]
+            if len(unseen):
+                raise DataError(
+                    f"{text!r} has the level{'s' if len(unseen) > 1 else ''} "
+                    f"{listing(map(repr, unseen))} in the new data, which the model was not fitted "
+                    f"to; known levels: {listing(map(repr, known))}"
+                )
+            value = replace(value, values=value.values.set_categories(known))
+        return FactorValues(value, kind="categorical", spans_intercept=True)
+
+    @override
+    def _encode_evaled_factor(
+        self,
+        factor: EvaluatedFactor,
+        spec: Part,
+        drop_rows: Sequence[int],
+        reduced_rank: bool = False,
+    ) -> dict[str, Any]:
+        value = factor.values
+        if not isinstance(value, _Categories):
+            return super()._encode_evaled_factor(factor, spec, drop_rows, reduced_rank)
+        levels = list(value.values.categories)
+        if reduced_rank and len(levels) == 1:
+            return {}
+        contrasts = value.contrasts or spec.encoder_state.get(factor.expr, TreatmentContrasts())
+        if isinstance(contrasts, CustomContrasts) and len(contrasts.contrasts) != len(levels):
+            raise DataError(
+                f"the contrasts for {factor.expr!r} have {len(contrasts.contrasts)} rows, but the "
+                f"factor has {len(levels)} levels: {listing(levels)}"
+            )
+        try:
+            coding = contrasts.get_coding_matrix(levels, reduced_rank=reduced_rank)
+        except Exception as error:
+            raise DataError(
+                f"cannot use {type(contrasts).__name__} for {factor.expr!r} with levels "
+                f"{listing(levels)}: {error}"
+            ) from None
+        name = contrasts.get_factor_format(levels, reduced_rank=reduced_rank)
+        return {
+            name.format(name=factor.expr, field=field): column[value.values.codes]
+            for field, column in zip(coding.columns, coding.to_numpy(np.float64).T, strict=True)
+        }
+
+    @override
+    def _combine_columns(
+        self, cols: Sequence[tuple[str, Any]], spec: Part, drop_rows: Sequence[int]
+    ) -> np.ndarray:
+        matrix = np.empty((self.nrows, len(cols)), order="F")
+        for j, (_, values) in enumerate(cols):
+            matrix[:, j] = values
+        return matrix
+
+
+def _columns(value: Any) -> list[Any]:
+    """The columns of what an expression gave: one, or those of a spline basis."""
+    columns = as_columns(value)
+    if not isinstance(columns, dict):
+        return [columns]
+    return [v for k, v in columns.items() if not (isinstance(k, str) and k.startswith("__"))]
+
+
+def formula_part(text: str, contrasts: Mapping[str, Contrasts] | None = None) -> Part:
+    """One part of a formula, for `Encoder.matrix`, with contrasts by expression."""
+    # formulaic hands on the encoder state; for categorical factors it is ours to define.
+    return Part(list(parse_terms(text)), output="numpy", encoder_state=dict(contrasts or {}))
+
+
+def contrasts_by_expression(
+    contrasts: Mapping[str, Any] | None, factors: Iterable[Factor], levels: Mapping[str, Any]
+) -> dict[str, Contrasts]:
+    """`contrasts=` by name of a column or expression -> by expression.
+
+    Args:
+        contrasts: what the user asked for.
+        factors: the factors of the model.
+        levels: levels of those that are categorical, by expression.
+
+    Raises:
+        DataError: for a name that is no categorical factor, or contrasts that are none.
+        TypeError: if they are not a mapping.
+    """
+    if contrasts is None:
+        return {}
+    if not isinstance(contrasts, Mapping):
+        raise TypeError("contrasts must be a dict such as {'recipe': 'sum'}")
+    expressions: dict[str, list[str]] = {}
+    for factor in factors:
+        if factor.expr in levels:
+            names = {name for name in factor_names(factor)[0] if name not in _FUNCTIONS}
+            for name in sorted({factor.expr, *names}):
+                expressions.setdefault(name, []).append(factor.expr)
+    unknown = [name for name in contrasts if name not in expressions]
+    if unknown:
+        raise DataError(
+            f"contrasts for {unknown[0]!r}: no such factor in the model; its factors: "
+            f"{listing(map(repr, expressions)) or 'none'}"
+        )
+    return {
+        text: as_contrasts(scheme, repr(name))
+        for name, scheme in contrasts.items()
+        for text in expressions[name]
+    }

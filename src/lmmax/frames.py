@@ -1,0 +1,253 @@
+"""Data containers -> columns: one pandas frame of what a model uses, its missing values found."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import narwhals.stable.v1 as nw
+import numpy as np
+import pandas as pd
+
+__all__ = ["DataError"]
+
+
+class DataError(ValueError):
+    """Data that do not fit the model; the message names the column, level or row."""
+
+
+# A table is looked up by column name and iterates over the names; nothing in it is converted yet.
+Table = pd.DataFrame | Mapping[Any, Any]
+
+
+def as_table(data: Any) -> Table:
+    """Any accepted container -> table.
+
+    Raises:
+        TypeError: for a container of another kind.
+    """
+    if isinstance(data, (pd.DataFrame, Mapping)):
+        return data
+    frame = nw.from_native(data, pass_through=True)
+    if isinstance(frame, nw.DataFrame):
+        return {name: frame.get_column(name) for name in frame.columns}
+    if isinstance(frame, nw.LazyFrame):
+        raise TypeError("data is a lazy frame: pass data.collect()")
+    hint = "; for plain arrays use design_from_arrays()" if isinstance(data, np.ndarray) else ""
+    raise TypeError(
+        "data must be a pandas or polars DataFrame, a pyarrow Table or a dict of columns, not "
+        f"{type(data).__name__}{hint}"
+    )
+
+
+def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
+    """The named columns as they are, with the row labels of the data.
+
+    Raises:
+        DataError: for a name that comes twice, or columns that differ in length or shape.
+    """
+    if isinstance(table, pd.DataFrame):
+        columns = {}
+        for name in names:
+            column = table[name]
+            if column.ndim != 1:
+                raise DataError(f"data has {column.shape[1]} columns named {name!r}: rename them")
+            columns[name] = column.array
+        return pd.DataFrame(columns, index=table.index, copy=False)
+    read = {name: one_dimensional(table[name], f"column {name!r}") for name in names}
+    lengths = {name: len(values) for name, values in read.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name!r} {length}" for name, length in lengths.items())
+        raise DataError(f"columns differ in length: {listed}")
+    n = next(iter(lengths.values()), len(next(iter(table.values()), ())))
+    # Their arrays, because a dict of Series would be aligned by label.
+    arrays = {name: values.array for name, values in read.items()}
+    return pd.DataFrame(arrays, index=pd.RangeIndex(n), copy=False)
+
+
+def one_dimensional(values: Any, what: str) -> pd.Series:
+    """Array-like -> Series; lists keep the types of their elements."""
+    if isinstance(values, nw.Series):
+        values = _from_narwhals(values)
+    elif isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise DataError(f"{what} is a single value, {values!r}: give one value per row")
+    elif hasattr(values, "__array__") and not isinstance(
+        values, (pd.Series, pd.Index, pd.api.extensions.ExtensionArray)
+    ):
+        values = np.asarray(values)
+    shape = getattr(values, "shape", (0,))
+    if len(shape) != 1:
+        raise DataError(f"{what} must be one-dimensional, its shape is {shape}")
+    return pd.Series(values)
+
+
+def _from_narwhals(column: nw.Series[Any]) -> Any:
+    arrow_type = getattr(column.to_native(), "type", None)
+    if column.dtype == nw.Enum or getattr(arrow_type, "ordered", False):
+        categories = column.cat.get_categories().to_list()
+        return pd.Categorical(column.cast(nw.String).to_list(), categories=categories)
+    if column.dtype == nw.Categorical:
+        column = column.cast(nw.String)
+    return column.to_numpy()
+
+
+_NUMERIC_OBJECTS = ("floating", "integer", "mixed-integer-float", "decimal", "empty")
+
+
+def as_numbers(values: pd.Series) -> pd.Series:
+    """Numeric values as float64 or int64 with NaN for missing; other values as they are."""
+    dtype = values.dtype
+    if isinstance(dtype, np.dtype) and dtype.kind in "fiu":
+        wide = np.result_type(dtype, np.int64)  # narrow integers would overflow in expressions
+        return values if dtype == wide else values.astype(wide)
+    if pd.api.types.is_object_dtype(dtype):
+        kind = pd.api.types.infer_dtype(values, skipna=True)
+        if kind == "integer" and not values.hasnans:
+            return values.infer_objects()
+        if kind in _NUMERIC_OBJECTS:
+            return values.where(values.notna(), np.nan).astype(np.float64)
+    elif pd.api.types.is_numeric_dtype(dtype) and not isinstance(dtype, np.dtype):
+        if pd.api.types.is_bool_dtype(dtype):
+            return values
+        if pd.api.types.is_integer_dtype(dtype) and not values.hasnans:
+            return as_numbers(pd.Series(values.to_numpy(), values.index))
+        return pd.Series(values.to_numpy(np.float64, na_value=np.nan), values.index)
+    return values
+
+
+def is_number(dtype: Any) -> bool:
+    """Whether values that went through `as_numbers` are numbers."""
+    return isinstance(dtype, np.dtype) and dtype.kind in "fi"
+
+
+def is_label(dtype: Any) -> bool:
+    """Whether values that are not numbers can serve as categories."""
+    return (
+        isinstance(dtype, pd.CategoricalDtype)
+        or pd.api.types.is_object_dtype(dtype)
+        or pd.api.types.is_bool_dtype(dtype)
+        or pd.api.types.is_string_dtype(dtype)
+    )
+
+
+def numeric_column(values: Any, what: str) -> np.ndarray:
+    """Array-like -> (n,) float64, NaN for missing."""
+    column = as_numbers(one_dimensional(values, what))
+    if not is_number(column.dtype):
+        kind = "True/False" if pd.api.types.is_bool_dtype(column.dtype) else column.dtype
+        raise DataError(f"{what} must be numeric, not {kind}")
+    return column.to_numpy(np.float64)
+
+
+def side_column(values: Any, what: str, table: Table, index: pd.Index) -> np.ndarray:
+    """`weights=` or `offset=`, an array or a column name -> (n,) float64, NaN for missing."""
+    if isinstance(values, str):
+        if values not in table:
+            raise unknown_column(values, table, f"{what}={values!r}")
+        values = table[values]
+    numbers = numeric_column(values, what)
+    if len(numbers) != len(index):
+        raise DataError(f"{what} has {len(numbers)} values for {len(index)} rows of data")
+    if isinstance(values, pd.Series) and not values.index.equals(index):
+        raise DataError(
+            f"{what} is a Series whose index differs from that of the data: reorder it, or pass "
+            f"{what}.to_numpy() if its rows are in the order of the data"
+        )
+    return numbers
+
+
+def missing_values(columns: Iterable[tuple[Any, Any]], index: pd.Index) -> dict[str, np.ndarray]:
+    """Rows in which columns lack a value, by name; an infinite value is an error."""
+    masks: dict[str, np.ndarray] = {}
+    for name, column in columns:
+        values = as_numbers(column).values if isinstance(column, pd.Series) else column
+        if is_number(values.dtype):
+            check_finite(name, values, index)
+        mask = np.asarray(pd.isna(values))
+        if mask.any():
+            masks[name] = masks[name] | mask if name in masks else mask
+    return masks
+
+
+def any_missing(masks: Mapping[str, np.ndarray], n: int) -> np.ndarray:
+    """Rows, (n,) bool, that lack any value."""
+    return np.logical_or.reduce([np.zeros(n, dtype=bool), *masks.values()])
+
+
+def complete_rows(
+    masks: Mapping[str, np.ndarray], missing: str
+) -> tuple[np.ndarray | slice, dict[str, int]]:
+    """Masks of missing values -> the rows to keep, and the number of missing values by name.
+
+    Args:
+        masks: (n,) bool by name, each with a missing value.
+        missing: `"drop"` or `"raise"`.
+
+    Raises:
+        DataError: if no row is complete, or `missing` is `"raise"` and there are masks.
+        ValueError: for another `missing`.
+    """
+    if missing not in ("drop", "raise"):
+        raise ValueError(f"missing={missing!r}: choose 'drop' or 'raise'")
+    if not masks:
+        return slice(None), {}
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
+    bad = np.logical_or.reduce(list(masks.values()))
+    if missing == "raise":
+        raise DataError(
+            f"missing values in {listed}; {plural(bad.sum(), 'row')} affected. Fill or remove "
+            "them, or use missing='drop'"
+        )
+    if bad.all():
+        raise DataError(
+            f"no row is left: every one of the {len(bad)} has a missing value, in {listed}"
+        )
+    return ~bad, counts
+
+
+def check_finite(name: str, values: Any, index: pd.Index) -> None:
+    """Raise for an infinite value; NaN passes."""
+    infinite = np.isinf(np.asarray(values))
+    if infinite.any():
+        raise DataError(
+            f"column {name!r} is infinite in {plural(infinite.sum(), 'row')}, first in "
+            f"{row_text(index, np.argmax(infinite))}"
+        )
+
+
+def unknown_column(name: str, table: Iterable[Any], where: str) -> DataError:
+    """The error for a name that is no column, with the likeliest remedy."""
+    columns = [str(column) for column in table]
+    close = difflib.get_close_matches(name, columns, n=1)
+    close = close or [column for column in columns if column.lower() == name.lower()]
+    dotted = [column for column in columns if column.startswith(name + ".")]
+    hint = ""
+    if dotted:
+        hint = f" Inside a call, write the column {dotted[0]!r} in backticks: `{dotted[0]}`."
+    elif name in ("T", "F"):
+        hint = f" For the logical value write {'True' if name == 'T' else 'False'}."
+    elif close:
+        hint = f" Did you mean {close[0]!r}?"
+    return DataError(
+        f"no column {name!r} in the data ({where}).{hint} Columns: {listing(columns)}."
+    )
+
+
+def listing(values: Iterable[Any], limit: int = 20) -> str:
+    """Values for a message, cut short if there are many."""
+    items = [str(value) for value in values]
+    shown = ", ".join(items[:limit])
+    return f"{shown}, ... ({len(items)} in all)" if len(items) > limit else shown
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def row_text(index: pd.Index, position: Any) -> str:
+    """A row for a message, by its label."""
+    label = index[int(position)]
+    return f"row {label!r}" if isinstance(label, str) else f"row {label}"

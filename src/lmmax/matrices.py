@@ -1,0 +1,175 @@
+"""What estimation sees of a model and its data: matrices, names and groups."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from .frames import DataError, check_finite, listing, plural, row_text
+from .levels import Grouping
+from .spec import ModelSpec, RandomTerm
+
+__all__ = ["Design", "NewDesign", "RandomBlock"]
+
+
+@dataclass(frozen=True, eq=False)
+class RandomBlock:
+    """The columns of one random term.
+
+    Args:
+        term: the term as asked for.
+        grouping: position of its grouping factor in `Design.groupings`.
+        Z: (n, q) float64, the effects' columns per row (no group indicators).
+        names: (q,) names of the effects.
+    """
+
+    term: RandomTerm
+    grouping: int
+    Z: np.ndarray
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NewDesign:
+    """The design of a fitted model applied to new rows.
+
+    Args:
+        X: (n, p) float64; NaN in rows marked `missing`.
+        Z: one (n, q) array per random term, empty if groups were not asked for.
+        codes: one (n,) int64 array per grouping factor, -1 for a level that was not in the data
+            of the fit or is missing; empty if groups were not asked for.
+        offset: (n,) or None; NaN in rows marked `missing`.
+        index: (n,) row labels.
+        missing: (n,) bool, rows that lack a value needed for a prediction.
+    """
+
+    X: np.ndarray
+    Z: tuple[np.ndarray, ...]
+    codes: tuple[np.ndarray, ...]
+    offset: np.ndarray | None
+    index: pd.Index
+    missing: np.ndarray
+
+
+class Recipe(Protocol):
+    """How a design was made, with all that was learnt from the data, to be applied to new rows."""
+
+    def apply(self, data: Any, need_groups: bool, offset: Any) -> NewDesign:
+        """See `Design.new_data`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """Matrices, names and groups of one model, rows with missing values left out.
+
+    Args:
+        spec: the model.
+        response_name: name of the response.
+        y: (n,) float64 response.
+        X: (n, p) float64 fixed-effects design.
+        x_names: (p,) names of its columns.
+        blocks: one `RandomBlock` per random term, in the order of the formula.
+        groupings: the grouping factors; terms with the same group share one.
+        weights: (n,) positive prior weights, or None.
+        offset: (n,) sum of all offsets, or None.
+        index: (n,) labels of the rows used: pandas index of the data, else row numbers from 0.
+        n_dropped: number of rows left out.
+        dropped_by: number of missing values by column, or by term where a transform made them.
+    """
+
+    spec: ModelSpec
+    response_name: str
+    y: np.ndarray
+    X: np.ndarray
+    x_names: tuple[str, ...]
+    blocks: tuple[RandomBlock, ...]
+    groupings: tuple[Grouping, ...]
+    weights: np.ndarray | None
+    offset: np.ndarray | None
+    index: pd.Index
+    n_dropped: int
+    dropped_by: dict[str, int]
+    _recipe: Recipe
+
+    def new_data(self, data: Any, *, need_groups: bool = True, offset: Any = None) -> NewDesign:
+        """Apply the same formula, with all it learnt from the data, to new rows.
+
+        Args:
+            data: as in `build_design`; the response is not needed. For a design made by
+                `design_from_arrays`, a mapping with `"X"`, and `"groups"`, `"Z"` where needed.
+            need_groups: whether random-effects columns and group codes are wanted; if not, their
+                columns may be absent.
+            offset: (n,) array or column name; needed if the fit had an offset given as an array.
+
+        Returns:
+            The matrices, all rows kept: rows with missing values are NaN and marked.
+
+        Raises:
+            DataError: for an absent column, an unseen level of a factor in the design (an unseen
+                group is code -1 instead), or a value that is infinite.
+
+        Example:
+            >>> from lmmax.design import build_design
+            >>> data = {"y": [1.0, 2.0, 4.0, 3.0], "x": [1, 2, 3, 4], "g": ["a", "a", "b", "b"]}
+            >>> design = build_design("y ~ x + (1 | g)", data)
+            >>> new = design.new_data({"x": [5, 6], "g": ["b", "c"]})
+            >>> new.X.tolist(), new.codes[0].tolist()
+            ([[1.0, 5.0], [1.0, 6.0]], [1, -1])
+        """
+        return self._recipe.apply(data, need_groups, offset)
+
+    def __repr__(self) -> str:
+        groups = [f"{plural(len(g.levels), 'group')} of {g.name}" for g in self.groupings]
+        sizes = [f"{plural(len(self.y), 'row')}, {plural(len(self.x_names), 'fixed effect')}"]
+        return f"Design({self.spec.formula!r}: {', '.join(sizes + groups)})"
+
+
+def check_unique(names: Iterable[str], what: str) -> None:
+    """Raise for column names that come twice."""
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise DataError(f"{what} has several columns named {listing(map(repr, repeated))}")
+
+
+def check_matrix(matrix: np.ndarray, names: Iterable[str], index: pd.Index) -> None:
+    """Raise for an infinite value, naming its column."""
+    for name, column in zip(names, matrix.T, strict=True):
+        check_finite(name, column, index)
+
+
+def check_response(name: str, y: np.ndarray, index: pd.Index) -> None:
+    """Raise for a response that is infinite or constant."""
+    check_finite(name, y, index)
+    if y.min() == y.max():
+        raise DataError(
+            f"response {name!r} is constant (every value is {y[0]:g}): there is nothing to explain"
+        )
+
+
+def prior_weights(weights: np.ndarray, index: pd.Index) -> np.ndarray:
+    """A copy of weights without missing values, checked to be positive."""
+    if not (weights > 0).all():
+        at = int(np.argmin(weights > 0))
+        hint = "" if weights[at] else ": remove rows of weight zero, they say nothing"
+        raise DataError(
+            f"weights must be positive, but the weight of {row_text(index, at)} is "
+            f"{weights[at]:g}{hint}"
+        )
+    return np.array(weights)
+
+
+def needed_offset(learnt: str | bool | None, given: Any) -> Any:
+    """The offset for new rows: as given, else the column that it was in the fit.
+
+    Args:
+        learnt: the name of that column, True if the offset was an array, None without offset.
+        given: array, column name or None.
+    """
+    if given is None and learnt is True:
+        raise DataError("the model was fitted with an offset: pass offset= for the new rows")
+    return learnt if given is None else given
