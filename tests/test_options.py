@@ -257,7 +257,7 @@ def test_twelve_effects(covariance: str) -> None:
     sim = simulate(3, q=12, p=3, sizes=[20] * 60)
     args = (sim["y"], sim["X"], sim["codes"], sim["Z"])
     fits = [
-        lmmax.fit_arrays(*args, covariance=covariance, solver=solver, max_steps=500)
+        lmmax.fit_arrays(*args, covariance=covariance, solver=solver, max_steps=3000)
         for solver in ("newton", "lbfgs")
     ]
     for fit in fits:
@@ -392,6 +392,7 @@ def test_refit_of_the_same_response(data: pd.DataFrame, plain: lmmax.Fit) -> Non
         (np.r_[np.arange(143), np.inf], "not finite at position 143"),
         (np.ones(144), "exact linear combination"),
         (["a"] * 144, "y must be numeric"),
+        (pd.Series(np.arange(144.0), index=np.arange(144)[::-1]), "whose index differs.*reorder"),
     ],
 )
 def test_refit_of_responses_that_do_not_fit(plain: lmmax.Fit, y: Any, message: str) -> None:
@@ -447,9 +448,10 @@ def test_results_handed_out_are_not_the_fit(data: pd.DataFrame) -> None:
     """Changing a table in place changes no estimate that is computed from it later."""
     fit = lmmax.fit(FORMULA, data)
     expected = lmmax.fit(FORMULA, data)
-    fit.cov_params().iloc[:] = 0.0
-    fit.varcorr()["vcov"] = 0.0
-    fit.theta[:] = 0.0
+    covariance, variances, theta = fit.cov_params(), fit.varcorr(), fit.theta
+    covariance.iloc[:] = 0.0
+    variances["vcov"] = 0.0
+    theta[:] = 0.0
     np.testing.assert_array_equal(fit.bse, expected.bse)
     np.testing.assert_array_equal(fit.random_effects, expected.random_effects)
     np.testing.assert_array_equal(fit.theta, expected.theta)

@@ -256,12 +256,12 @@ def _check_columns(block: RandomBlock) -> None:
 
 def refit_response(fitted: Fit, y: Any) -> Fit:
     """Fit the model of ``fitted`` to another response; see :meth:`lmmax.Fit.refit`."""
-    if isinstance(y, pd.Series) and len(y) == fitted.nobs:
-        if not y.index.equals(fitted.design.index):
-            raise DataError(
-                "y is a Series whose index differs from that of the rows used in the fit: reorder "
-                "it, or pass y.to_numpy() if its rows are in that order"
-            )
+    same_length = isinstance(y, pd.Series) and len(y) == fitted.nobs
+    if same_length and not y.index.equals(fitted.design.index):
+        raise DataError(
+            "y is a Series whose index differs from that of the rows used in the fit: reorder it, "
+            "or pass y.to_numpy() if its rows are in that order"
+        )
     try:
         y = np.asarray(y, dtype=float)
     except (TypeError, ValueError):
