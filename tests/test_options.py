@@ -11,11 +11,13 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
 import lmmax
+from lmmax import functional
 from tests.oracles import dense
 from tests.simulate import simulate
 
@@ -103,6 +105,28 @@ def test_a_fit_is_a_start_next_to_the_optimum(data: pd.DataFrame, plain: lmmax.F
         fit = lmmax.fit(FORMULA, data, start=start)
         assert fit.convergence.steps <= 2
         assert_same_optimum(fit, plain)
+
+
+def test_a_start_by_term(data: pd.DataFrame) -> None:
+    plain = lmmax.fit(TERMS, data)
+    parts = {"(1 | g)": 2.0, "(0 + x | g)": [[0.1]]}
+    assert_same_optimum(lmmax.fit(TERMS, data, start={"cov_re": parts, "scale": 2.0}), plain)
+    with pytest.raises(lmmax.ConstraintError, match="must give every term's covariance"):
+        lmmax.fit(TERMS, data, start={"cov_re": {"(1 | g)": 2.0}, "scale": 2.0})
+
+
+def test_the_solver_cannot_go_back_and_forth(data: pd.DataFrame) -> None:
+    """The criterion is even in theta; from 1, steps no longer than 2 could take it to -1."""
+    solve = jax.jit(functional.solve)
+    with jax.enable_x64(True):
+        for seed in range(20):
+            rng = np.random.Generator(np.random.PCG64(seed))
+            groups = np.repeat(np.arange(20), 10)
+            y = 0.2 * rng.standard_normal(20)[groups] + rng.standard_normal(200)
+            problem = functional.problem(y, np.ones((200, 1)), groups)
+            optima = [solve(problem, start=np.array([start])) for start in (1.0, 0.3)]
+            assert [int(optimum.status) for optimum in optima] == [1, 1]
+            assert optima[0].criterion == pytest.approx(float(optima[1].criterion), abs=1e-9)
 
 
 def test_a_richer_fit_starts_a_simpler_one(data: pd.DataFrame, plain: lmmax.Fit) -> None:

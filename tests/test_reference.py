@@ -144,4 +144,6 @@ def test_ill_conditioned_designs(
     assert fit.params.iloc[position] * factor == pytest.approx(
         matrix(target["fixef"])[position], rel=1e-7
     )
-    assert fit.bse.iloc[position] * factor == pytest.approx(matrix(target["se"])[position], rel=1e-7)
+    assert fit.bse.iloc[position] * factor == pytest.approx(
+        matrix(target["se"])[position], rel=1e-7
+    )

@@ -11,7 +11,10 @@ the update is that of their diagonal blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .likelihood.grouped import GroupedProblem
@@ -29,28 +32,25 @@ def em_step(D: Array, gradient: Array, n_groups: Array, blocks: Array) -> Array:
     return (D - D @ (gradient * blocks) @ D / n_groups) * blocks
 
 
-def moment_start(problem: GroupedProblem) -> Array:
+def moment_start(problem: GroupedProblem) -> Any:
     """Return a diagonal relative covariance (q, q) from the groups' sums of squares.
 
     Column a's sums ``u_i' r_i`` over a group's least-squares residuals have expected square
     ``scale (U'U)_aa + scale D_aa (U'U)_aa^2``, ignoring the other columns.  Never below a tenth of
-    the noise in such an estimate, so that EM does not start at a boundary.
+    the noise in such an estimate, so that EM does not start at a boundary.  A problem of NumPy
+    arrays gives a NumPy array.
     """
-    U, Y = jnp.asarray(problem.U), jnp.asarray(problem.Y)
-    weight = jnp.asarray(problem.weight)
-    q = U.shape[0]
-    squares = jnp.sum(U * U, axis=0)
-    sums = jnp.sum(U * Y[:, -1][:, None], axis=0)
-    residual_df = problem.n_obs - problem.n_fixed - q * jnp.sum(weight)
+    U, Y, weight = problem.U, problem.Y, problem.weight
+    xp: Any = np if isinstance(U, np.ndarray) else jnp
+    squares = (U * U).sum(0)
+    sums = (U * Y[:, -1][:, None]).sum(0)
+    residual_df = problem.n_obs - problem.n_fixed - len(U) * weight.sum()
     # With few rows per group nothing may be left outside Z; then the total variance stands in.
     enough = residual_df > 0.1 * problem.n_obs
-    total = problem.C[-1, -1] + jnp.sum(Y[:, -1] ** 2)
-    scale = jnp.where(
-        enough,
-        problem.C[-1, -1] / jnp.where(enough, residual_df, 1.0),
-        0.5 * total / problem.n_obs,
-    )
-    noise = jnp.sum(weight * squares, axis=1)
-    signal = jnp.sum(weight * squares * squares, axis=1)
-    estimate = (jnp.sum(sums * sums, axis=1) / scale - noise) / signal
-    return jnp.diag(jnp.maximum(estimate, 0.1 * noise / signal))
+    total = problem.C[-1, -1] + (Y[:, -1] ** 2).sum()
+    inside = problem.C[-1, -1] / xp.where(enough, residual_df, 1.0)
+    scale = xp.where(enough & (inside > 0.0), inside, 0.5 * total / problem.n_obs)
+    noise = (weight * squares).sum(1)
+    signal = (weight * squares * squares).sum(1)
+    estimate = ((sums * sums).sum(1) / scale - noise) / signal
+    return xp.diag(xp.maximum(estimate, 0.1 * noise / signal))

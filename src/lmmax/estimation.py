@@ -19,28 +19,22 @@ import numpy as np
 
 from .compilation_cache import compilation_cache
 from .compress import Compression
+from .em import moment_start
 from .likelihood.grouped import Derivatives, GroupedProblem
-from .parameters import (
-    factor,
-    lower_from_root,
-    pack_triangle,
-    triangle_order,
-    unpack_lower,
-    unpack_symmetric,
-)
+from .parameters import lower_from_root, pack_triangle, unpack_lower, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
     TRACE_LENGTH,
     Constraints,
     Options,
+    Point,
     Solution,
     Status,
-    default_start,
     lbfgs,
     newton,
 )
 
-Solver = Callable[[GroupedProblem, Constraints, Options, jax.Array], Solution]
+Solver = Callable[..., Solution]
 SOLVERS = ("auto", "newton", "lbfgs")
 RESTARTS = 5
 BOUNDARY = 1e-4
@@ -145,43 +139,37 @@ class Estimates:
         with the coefficients profiled out.  Computed in the coordinates of the factor, it also
         holds for singular covariances, given their rank.  Fixed entries have covariance zero.
         """
-        q = len(self.root)
-        free = np.asarray(self.constraints.free) > 0.0
+        point, q = self.solution.point, len(self.root)
+        free = point.free > 0.0
         inner = np.ix_(free, free)
-        hessian = self.solution.hessian[inner]
+        hessian = point.hessian[inner]
         unit = np.sqrt(np.abs(np.diag(hessian)))
         unit[unit == 0.0] = 1.0
         units = np.outer(unit, unit)
-        cov_x = np.zeros((len(free), len(free)))
-        cov_x[inner] = 2.0 * np.linalg.pinv(hessian / units, rcond=1e-10, hermitian=True) / units
+        cov = np.zeros((len(free), len(free)))
+        cov[inner] = 2.0 * np.linalg.pinv(hessian / units, rcond=1e-10, hermitian=True) / units
 
-        # d(vech Psi, scale)/d(s, theta) for Psi = scale A^-1 L L' A^-T.
-        s, theta = self.solution.x[0], self.solution.x[1:]
-        natural = np.asarray(self.constraints.natural)
-        shrink = np.exp(-0.5 * s * natural)
-        to_user = self.z_inverse @ self.solution.order
-        L = to_user @ unpack_lower(theta * shrink)
-        jacobian = np.zeros((len(theta) + 1, len(free)))
-
-        def change(dL: np.ndarray) -> np.ndarray:
-            half = to_user @ dL @ L.T
-            return self.scale * pack_triangle(half + half.T)
-
-        rows, columns = np.tril_indices(q)
-        for entry, (i, j) in enumerate(zip(rows, columns, strict=True)):
-            dL = np.zeros((q, q))
-            dL[i, j] = shrink[entry]
-            jacobian[:-1, 1 + entry] = change(dL)
-        jacobian[:-1, 0] = self.scale * pack_triangle(self.D)
-        jacobian[:-1, 0] += change(unpack_lower(-0.5 * natural * shrink * theta))
+        # d(vech Psi, scale) / d(s, root) for Psi = exp(s) y_scale^2 A^-1 root root' A^-T.
+        root = self.z_inverse @ point.root
+        jacobian = np.zeros((q * (q + 1) // 2 + 1, len(free)))
+        for entry, (i, j) in enumerate(np.ndindex(q, q)):
+            half = np.outer(self.z_inverse[:, i], root[:, j])
+            jacobian[:-1, 1 + entry] = self.scale * pack_triangle(half + half.T)
+        held = np.asarray(self.constraints.held)
+        jacobian[:-1, 0] = self.scale * pack_triangle(self.D * (1.0 - held))
         jacobian[-1, 0] = self.scale
-        return jacobian @ cov_x @ jacobian.T
+        return jacobian @ cov @ jacobian.T
 
     @cached_property
     def hessian_eigenvalues(self) -> np.ndarray:
-        """Eigenvalues of the Hessian in (s, theta), free entries only, working coordinates."""
-        free = np.asarray(self.constraints.free) > 0.0
-        return np.linalg.eigvalsh(self.solution.hessian[np.ix_(free, free)])
+        """Eigenvalues of the Hessian in (log scale, root), free entries, working coordinates."""
+        free = self.solution.point.free > 0.0
+        return np.linalg.eigvalsh(self.solution.point.hessian[np.ix_(free, free)])
+
+    @property
+    def n_free(self) -> int:
+        """Number of covariance parameters and scale that were estimated."""
+        return int(np.sum(self.solution.point.free > 0.0))
 
 
 def estimate(
@@ -199,20 +187,23 @@ def estimate(
     """
     problem = compression.problem
     z_inverse = np.asarray(problem.z_inverse)
-    constraints, start = _constraints(problem, terms, settings)
+    constraints, D, s = _constraints(problem, terms, settings)
     noise = _noise(problem)
 
-    solution = _solve(problem, constraints, settings, start)
+    em_steps = settings.em_steps if D is None else 0
+    D = moment_start(problem) * constraints.blocks if D is None else D
+    solution = _solve(problem, constraints, settings, em_steps, D, s)
     for _ in range(RESTARTS):
         if solution.status != Status.CONVERGED:
             break
         better = _step_off(solution, constraints, terms, noise)
         if better is None:
             break
-        solution = _solve(problem, constraints, settings, better)
+        solution = _solve(problem, constraints, settings, 0, better, float(solution.point.s))
 
-    x, at = solution.x, solution.derivatives
-    root, boundary = _snap(_root(solution, constraints), constraints, terms, noise)
+    point = solution.point
+    at = point.at
+    root, boundary = _snap(np.asarray(point.root), constraints, terms, noise)
     p = int(problem.n_fixed)
     R_inverse = np.asarray(problem.x_inverse)[:p, :p]
     y_scale = float(problem.y_scale)
@@ -221,7 +212,7 @@ def estimate(
     return Estimates(
         beta=R_inverse @ (at.beta[:p] + np.asarray(problem.beta_origin)[:p]) * y_scale,
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
-        scale=float(np.exp(x[0]) * y_scale**2),
+        scale=float(np.exp(point.s) * y_scale**2),
         root=z_inverse @ root,
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
@@ -233,27 +224,20 @@ def estimate(
     )
 
 
-def _from_start(solver: Solver) -> Callable[..., jax.Array]:
-    """Let missing (NaN) entries of the start stand for the moment estimate.
+def _flat(solver: Solver) -> Callable[..., jax.Array]:
+    """Make a solver return one flat array: a transfer costs more than a small solve."""
 
-    The record is returned as one flat array: transfers to the host cost more than a small solve.
-    """
-
-    def solve(
-        problem: GroupedProblem, constraints: Constraints, options: Options, start: jax.Array
-    ) -> jax.Array:
-        default = default_start(problem, constraints)
-        start = jnp.where(jnp.isnan(start), default, start)
-        solution = solver(problem, constraints, options, start)
-        leaves = jax.tree.leaves(solution)
-        return jnp.concatenate([jnp.ravel(leaf).astype(start.dtype) for leaf in leaves])
+    def solve(*arguments: Any) -> jax.Array:
+        leaves = jax.tree.leaves(solver(*arguments))
+        dtype = leaves[0].dtype
+        return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
 
     return solve
 
 
-def _unflatten(flat: np.ndarray, k: int, p: int) -> Solution:
-    """Undo the flattening of a record with k covariance parameters and p coefficients."""
-    at, q = 0, triangle_order(k)
+def _unflatten(flat: np.ndarray, q: int, p: int) -> Solution:
+    """Undo the flattening of a record with q random effects and p coefficients."""
+    at, k = 0, q * (q + 1) // 2
 
     def take(*shape: int) -> Any:
         nonlocal at
@@ -263,18 +247,23 @@ def _unflatten(flat: np.ndarray, k: int, p: int) -> Solution:
         return part
 
     return Solution(
-        x=take(k + 1),
-        order=take(q, q),
-        derivatives=Derivatives(
-            value=take(),
-            gradient=take(k + 1),
-            hessian=take(k + 1, k + 1),
-            log_scale=take(),
-            beta=take(p),
-            beta_inverse=take(p, p),
+        point=Point(
+            s=take(),
+            D=take(q, q),
+            root=take(q, q),
+            pivot=take(q, q),
+            free=take(q * q + 1),
+            at=Derivatives(
+                value=take(),
+                gradient=take(k + 1),
+                hessian=take(k + 1, k + 1),
+                log_scale=take(),
+                beta=take(p),
+                beta_inverse=take(p, p),
+            ),
+            gradient=take(q * q + 1),
+            hessian=take(q * q + 1, q * q + 1),
         ),
-        gradient=take(k + 1),
-        hessian=take(k + 1, k + 1),
         status=take(),
         steps=take(),
         decrement=take(),
@@ -282,33 +271,36 @@ def _unflatten(flat: np.ndarray, k: int, p: int) -> Solution:
     )
 
 
-_compiled: dict[str, Any] = {
-    "newton": jax.jit(_from_start(newton)),
-    "lbfgs": jax.jit(_from_start(lbfgs)),
-}
+_compiled: dict[str, Any] = {"newton": jax.jit(_flat(newton)), "lbfgs": jax.jit(_flat(lbfgs))}
 
 
 def _solve(
-    problem: GroupedProblem, constraints: Constraints, settings: Settings, start: np.ndarray
+    problem: GroupedProblem,
+    constraints: Constraints,
+    settings: Settings,
+    em_steps: int,
+    D: np.ndarray,
+    s: float,
 ) -> Solution:
     """Run the solver in float64 and return its record as NumPy arrays."""
     solver = settings.solver
     if solver == "auto":
-        solver = "newton" if np.sum(constraints.free) <= NEWTON_LIMIT else "lbfgs"
+        k = np.sum(np.tril(constraints.blocks * (1.0 - constraints.held)))
+        solver = "newton" if k <= NEWTON_LIMIT else "lbfgs"
     options = Options(
         reml=float(settings.reml),
-        em_steps=settings.em_steps if np.isnan(start[1:]).any() else 0,
+        em_steps=em_steps,
         max_steps=settings.max_steps,
         tol=settings.tol,
     )
     with jax.enable_x64(True), compilation_cache():
-        flat = np.asarray(_compiled[solver](problem, constraints, options, start))
-    return _unflatten(flat, len(start) - 1, len(problem.beta_origin))
+        flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s)))
+    return _unflatten(flat, len(D), len(problem.beta_origin))
 
 
 def _constraints(
     problem: GroupedProblem, terms: Sequence[TermColumns], settings: Settings
-) -> tuple[Constraints, np.ndarray]:
+) -> tuple[Constraints, np.ndarray | None, float]:
     """Translate structure, ``fix`` and ``start`` into the solver's terms."""
     A, y_scale = np.asarray(problem.z_factor), float(problem.y_scale)
     q = len(A)
@@ -316,42 +308,35 @@ def _constraints(
     for term in terms:
         here = term.columns
         blocks[here, here] = 1.0 if term.correlated else np.eye(here.stop - here.start)
-    free_theta = pack_triangle(blocks)
-    natural = np.zeros_like(free_theta)
-    # Missing entries are the solver's to choose; a profiled scale needs no start at all.
-    start = np.full(len(free_theta) + 1, np.nan)
-    start[0] = np.log(0.5 / float(problem.n_obs))
-
     fix = dict(settings.fix or {})
     fixed_cov, fixed_scale = fix.pop("cov_re", None), fix.pop("scale", None)
     if fix:
         raise ConstraintError(
             f"fix has the unknown entry {next(iter(fix))!r}; it takes 'cov_re' and 'scale'"
         )
+    D: np.ndarray | None = None
+    s = np.log(0.5 / float(problem.n_obs))
     if settings.start is not None:
         D, scale = _read_start(settings.start, terms, q)
-        start[0] = np.log(scale / y_scale**2)
-        start[1:] = pack_triangle(factor(A @ D @ A.T)) * free_theta
+        D = A @ D @ A.T * blocks
+        s = np.log(scale / y_scale**2)
     if fixed_scale is not None:
         if not isinstance(fixed_scale, Real) or not 0.0 < float(fixed_scale) < np.inf:
             raise ConstraintError(f"fix['scale']={fixed_scale!r} must be a positive number")
-        start[0] = np.log(float(fixed_scale) / y_scale**2)
+        s = np.log(float(fixed_scale) / y_scale**2)
+    natural, held = np.zeros((q, q)), np.zeros((q, q))
     if fixed_cov is not None:
         Psi, covered = _read_covariance(fixed_cov, terms, q, "fix['cov_re']")
-        natural = pack_triangle(covered * blocks)
-        held = pack_triangle(factor(A @ Psi @ A.T)) / y_scale
-        start[1:] = np.where(natural > 0.0, held, start[1:])
-        free_theta = free_theta * (1.0 - natural)
-    free = np.append(float(fixed_scale is None), free_theta)
-    return (
-        Constraints(
-            free=free,
-            natural=natural,
-            blocks=blocks,
-            profile=fixed_scale is None and fixed_cov is None,
-        ),
-        start,
+        held = covered * blocks
+        natural = A @ Psi @ A.T / y_scale**2 * held
+    constraints = Constraints(
+        blocks=blocks,
+        held=held,
+        natural=natural,
+        scale_free=fixed_scale is None,
+        profile=fixed_scale is None and fixed_cov is None,
     )
+    return constraints, D, float(s)
 
 
 def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.ndarray, float]:
@@ -426,11 +411,9 @@ def _free_terms(
     terms: Sequence[TermColumns], constraints: Constraints
 ) -> Iterator[tuple[TermColumns, list[slice]]]:
     """Yield each estimated term with its irreducible blocks of columns."""
-    free = np.asarray(constraints.free)[1:]
-    diagonal = np.flatnonzero(pack_triangle(np.eye(len(constraints.blocks))))
     for term in terms:
         here = term.columns
-        if not free[diagonal[here.start]]:
+        if constraints.held[here.start, here.start]:
             continue
         each = [slice(j, j + 1) for j in range(here.start, here.stop)]
         yield term, [here] if term.correlated else each
@@ -444,11 +427,7 @@ def _step_off(
     At a minimum over positive semidefinite ``D`` the gradient is positive semidefinite on D's null
     space (first-order optimality); where it is not, some variance wants to grow.
     """
-    x = solution.x
-    q = len(constraints.blocks)
-    L = _root(solution, constraints)
-    D = L @ L.T
-    at = solution.derivatives
+    D, at, q = solution.point.D, solution.point.at, len(constraints.blocks)
     G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
     for _, blocks in _free_terms(terms, constraints):
         for block in blocks:
@@ -466,32 +445,19 @@ def _step_off(
             gain = slopes[0] ** 2 / (2.0 * curvature) if curvature > 0.0 else np.inf
             if gain > 1e-8:
                 size = -slopes[0] / curvature if curvature > 0.0 else noise**2
-                # Fixed terms are in their own order, with which the solver starts.
-                return np.append(x[0], _theta(D + size * np.outer(v, v), x, constraints))
+                return np.asarray(D + size * np.outer(v, v))
     return None
 
 
-def _root(solution: Solution, constraints: Constraints) -> np.ndarray:
-    """Return a square root of the solution's relative covariance, rows as in the model, (q, q)."""
-    shrink = np.exp(-0.5 * solution.x[0] * np.asarray(constraints.natural))
-    return np.asarray(solution.order @ unpack_lower(solution.x[1:] * shrink))
-
-
-def _theta(D: np.ndarray, x: np.ndarray, constraints: Constraints) -> np.ndarray:
-    """Return the packed factor of D where it is free, the entries of ``x`` elsewhere."""
-    free = np.asarray(constraints.free)[1:] > 0.0
-    return np.where(free, pack_triangle(factor(D)), x[1:])
-
-
 def _snap(
-    L: np.ndarray, constraints: Constraints, terms: Sequence[TermColumns], noise: float
+    root: np.ndarray, constraints: Constraints, terms: Sequence[TermColumns], noise: float
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Set directions at the boundary to exactly zero; return the root and the singular terms."""
-    root = L.copy()
+    root = root.copy()
     singular = []
     for term, blocks in _free_terms(terms, constraints):
         for block in blocks:
-            left, values, right = np.linalg.svd(L[block, block])
+            left, values, right = np.linalg.svd(root[block, block])
             zero = values <= BOUNDARY * noise
             if zero.any():
                 root[block, block] = (left * np.where(zero, 0.0, values)) @ right

@@ -33,19 +33,12 @@ import pandas as pd
 from jax import Array
 
 from .compress import compress, layout
+from .em import moment_start
 from .likelihood import grouped
 from .likelihood.grouped import GroupedProblem
 from .linalg import gls, ldl
 from .parameters import pack_triangle, unpack_lower
-from .solve import (
-    Constraints,
-    Options,
-    default_start,
-    newton,
-    newton_step,
-    relative_covariance,
-    unstructured,
-)
+from .solve import Options, newton, newton_step, unstructured
 
 Problem = GroupedProblem
 
@@ -187,9 +180,8 @@ def solve(
         em_steps: EM steps before them.
     """
     U = jnp.asarray(problem.U)
-    dtype, q = U.dtype, U.shape[0]
+    dtype = U.dtype
     flag = jnp.asarray(reml, dtype)
-    constraints = unstructured(q)
     options = Options(
         reml=flag,
         em_steps=em_steps if start is None else 0,
@@ -197,13 +189,12 @@ def solve(
         tol=jnp.asarray(tol, dtype),
     )
     if start is None:
-        x0 = default_start(problem, constraints)
+        D0 = jnp.asarray(moment_start(problem), dtype)
     else:
         L = jnp.asarray(problem.z_factor, dtype) @ unpack_lower(jnp.asarray(start, dtype))
-        x0 = jnp.concatenate([jnp.zeros(1, dtype), pack_triangle(_cholesky(L @ L.T))])
-    x, order, status, steps, decrement = _minimiser(problem, flag, constraints, options, x0)
+        D0 = L @ L.T
+    D, status, steps, decrement = _minimiser(problem, flag, options, D0)
 
-    D = relative_covariance(x, jnp.zeros_like(x[1:]), order)
     S, logdet = grouped.reduce(problem, D)
     beta, inverse, rss, _ = gls(S)
     d = grouped.degrees_of_freedom(problem, flag)
@@ -234,33 +225,32 @@ def _cholesky(D: Array) -> Array:
 
 @jax.custom_jvp
 def _minimiser(
-    problem: Problem, reml: Array, constraints: Constraints, options: Options, start: Array
-) -> tuple[Array, Array, Array, Array, Array]:
-    solution = newton(problem, constraints, options, start)
-    return solution.x, solution.order, solution.status, solution.steps, solution.decrement
+    problem: Problem, reml: Array, options: Options, start: Array
+) -> tuple[Array, Array, Array, Array]:
+    solution = newton(problem, unstructured(len(start)), options, start, jnp.zeros_like(reml))
+    return solution.point.D, solution.status, solution.steps, solution.decrement
 
 
 @_minimiser.defjvp
 def _minimiser_jvp(primals: Any, tangents: Any) -> Any:
-    problem, reml, constraints, options, start = primals
-    solution = newton(problem, constraints, options, start)
+    problem, reml, options, start = primals
+    solution = newton(problem, unstructured(len(start)), options, start, jnp.zeros_like(reml))
+    point = solution.point
 
     def gradient(problem: Problem, reml: Array) -> Array:
-        def value(theta: Array) -> Array:
-            root = solution.order @ unpack_lower(theta)
+        def value(root: Array) -> Array:
             S, logdet = grouped.reduce(problem, root @ root.T)
             d = grouped.degrees_of_freedom(problem, reml)
             s = grouped.profiled_log_scale(gls(S)[2], d)
             return grouped.objective(S, logdet, s, d, reml)
 
-        return jax.grad(value)(solution.x[1:])
+        return jax.grad(value)(point.root)
 
     _, change = jax.jvp(gradient, (problem, reml), tangents[:2])
     # The joint Hessian's Newton step, with no gradient in the scale, is the profiled one.
-    change = jnp.concatenate([jnp.zeros(1, change.dtype), change])
-    dx, _ = newton_step(change, solution.hessian, jnp.zeros((), change.dtype))
-    dx = dx.at[0].set(0.0)
-    out = (solution.x, solution.order, solution.status, solution.steps, solution.decrement)
+    change = jnp.append(jnp.zeros(1, change.dtype), change) * point.free
+    step = newton_step(change, point.hessian, jnp.zeros((), change.dtype))[1:]
+    half = step.reshape(point.root.shape) @ point.root.T
     none = np.zeros((), jax.dtypes.float0)
-    fixed = (jnp.zeros_like(solution.order), none, none, jnp.zeros_like(solution.decrement))
-    return out, (dx, *fixed)
+    out = (point.D, solution.status, solution.steps, solution.decrement)
+    return out, (half + half.T, none, none, jnp.zeros_like(solution.decrement))

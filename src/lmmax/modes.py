@@ -20,7 +20,7 @@ def conditional_modes(compression: Compression, estimates: Estimates) -> np.ndar
     """Return the conditional modes in the user's units, shape (m, q)."""
     problem = compression.problem
     p = compression.Y.shape[1] - 1
-    gamma = estimates.solution.derivatives.beta[:p]
+    gamma = estimates.solution.point.at.beta[:p]
     r = compression.Y[:, p] - np.einsum("kpm,p->km", compression.Y[:, :p], gamma)
     L = _working_root(estimates)
     G = np.einsum("ijm,jk->mik", compression.U, L)

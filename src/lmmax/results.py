@@ -221,7 +221,7 @@ class Fit:
     @property
     def n_params(self) -> int:
         """Number of estimated parameters: coefficients, covariances, scale."""
-        return len(self.estimates.beta) + int(np.sum(self.estimates.constraints.free))
+        return len(self.estimates.beta) + self.estimates.n_free
 
     @property
     def aic(self) -> float:
@@ -370,12 +370,13 @@ class Fit:
     def convergence(self) -> Convergence:
         """The convergence record."""
         estimates, solution = self.estimates, self.estimates.solution
-        gradient = np.asarray(solution.gradient)[np.asarray(estimates.constraints.free) > 0.0]
+        point = solution.point
+        gradient = np.asarray(point.gradient)[point.free > 0.0]
         history = pd.DataFrame(
             solution.trace[: int(solution.steps)],
             columns=["criterion", "decrement", "damping", "accepted"],
         )
-        history["criterion"] += estimates.criterion - float(solution.derivatives.value)
+        history["criterion"] += estimates.criterion - float(point.at.value)
         history["accepted"] = history["accepted"] > 0.0
         return Convergence(
             status=self.status,

@@ -11,7 +11,7 @@ import pytest
 
 from lmmax import functional
 from lmmax.likelihood import grouped
-from lmmax.parameters import pack_triangle
+from lmmax.parameters import pack_triangle, unpack_lower
 from lmmax.solve import evaluate, unstructured
 from tests.oracles import dense, lindstrom_bates
 from tests.simulate import simulate
@@ -84,30 +84,27 @@ def test_gradient_equals_central_differences(case: dict[str, Any], reml: bool) -
 def test_newton_derivatives_equal_autodiff(case: dict[str, Any], reml: bool) -> None:
     q = case["Z"].shape[1]
     problem = problem_of(case)
-    k = q * (q + 1) // 2
-    theta = jnp.asarray(random_theta(q, 2))
     flag = jnp.asarray(float(reml))
-    x = jnp.concatenate([jnp.zeros(1), theta])
-    x, order, at, gradient, hessian = jax.jit(evaluate)(
-        problem, unstructured(q), flag, x, jnp.eye(q)
-    )
+    L = jnp.asarray(unpack_lower(random_theta(q, 2)))
+    point = jax.jit(evaluate)(problem, unstructured(q), flag, L @ L.T, jnp.zeros(()))
+    assert np.allclose(point.root @ point.root.T, L @ L.T, rtol=1e-12, atol=1e-12)
 
     def joint(x: jax.Array) -> jax.Array:
-        L = order @ lindstrom_bates_factor(x[1:], q)
-        S, logdet = grouped.reduce(problem, L @ L.T)
+        root = x[1:].reshape(q, q)
+        S, logdet = grouped.reduce(problem, root @ root.T)
         d = grouped.degrees_of_freedom(problem, flag)
         return grouped.objective(S, logdet, x[0], d, flag)
 
-    size = float(jnp.max(jnp.abs(hessian)))
-    assert float(at.value) == pytest.approx(float(joint(x)), rel=1e-13)
-    assert np.allclose(gradient, jax.jit(jax.grad(joint))(x), rtol=1e-10, atol=1e-11 * size)
-    assert np.allclose(hessian, jax.jit(jax.hessian(joint))(x), rtol=1e-9, atol=1e-11 * size)
-    assert abs(float(gradient[0])) < 1e-10 * size  # the scale is profiled
-    assert hessian.shape == (k + 1, k + 1)
-
-
-def lindstrom_bates_factor(theta: jax.Array, q: int) -> jax.Array:
-    return jnp.zeros((q, q)).at[np.tril_indices(q)].set(theta)
+    x = jnp.append(point.s, point.root)
+    free = np.asarray(point.free) > 0.0
+    assert np.sum(free) == q * (q + 1) // 2 + 1
+    expected = jax.jit(jax.hessian(joint))(x)[np.ix_(free, free)]
+    size = float(np.max(np.abs(expected)))
+    assert float(point.at.value) == pytest.approx(float(joint(x)), rel=1e-13)
+    gradient = jax.jit(jax.grad(joint))(x)[free]
+    assert np.allclose(point.gradient[free], gradient, rtol=1e-10, atol=1e-11 * size)
+    assert np.allclose(point.hessian[np.ix_(free, free)], expected, rtol=1e-9, atol=1e-11 * size)
+    assert abs(float(point.gradient[0])) < 1e-10 * size  # the scale is profiled
 
 
 def test_derivatives_in_the_data_equal_central_differences() -> None:
@@ -136,14 +133,14 @@ def test_derivatives_in_the_data_equal_central_differences() -> None:
 def test_chunks_of_groups_give_the_same_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
     case = simulate(3, sizes=np.random.default_rng(3).integers(1, 7, 64))
     problem = problem_of(case)
-    x = jnp.concatenate([jnp.zeros(1), jnp.asarray(random_theta(2))])
-    arguments = (problem, unstructured(2), jnp.asarray(1.0), x, jnp.eye(2))
+    L = jnp.asarray(unpack_lower(random_theta(2)))
+    arguments = (problem, unstructured(2), jnp.asarray(1.0), L @ L.T, jnp.zeros(()))
     whole = evaluate(*arguments)
     monkeypatch.setattr(grouped, "CHUNK_GROUPS", 16)
     chunked = evaluate(*arguments)
     assert "scan[" in str(jax.make_jaxpr(evaluate)(*arguments))  # the loop over chunks is there
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
-        assert np.allclose(a, b, rtol=1e-11, atol=1e-11 * float(jnp.max(jnp.abs(whole[3]))))
+        assert np.allclose(a, b, rtol=1e-11, atol=1e-11 * float(jnp.max(jnp.abs(whole.hessian))))
 
 
 def test_float32_is_usable() -> None:

@@ -32,7 +32,6 @@ from jax import Array, lax
 
 from ..linalg import gls, ldl, solve_unit_lower, symmetrize
 
-
 CHUNK_GROUPS = 2048
 """Groups handled together in one pass, so that intermediates stay in the processor's cache."""
 
@@ -203,8 +202,9 @@ def derivatives(
     """Evaluate the criterion with its exact gradient and Hessian in one pass over the groups.
 
     To second order in a step ``E`` of D the reduction is ``S - sum P'EP + sum P'EKEP`` and
-    ``logdet + tr(E sum K) - sum tr(KEKE) / 2``.  With ``v = [-beta; 1]``, ``M_c = sum P' E_c P`` for
-    the c-th entry of the triangle, ``A = S_XX`` and ``B_i = P_i (reml A^-1 + exp(-s) v v') P_i'``::
+    ``logdet + tr(E sum K) - sum tr(KEKE) / 2``.  With ``v = [-beta; 1]``, ``M_c = sum P' E_c P``
+    for the c-th entry of the triangle, ``A = S_XX``, and
+    ``B_i = P_i (reml A^-1 + exp(-s) v v') P_i'``::
 
         g_c  = tr(E_c sum K) - reml tr(A^-1 M_c) - exp(-s) v' M_c v
         h_cd = sum_i tr((2 B_i - K_i) E_c K_i E_d) - reml tr(A^-1 M_c A^-1 M_d)
