@@ -186,13 +186,55 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
 
     ``pad`` rounds the sizes up to a few values, so that data of similar size share compiled code.
     """
+    weighted = y if layout.weights is None else y * layout.weights
+    beta = np.linalg.inv(layout.fixed.R).T @ (layout.X.T @ weighted)[layout.fixed.kept]
+    U, Y, C, total = _sums(y, layout, beta)
+    # With groups far apart, the least-squares residuals are a poor centre for what varies within
+    # groups: rss would be a small difference of large sums.  Then centre at the within-group fit.
+    p = len(beta)
+    between = np.einsum("axm,aym->xy", Y, Y)
+    pilot = C + 1e-8 * between
+    v = np.append(-np.linalg.lstsq(pilot[:p, :p], pilot[:p, p])[0], 1.0)
+    if v @ C @ v < 1e-4 * C[p, p]:
+        beta = beta - v[:p]
+        U, Y, C, total = _sums(y, layout, beta)
+    y_scale = np.sqrt(total) if total > 0.0 else 1.0
+    Y[:, p] /= y_scale
+    C[p] /= y_scale
+    C[:, p] /= y_scale
+    merged_U, merged_Y, weight = _merge(U, Y)
+    problem = GroupedProblem(
+        U=merged_U,
+        Y=merged_Y,
+        weight=weight,
+        C=C,
+        n_obs=float(len(y)),
+        n_fixed=float(p),
+        z_factor=layout.A,
+        z_inverse=np.linalg.inv(layout.A),
+        x_inverse=np.linalg.inv(layout.fixed.R),
+        x_logdet=float(np.sum(np.log(np.diag(layout.fixed.R)))),
+        beta_origin=beta / y_scale,
+        y_scale=y_scale,
+        log_weights=0.0 if layout.weights is None else float(np.sum(np.log(layout.weights))),
+    )
+    return Compression(
+        problem=_pad(problem) if pad else problem,
+        U=U,
+        Y=Y,
+        total=float(total / max(np.sum(weighted * y), np.finfo(float).tiny)),
+    )
+
+
+def _sums(
+    y: np.ndarray, layout: Layout, beta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Return U, Y, C, and the sum of squares of ``y - X_working beta``, in one pass."""
     X, fixed, A, order = layout.X, layout.fixed, layout.A, layout.order
     starts, sizes, weights = layout.starts, layout.sizes, layout.weights
-    n, p, q, m = len(y), len(fixed.kept), A.shape[0], len(sizes)
+    p, q, m = len(fixed.kept), A.shape[0], len(sizes)
     whole = p == X.shape[1]
-    weighted = y if weights is None else y * weights
     R_inverse, A_inverse = np.linalg.inv(fixed.R), np.linalg.inv(A)
-    beta_origin = R_inverse.T @ (X.T @ weighted)[fixed.kept]
 
     U = np.zeros((q, q, m))
     Y = np.empty((q, p + 1, m))
@@ -209,7 +251,7 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
             data *= root
             Z *= root
         data[:p] = R_inverse.T @ data[:p]
-        data[p] -= beta_origin @ data[:p]
+        data[p] -= beta @ data[:p]
         total += data[p] @ data[p]
         Q = A_inverse.T @ Z
         local, count = starts[groups] - rows.start, sizes[groups]
@@ -217,32 +259,7 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
         Y[:, :, groups] = _project_out(Q, data, local, count)
         C += data @ data.T
 
-    y_scale = np.sqrt(total) if total > 0.0 else 1.0
-    Y[:, p] /= y_scale
-    C[p] /= y_scale
-    C[:, p] /= y_scale
-    merged_U, merged_Y, weight = _merge(U, Y)
-    problem = GroupedProblem(
-        U=merged_U,
-        Y=merged_Y,
-        weight=weight,
-        C=C,
-        n_obs=float(n),
-        n_fixed=float(p),
-        z_factor=A,
-        z_inverse=A_inverse,
-        x_inverse=R_inverse,
-        x_logdet=float(np.sum(np.log(np.diag(fixed.R)))),
-        beta_origin=beta_origin / y_scale,
-        y_scale=y_scale,
-        log_weights=0.0 if weights is None else float(np.sum(np.log(weights))),
-    )
-    return Compression(
-        problem=_pad(problem) if pad else problem,
-        U=U,
-        Y=Y,
-        total=float(total / max(np.sum(weighted * y), np.finfo(float).tiny)),
-    )
+    return U, Y, C, total
 
 
 def _chunks(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[slice, slice]]:

@@ -190,9 +190,8 @@ def estimate(
     constraints, D, s = _constraints(problem, terms, settings)
     noise = _noise(problem)
 
-    em_steps = settings.em_steps if D is None else 0
     D = moment_start(problem) * constraints.blocks if D is None else D
-    solution = _solve(problem, constraints, settings, em_steps, D, s)
+    solution = _solve(problem, constraints, settings, settings.em_steps, D, s)
     for _ in range(RESTARTS):
         if solution.status != Status.CONVERGED:
             break

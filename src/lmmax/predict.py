@@ -36,10 +36,12 @@ def predict(
         unseen = (codes < 0) & ~new.missing
         if new_levels == "error" and unseen.any():
             grouping = fit.design.groupings[0].name
+            count = int(unseen.sum())
+            rows = "1 row of newdata belongs" if count == 1 else f"{count} rows of newdata belong"
             raise DataError(
-                f"{int(unseen.sum())} rows of newdata belong to groups of {grouping!r} that were "
-                f"not in the fit, the first at row {new.index[int(np.argmax(unseen))]!r}; pass "
-                "new_levels='population' to predict them with random effects of zero"
+                f"{rows} to groups of {grouping!r} that were not in the fit, the first at row "
+                f"{new.index[int(np.argmax(unseen))]!r}; pass new_levels='population' to predict "
+                "new groups with random effects of zero"
             )
         modes = np.vstack([fit.random_effects.to_numpy(), np.zeros(len(fit.effect_names))])
         values = values + np.einsum("ij,ij->i", np.hstack(new.Z), modes[codes])

@@ -270,10 +270,11 @@ def newton(
 
         step = newton_step(point.gradient, point.hessian, damping)
         decrement = -(point.gradient @ step) * (1.0 + damping)
-        # Far from the optimum, no further than the size of the root itself.
-        length = jnp.sqrt(jnp.sum(step[1:] ** 2))
-        limit = 1.0 + jnp.sqrt(jnp.sum(point.root**2))
-        step = step * jnp.minimum(1.0, limit / jnp.maximum(length, eps))
+        # No further than the size of the root itself; just as far where the curvature is negative.
+        length = jnp.maximum(jnp.sqrt(jnp.sum(step[1:] ** 2)), eps)
+        limit = (1.0 + jnp.sqrt(jnp.sum(point.root**2))) / (1.0 + 10.0 * damping)
+        bent = step @ point.hessian @ step < 0.0
+        step = step * jnp.where(bent, limit / length, jnp.minimum(1.0, limit / length))
         predicted = -(point.gradient @ step) - 0.5 * step @ point.hessian @ step
 
         em = state.evaluations < options.em_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Sequence
@@ -13,8 +14,6 @@ import jax
 import jax.scipy.special as special
 import numpy as np
 import pandas as pd
-from formulaic.errors import FormulaParsingError, FormulaSyntaxError
-from formulaic.utils.constraints import LinearConstraints
 
 
 class HypothesisError(ValueError):
@@ -145,27 +144,35 @@ def linear_hypotheses(
     """
     names = [str(name) for name in params.index]
     if isinstance(hypothesis, str):
-        hypothesis = [part for part in _split(hypothesis) if part.strip()]
+        hypothesis = [hypothesis]
     if (
         isinstance(hypothesis, Sequence)
         and len(hypothesis)
         and all(isinstance(part, str) for part in hypothesis)
     ):
-        rows = [_parse(part, names) for part in hypothesis]
-        R = np.vstack([row for row, _ in rows])
-        r = np.concatenate([value for _, value in rows])
-        labels = [part.strip() for part in hypothesis]
+        found = [each for part in hypothesis for each in _read(part, names)]
+        labels = [label for label, _, _ in found]
+        R = np.vstack([row for _, row, _ in found])
+        r = np.array([value for _, _, value in found])
     else:
         matrix, target = hypothesis if isinstance(hypothesis, tuple) else (hypothesis, 0.0)
-        R = np.atleast_2d(np.asarray(matrix, dtype=float))
+        try:
+            R = np.atleast_2d(np.asarray(matrix, dtype=float))
+        except (TypeError, ValueError) as error:
+            raise HypothesisError(
+                f"a hypothesis is text such as '{names[-1]} = 0', a matrix of numbers with a "
+                f"column per coefficient, or a tuple (matrix, values); got {hypothesis!r}"
+            ) from error
         if R.ndim != 2 or R.shape[1] != len(names):
             raise HypothesisError(
                 f"a hypothesis matrix needs one column for each of the {len(names)} coefficients "
                 f"({', '.join(names)}); got shape {R.shape}"
             )
+        if not np.isfinite(R).all():
+            raise HypothesisError("a hypothesis matrix must be finite")
         try:
             r = np.broadcast_to(np.asarray(target, dtype=float), (len(R),))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise HypothesisError(
                 f"{len(R)} hypotheses need {len(R)} values, got shape {np.shape(target)}"
             ) from error
@@ -182,27 +189,86 @@ def linear_hypotheses(
     return R, np.asarray(r), labels
 
 
-def _split(text: str) -> list[str]:
-    """Split at commas outside brackets and backquotes."""
-    return re.split(r",(?![^(\[]*[)\]])(?=(?:[^`]*`[^`]*`)*[^`]*$)", text)
-
-
-def _parse(text: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row and value of one hypothesis in words."""
-    # Names such as "Time:Cu[T.b]" need quoting; longest first, so that parts of names stay whole.
+def _read(text: str, names: list[str]) -> list[tuple[str, np.ndarray, float]]:
+    """Return label, row and value of each hypothesis in ``text``, which commas separate."""
+    # Names such as "Time:Cu[T.b]" or "bs(x, df=4)[1]" are taken out before anything is parsed;
+    # longest first, so that parts of names stay whole.
     special_names = sorted((n for n in names if not n.isidentifier()), key=len, reverse=True)
     pattern = "|".join([r"`[^`]*`", *map(re.escape, special_names)])
-    quoted = re.sub(pattern, lambda m: m[0] if m[0][0] == "`" else f"`{m[0]}`", text)
-    try:
-        constraints = LinearConstraints.from_spec(quoted, variable_names=names)
-    except (FormulaSyntaxError, FormulaParsingError, ValueError, KeyError) as error:
-        raise HypothesisError(
-            f"cannot read the hypothesis {text.strip()!r}; write for example "
-            f"'{names[-1]} = 0', with the coefficients {', '.join(names)}"
-        ) from error
-    return np.asarray(constraints.constraint_matrix, float), np.asarray(
-        constraints.constraint_values, float
+    position = {name: f"_{j}_" for j, name in enumerate(names)}
+
+    def put_placeholder(match: re.Match[str]) -> str:
+        name = match[0].strip("`")
+        if name not in position:
+            raise _unknown(name, names)
+        return position[name]
+
+    def original(part: str) -> str:
+        return re.sub(r"(?<!\w)_(\d+)_(?!\w)", lambda m: names[int(m[1])], part).strip()
+
+    plain = re.sub(pattern, put_placeholder, text)
+    found = []
+    for part in re.split(r",(?![^()]*\))", plain):
+        if not part.strip():
+            continue
+        sides = re.split(r"==?", part)
+        try:
+            if len(sides) > 2:
+                raise ValueError("two equality signs")
+            trees = [ast.parse(side.strip(), mode="eval").body for side in sides]
+            terms = [_linear(tree, names) for tree in trees]
+        except HypothesisError:
+            raise
+        except (SyntaxError, ValueError, ZeroDivisionError) as error:
+            raise HypothesisError(
+                f"cannot read the hypothesis {original(part)!r}; write a linear one, for example "
+                f"'{names[-1]} = 0' or '2*{names[0]} - {names[-1]} = -1.5', with the coefficients "
+                f"{', '.join(names)}"
+            ) from error
+        total = terms[0] - terms[1] if len(terms) == 2 else terms[0]
+        found.append((original(part), total[:-1], float(-total[-1])))
+    if not found:
+        raise HypothesisError(f"the hypothesis is empty; write for example '{names[-1]} = 0'")
+    return found
+
+
+def _unknown(name: str, names: list[str]) -> HypothesisError:
+    return HypothesisError(
+        f"{name!r} in the hypothesis is no coefficient; the coefficients are {', '.join(names)}"
     )
+
+
+def _linear(node: ast.expr, names: list[str]) -> np.ndarray:
+    """Return the coefficients (p,) of a linear expression, followed by its constant."""
+    value = np.zeros(len(names) + 1)
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            value[-1] = number
+        case ast.Name(id=name):
+            placeholder = re.fullmatch(r"_(\d+)_", name)
+            if placeholder is not None:
+                value[int(placeholder[1])] = 1.0
+            elif name in names:
+                value[names.index(name)] = 1.0
+            else:
+                raise _unknown(name, names)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=inner):
+            value = _linear(inner, names) * (-1.0 if isinstance(sign, ast.USub) else 1.0)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as sign, right=right):
+            other = _linear(right, names)
+            value = _linear(left, names) + (other if isinstance(sign, ast.Add) else -other)
+        case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as operation, right=right):
+            a, b = _linear(left, names), _linear(right, names)
+            if isinstance(operation, ast.Mult) and not a[:-1].any():
+                a, b = b, a
+            if b[:-1].any():
+                raise ValueError("not linear")
+            if isinstance(operation, ast.Div) and b[-1] == 0.0:
+                raise ZeroDivisionError
+            value = a * b[-1] if isinstance(operation, ast.Mult) else a / b[-1]
+        case _:
+            raise ValueError("not linear")
+    return value
 
 
 def _label(row: np.ndarray, value: float, names: list[str]) -> str:
