@@ -2,8 +2,8 @@
 
 from . import datasets as datasets
 from . import functional as functional
+from .constraints import ConstraintError as ConstraintError
 from .design import DataError as DataError
-from .estimation import ConstraintError as ConstraintError
 from .fit import ConvergenceWarning as ConvergenceWarning
 from .fit import RankWarning as RankWarning
 from .fit import fit as fit

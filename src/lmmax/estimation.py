@@ -7,10 +7,9 @@ This module is the one place that maps the user's quantities there and back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import jax
@@ -19,9 +18,10 @@ import numpy as np
 
 from .compilation_cache import compilation_cache
 from .compress import Compression
+from .constraints import Settings, TermColumns, read_constraints
 from .em import moment_start
 from .likelihood.grouped import Derivatives, GroupedProblem
-from .parameters import lower_from_root, pack_triangle, unpack_lower, unpack_symmetric
+from .parameters import lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
     TRACE_LENGTH,
@@ -35,60 +35,10 @@ from .solve import (
 )
 
 Solver = Callable[..., Solution]
-SOLVERS = ("auto", "newton", "lbfgs")
 RESTARTS = 5
 BOUNDARY = 1e-4
 """A direction of the random effects is at the boundary if its standard deviation is below this
 fraction of the sampling noise of one average group (working columns have mean square one)."""
-
-
-class ConstraintError(ValueError):
-    """A ``start`` or ``fix`` argument that does not fit the model."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to estimate; immutable, so that fits share nothing that can change.
-
-    Attributes:
-        reml: restricted maximum likelihood if True, else maximum likelihood.
-        start: covariance matrix, mapping or earlier fit to start from; None for a moment estimate.
-        fix: mapping with "cov_re" (natural units) and/or "scale" to hold fixed.
-        solver: "auto", "newton" or "lbfgs".
-        tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged.
-        max_steps: most Newton or L-BFGS steps.
-        em_steps: EM steps before them.
-    """
-
-    reml: bool = True
-    start: Any = None
-    fix: Mapping[str, Any] | None = None
-    solver: str = "auto"
-    tol: float = 1e-14
-    max_steps: int = 100
-    em_steps: int = 3
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ValueError(
-                f"solver={self.solver!r} is unknown; use one of {', '.join(map(repr, SOLVERS))}"
-            )
-        if not self.tol > 0.0:
-            raise ValueError(f"tol={self.tol!r} must be positive")
-        for name in ("max_steps", "em_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < (name == "max_steps"):
-                least = 1 if name == "max_steps" else 0
-                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
-
-
-@dataclass(frozen=True)
-class TermColumns:
-    """Where a random term's columns are among the q, and whether they are correlated."""
-
-    label: str
-    columns: slice
-    correlated: bool
 
 
 @dataclass(frozen=True)
@@ -132,22 +82,19 @@ class Estimates:
         return pack_triangle(lower_from_root(self.root))
 
     @cached_property
-    def variance_cov(self) -> np.ndarray:
-        """Covariance of (vech cov_re row by row, scale) from the observed information.
+    def _information(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return curvatures (r,) and directions (k + 1, r) of (vech cov_re, scale).
 
-        The information is that of the (restricted) likelihood in covariances and scale jointly,
-        with the coefficients profiled out.  Computed in the coordinates of the factor, it also
-        holds for singular covariances, given their rank.  Fixed entries have covariance zero.
+        The observed information of the (restricted) likelihood in covariances and scale jointly,
+        the coefficients profiled out.  In the coordinates of the root it also holds for singular
+        covariances, given their rank.
         """
         point, q = self.solution.point, len(self.root)
         free = point.free > 0.0
-        inner = np.ix_(free, free)
-        hessian = point.hessian[inner]
+        hessian = point.hessian[np.ix_(free, free)]
         unit = np.sqrt(np.abs(np.diag(hessian)))
         unit[unit == 0.0] = 1.0
-        units = np.outer(unit, unit)
-        cov = np.zeros((len(free), len(free)))
-        cov[inner] = 2.0 * np.linalg.pinv(hessian / units, rcond=1e-10, hermitian=True) / units
+        values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
         # d(vech Psi, scale) / d(s, root) for Psi = exp(s) y_scale^2 A^-1 root root' A^-T.
         root = self.z_inverse @ point.root
@@ -155,10 +102,40 @@ class Estimates:
         for entry, (i, j) in enumerate(np.ndindex(q, q)):
             half = np.outer(self.z_inverse[:, i], root[:, j])
             jacobian[:-1, 1 + entry] = self.scale * pack_triangle(half + half.T)
-        held = np.asarray(self.constraints.held)
-        jacobian[:-1, 0] = self.scale * pack_triangle(self.D * (1.0 - held))
+        D = self.z_inverse @ (point.D * (1.0 - self.constraints.held)) @ self.z_inverse.T
+        jacobian[:-1, 0] = self.scale * pack_triangle(D)
         jacobian[-1, 0] = self.scale
-        return jacobian @ cov @ jacobian.T
+        return 0.5 * values, (jacobian[:, free] / unit) @ vectors
+
+    def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
+        """Return standard errors of functions of (vech cov_re row by row, scale).
+
+        Args:
+            gradients: their derivatives, shape (r, q (q + 1) / 2 + 1).
+
+        Returns:
+            Delta-method standard errors, (r,); NaN where the likelihood is flat in the function,
+            and where it does not vary at all (fixed, or at a boundary).
+        """
+        curvatures, directions = self._information
+        parts = (gradients @ directions) ** 2
+        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        size = parts.sum(axis=1)
+        flat = parts[:, ~curved].sum(axis=1) > 1e-12 * size
+        variances = parts[:, curved] @ (1.0 / curvatures[curved])
+        return np.sqrt(np.where(flat | (size == 0.0), np.nan, variances))
+
+    @cached_property
+    def variance_cov(self) -> np.ndarray:
+        """Covariance of (vech cov_re row by row, scale); zero rows for what is fixed.
+
+        Along directions in which the likelihood is flat it counts no variance;
+        :meth:`standard_errors` tells where that matters.
+        """
+        curvatures, directions = self._information
+        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        inside = directions[:, curved]
+        return (inside / curvatures[curved]) @ inside.T
 
     @cached_property
     def hessian_eigenvalues(self) -> np.ndarray:
@@ -187,7 +164,7 @@ def estimate(
     """
     problem = compression.problem
     z_inverse = np.asarray(problem.z_inverse)
-    constraints, D, s = _constraints(problem, terms, settings)
+    constraints, D, s = read_constraints(problem, terms, settings)
     noise = _noise(problem)
 
     D = moment_start(problem) * constraints.blocks if D is None else D
@@ -295,110 +272,6 @@ def _solve(
     with jax.enable_x64(True), compilation_cache():
         flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s)))
     return _unflatten(flat, len(D), len(problem.beta_origin))
-
-
-def _constraints(
-    problem: GroupedProblem, terms: Sequence[TermColumns], settings: Settings
-) -> tuple[Constraints, np.ndarray | None, float]:
-    """Translate structure, ``fix`` and ``start`` into the solver's terms."""
-    A, y_scale = np.asarray(problem.z_factor), float(problem.y_scale)
-    q = len(A)
-    blocks = np.zeros((q, q))
-    for term in terms:
-        here = term.columns
-        blocks[here, here] = 1.0 if term.correlated else np.eye(here.stop - here.start)
-    fix = dict(settings.fix or {})
-    fixed_cov, fixed_scale = fix.pop("cov_re", None), fix.pop("scale", None)
-    if fix:
-        raise ConstraintError(
-            f"fix has the unknown entry {next(iter(fix))!r}; it takes 'cov_re' and 'scale'"
-        )
-    D: np.ndarray | None = None
-    s = np.log(0.5 / float(problem.n_obs))
-    if settings.start is not None:
-        D, scale = _read_start(settings.start, terms, q)
-        D = A @ D @ A.T * blocks
-        s = np.log(scale / y_scale**2)
-    if fixed_scale is not None:
-        if not isinstance(fixed_scale, Real) or not 0.0 < float(fixed_scale) < np.inf:
-            raise ConstraintError(f"fix['scale']={fixed_scale!r} must be a positive number")
-        s = np.log(float(fixed_scale) / y_scale**2)
-    natural, held = np.zeros((q, q)), np.zeros((q, q))
-    if fixed_cov is not None:
-        Psi, covered = _read_covariance(fixed_cov, terms, q, "fix['cov_re']")
-        held = covered * blocks
-        natural = A @ Psi @ A.T / y_scale**2 * held
-    constraints = Constraints(
-        blocks=blocks,
-        held=held,
-        natural=natural,
-        scale_free=fixed_scale is None,
-        profile=fixed_scale is None and fixed_cov is None,
-    )
-    return constraints, D, float(s)
-
-
-def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.ndarray, float]:
-    """Return relative covariance and scale from an earlier fit, a mapping, or theta."""
-    if hasattr(start, "cov_re") and hasattr(start, "scale"):
-        start = {"cov_re": start.cov_re, "scale": start.scale}
-    if isinstance(start, Mapping):
-        if set(start) != {"cov_re", "scale"}:
-            raise ConstraintError(
-                "start needs the two entries 'cov_re' and 'scale' (natural units), "
-                f"got {sorted(map(str, start))}"
-            )
-        scale = float(start["scale"])
-        if not 0.0 < scale < np.inf:
-            raise ConstraintError(f"start['scale']={start['scale']!r} must be a positive number")
-        Psi, covered = _read_covariance(start["cov_re"], terms, q, "start['cov_re']")
-        if not covered.all():
-            raise ConstraintError("start['cov_re'] must give every term's covariance")
-        return Psi / scale, scale
-    theta = np.asarray(start, dtype=float)
-    size = q * (q + 1) // 2
-    if theta.shape != (size,) or not np.isfinite(theta).all():
-        raise ConstraintError(
-            f"start must be an earlier fit, a mapping with 'cov_re' and 'scale', or theta: "
-            f"{size} finite numbers, the lower triangle (row by row) of the relative Cholesky "
-            f"factor; got shape {theta.shape}"
-        )
-    L = unpack_lower(theta)
-    return L @ L.T, 1.0
-
-
-def _read_covariance(
-    value: Any, terms: Sequence[TermColumns], q: int, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the covariance matrix (q, q) and a mask of the entries that were given."""
-    Psi, covered = np.zeros((q, q)), np.zeros((q, q))
-    if isinstance(value, Mapping):
-        labels = {term.label: term for term in terms}
-        for label, part in value.items():
-            if label not in labels:
-                raise ConstraintError(
-                    f"{name} names the term {label!r}; the model's terms are "
-                    + ", ".join(map(repr, labels))
-                )
-            here = labels[label].columns
-            Psi[here, here] = _check_covariance(part, here.stop - here.start, f"{name}[{label!r}]")
-            covered[here, here] = 1.0
-        return Psi, covered
-    return _check_covariance(value, q, name), np.ones((q, q))
-
-
-def _check_covariance(value: Any, q: int, name: str) -> np.ndarray:
-    matrix = np.atleast_2d(np.asarray(value, dtype=float))
-    if matrix.shape != (q, q):
-        raise ConstraintError(f"{name} must be a {q} x {q} matrix, got shape {matrix.shape}")
-    if not np.isfinite(matrix).all():
-        raise ConstraintError(f"{name} must be finite")
-    size = np.max(np.abs(matrix))
-    if np.max(np.abs(matrix - matrix.T)) > 1e-10 * size:
-        raise ConstraintError(f"{name} must be symmetric")
-    if np.linalg.eigvalsh(matrix)[0] < -1e-10 * size:
-        raise ConstraintError(f"{name} must be positive semidefinite: it is a covariance matrix")
-    return matrix
 
 
 def _noise(problem: GroupedProblem) -> float:

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from .compress import Compression, Layout, compress, layout
+from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
-from .estimation import Settings, TermColumns, estimate
+from .estimation import estimate
 from .formula import parse_formula
 from .results import Fit
 from .spec import ModelSpec

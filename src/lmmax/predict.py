@@ -37,9 +37,9 @@ def predict(
         if new_levels == "error" and unseen.any():
             grouping = fit.design.groupings[0].name
             count = int(unseen.sum())
-            rows = "1 row of newdata belongs" if count == 1 else f"{count} rows of newdata belong"
+            belong = "1 row of newdata belongs" if count == 1 else f"{count} rows of newdata belong"
             raise DataError(
-                f"{rows} to groups of {grouping!r} that were not in the fit, the first at row "
+                f"{belong} to groups of {grouping!r} that were not in the fit, the first at row "
                 f"{new.index[int(np.argmax(unseen))]!r}; pass new_levels='population' to predict "
                 "new groups with random effects of zero"
             )

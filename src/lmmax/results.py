@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from .compress import Compression, Layout
+from .constraints import Settings, TermColumns
 from .design import Design
-from .estimation import Estimates, Settings, TermColumns
+from .estimation import Estimates
 from .inference import variance, wald
 from .modes import conditional_covariances, conditional_modes
 from .parameters import pack_triangle

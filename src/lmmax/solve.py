@@ -36,10 +36,12 @@ from .likelihood.grouped import (
     profiled_log_scale,
     reduce,
 )
-from .linalg import gls, ldl, solve_unit_lower, solve_unit_upper
+from .linalg import gls, ldl, solve_unit_lower, solve_unit_upper, symmetrize
 from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 
 TRACE_LENGTH = 64
+NEAR = 0.1
+"""Newton decrement below which EM has nothing to add."""
 NEWTON_LIMIT = 250
 """Most covariance parameters for which the exact Hessian pays; beyond it L-BFGS is the default."""
 
@@ -251,7 +253,8 @@ def newton(
     n_groups = jnp.sum(jnp.asarray(problem.weight))
     # Rounding in the gradient grows with the number of observations.
     tol = jnp.maximum(options.tol, 10.0 * eps**2 * problem.n_obs)
-    smallest_scale = 1.8 * jnp.log(eps) - jnp.log(problem.n_obs)
+    # Residuals a thousand roundings in size are none: the response has unit length.
+    smallest_scale = 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
 
     def body(state: _State) -> _State:
         old = state.point
@@ -260,7 +263,9 @@ def newton(
         slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
         gain = old.at.value - new.at.value
         finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
-        accept = finite & (first | (gain >= -slack))
+        # Rounding may hide a small gain; where a large one was promised, the criterion must fall.
+        enough = jnp.where(state.predicted > 10.0 * slack, slack, -slack)
+        accept = finite & (first | (gain >= enough))
         point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
         good = accept & (gain >= 0.25 * state.predicted - slack)
@@ -277,7 +282,7 @@ def newton(
         step = step * jnp.where(bent, limit / length, jnp.minimum(1.0, limit / length))
         predicted = -(point.gradient @ step) - 0.5 * step @ point.hessian @ step
 
-        em = state.evaluations < options.em_steps
+        em = (state.evaluations < options.em_steps) & (decrement > NEAR)
         # Where rounding hides any further decrease, Newton has arrived if it has also stopped
         # getting closer.
         arrived = (decrement <= slack) & (decrement >= 0.25 * state.decrement)
@@ -367,12 +372,22 @@ def lbfgs(
         s = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), x[0])
         return objective(S, logdet, s, d, reml) / problem.n_obs
 
+    def value_of(D: Array) -> Array:
+        S, logdet = reduce(problem, jnp.where(held > 0.0, constraints.natural * jnp.exp(-s), D))
+        at = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), s)
+        return objective(S, logdet, at, d, reml)
+
+    def expected(_: Array, D: Array) -> Array:
+        gradient = symmetrize(jax.grad(value_of)(D))
+        return em_step(D, gradient, jnp.sum(problem.weight), constraints.blocks)
+
+    D = lax.fori_loop(0, options.em_steps, expected, D)
     L, pivots = ldl(D)
     start = jnp.append(s, pack_triangle(L * jnp.sqrt(pivots)[None, :]))
     method = optax.lbfgs(memory_size=20)
     value_and_grad = optax.value_and_grad_from_state(value)
     tol = jnp.maximum(options.tol, 10.0 * jnp.finfo(dtype).eps ** 2 * problem.n_obs)
-    limit = options.max_steps + options.em_steps
+    limit = options.max_steps
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         x, state, steps, _, trace = carry
@@ -404,7 +419,7 @@ def lbfgs(
     return Solution(
         point=point,
         status=jnp.where(jnp.isfinite(point.at.value), status, Status.NOT_FINITE).astype(jnp.int32),
-        steps=steps,
+        steps=steps + options.em_steps,
         decrement=decrement,
         trace=trace,
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .estimation import TermColumns
+from .constraints import TermColumns
 from .inference.wald import normal_pvalues, normal_quantile
 from .results import MESSAGES, Fit
 

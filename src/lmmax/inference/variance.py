@@ -1,7 +1,7 @@
 """Standard errors of the variance parameters, by the delta method from the full information.
 
 The parameters are the entries of the natural covariance ``Psi`` (lower triangle, row by row) and
-the scale; :attr:`Estimates.variance_cov` is their joint covariance.
+the scale; see :meth:`Estimates.standard_errors`.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..estimation import Estimates, TermColumns
-
-
-def _errors(estimates: Estimates, gradients: np.ndarray) -> np.ndarray:
-    """Return standard errors of functions with the given gradients (r, k + 1); NaN for none."""
-    variances = np.einsum("ri,ij,rj->r", gradients, estimates.variance_cov, gradients)
-    return np.sqrt(np.where(variances > 0.0, variances, np.nan))
+from ..constraints import TermColumns
+from ..estimation import Estimates
 
 
 def scale_error(estimates: Estimates) -> float:
     """Return the standard error of the residual variance, NaN if it was fixed."""
-    return float(_errors(estimates, np.eye(len(estimates.variance_cov))[-1:])[0])
+    return float(estimates.standard_errors(np.eye(_size(estimates))[-1:])[0])
 
 
 def matrix_errors(estimates: Estimates) -> np.ndarray:
     """Return standard errors of the entries of ``Psi``, (q, q); NaN where there is none."""
     q = len(estimates.root)
     rows, columns = np.tril_indices(q)
-    errors = _errors(estimates, np.eye(len(rows) + 1)[:-1])
+    errors = estimates.standard_errors(np.eye(_size(estimates))[:-1])
     errors = np.where(
         _at_boundary(estimates)[rows] | _at_boundary(estimates)[columns], np.nan, errors
     )
     matrix = np.empty((q, q))
     matrix[rows, columns] = matrix[columns, rows] = errors
     return matrix
+
+
+def _size(estimates: Estimates) -> int:
+    """Return the number of covariances and the scale."""
+    return len(estimates.theta) + 1
 
 
 def _at_boundary(estimates: Estimates) -> np.ndarray:
@@ -57,10 +57,10 @@ def table(
         return max(i, j) * (max(i, j) + 1) // 2 + min(i, j)
 
     def error(gradient: dict[int, float]) -> float:
-        row = np.zeros((1, len(estimates.variance_cov)))
+        row = np.zeros((1, _size(estimates)))
         for position, value in gradient.items():
             row[0, position] = value
-        return float(_errors(estimates, row)[0])
+        return float(estimates.standard_errors(row)[0])
 
     for term in terms:
         here = range(q)[term.columns]

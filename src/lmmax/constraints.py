@@ -1,0 +1,194 @@
+"""What the user asks of the estimation, checked and translated for the solver.
+
+The solver works in coordinates where columns are orthonormal and the response has unit length;
+starts and fixed values are given in the user's units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .likelihood.grouped import GroupedProblem
+from .parameters import unpack_lower
+from .solve import Constraints
+
+SOLVERS = ("auto", "newton", "lbfgs")
+
+
+class ConstraintError(ValueError):
+    """A ``start`` or ``fix`` argument that does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to estimate; immutable, so that fits share nothing that can change.
+
+    Attributes:
+        reml: restricted maximum likelihood if True, else maximum likelihood.
+        start: covariance matrix, mapping or earlier fit to start from; None for a moment estimate.
+        fix: mapping with "cov_re" (natural units) and/or "scale" to hold fixed.
+        solver: "auto", "newton" or "lbfgs".
+        tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged.
+        max_steps: most Newton or L-BFGS steps.
+        em_steps: EM steps before them.
+    """
+
+    reml: bool = True
+    start: Any = None
+    fix: Mapping[str, Any] | None = None
+    solver: str = "auto"
+    tol: float = 1e-14
+    max_steps: int = 100
+    em_steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(
+                f"solver={self.solver!r} is unknown; use one of {', '.join(map(repr, SOLVERS))}"
+            )
+        _check_positive(self.tol, f"tol={self.tol!r}", ValueError)
+        for name in ("max_steps", "em_steps"):
+            value = getattr(self, name)
+            least = 1 if name == "max_steps" else 0
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        if self.fix is not None and not isinstance(self.fix, Mapping):
+            raise ConstraintError(
+                f"fix={self.fix!r} must be a mapping with the entries 'cov_re' and/or 'scale'"
+            )
+
+
+@dataclass(frozen=True)
+class TermColumns:
+    """Where a random term's columns are among the q, and whether they are correlated."""
+
+    label: str
+    columns: slice
+    correlated: bool
+
+
+def read_constraints(
+    problem: GroupedProblem, terms: Sequence[TermColumns], settings: Settings
+) -> tuple[Constraints, np.ndarray | None, float]:
+    """Translate structure, ``fix`` and ``start`` into the solver's terms."""
+    A, y_scale = np.asarray(problem.z_factor), float(problem.y_scale)
+    q = len(A)
+    blocks = np.zeros((q, q))
+    for term in terms:
+        here = term.columns
+        blocks[here, here] = 1.0 if term.correlated else np.eye(here.stop - here.start)
+    fix = dict(settings.fix or {})
+    fixed_cov, fixed_scale = fix.pop("cov_re", None), fix.pop("scale", None)
+    if fix:
+        raise ConstraintError(
+            f"fix has the unknown entry {next(iter(fix))!r}; it takes 'cov_re' and 'scale'"
+        )
+    D: np.ndarray | None = None
+    s = np.log(0.5 / float(problem.n_obs))
+    if settings.start is not None:
+        D, scale = _read_start(settings.start, terms, q)
+        D = A @ D @ A.T * blocks
+        s = np.log(scale / y_scale**2)
+    if fixed_scale is not None:
+        scale = _check_positive(fixed_scale, f"fix['scale']={fixed_scale!r}", ConstraintError)
+        s = np.log(scale / y_scale**2)
+    natural, held = np.zeros((q, q)), np.zeros((q, q))
+    if fixed_cov is not None:
+        Psi, covered = _read_covariance(fixed_cov, terms, q, "fix['cov_re']")
+        if np.any(Psi * (1.0 - blocks) != 0.0):
+            raise ConstraintError(
+                "fix['cov_re'] has covariances between effects that the model takes as uncorrelated"
+            )
+        held = covered * blocks
+        natural = A @ Psi @ A.T / y_scale**2 * held
+    constraints = Constraints(
+        blocks=blocks,
+        held=held,
+        natural=natural,
+        scale_free=fixed_scale is None,
+        profile=fixed_scale is None and fixed_cov is None,
+    )
+    return constraints, D, float(s)
+
+
+def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.ndarray, float]:
+    """Return relative covariance and scale from an earlier fit, a mapping, or theta."""
+    if hasattr(start, "cov_re") and hasattr(start, "scale"):
+        start = {"cov_re": start.cov_re, "scale": start.scale}
+    if isinstance(start, Mapping):
+        if set(start) != {"cov_re", "scale"}:
+            raise ConstraintError(
+                "start needs the two entries 'cov_re' and 'scale' (natural units), "
+                f"got {sorted(map(str, start))}"
+            )
+        given = start["scale"]
+        scale = _check_positive(given, f"start['scale']={given!r}", ConstraintError)
+        Psi, covered = _read_covariance(start["cov_re"], terms, q, "start['cov_re']")
+        if not np.diag(covered).all():
+            raise ConstraintError("start['cov_re'] must give every term's covariance")
+        return Psi / scale, scale
+    theta, size = _numbers(start), q * (q + 1) // 2
+    if theta is None or theta.shape != (size,) or not np.isfinite(theta).all():
+        raise ConstraintError(
+            f"start must be an earlier fit, a mapping with 'cov_re' and 'scale', or theta: "
+            f"{size} finite numbers, the lower triangle (row by row) of the relative Cholesky "
+            f"factor; got {start!r}"
+        )
+    L = unpack_lower(theta)
+    return L @ L.T, 1.0
+
+
+def _read_covariance(
+    value: Any, terms: Sequence[TermColumns], q: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the covariance matrix (q, q) and a mask of the entries that were given."""
+    Psi, covered = np.zeros((q, q)), np.zeros((q, q))
+    if isinstance(value, Mapping):
+        labels = {term.label: term for term in terms}
+        for label, part in value.items():
+            if label not in labels:
+                raise ConstraintError(
+                    f"{name} names the term {label!r}; the model's terms are "
+                    + ", ".join(map(repr, labels))
+                )
+            here = labels[label].columns
+            Psi[here, here] = _check_covariance(part, here.stop - here.start, f"{name}[{label!r}]")
+            covered[here, here] = 1.0
+        return Psi, covered
+    return _check_covariance(value, q, name), np.ones((q, q))
+
+
+def _check_covariance(value: Any, q: int, name: str) -> np.ndarray:
+    numbers = _numbers(value)
+    if numbers is None or np.atleast_2d(numbers).shape != (q, q):
+        got = repr(value) if numbers is None else f"shape {numbers.shape}"
+        raise ConstraintError(f"{name} must be a {q} x {q} matrix, got {got}")
+    matrix = np.atleast_2d(numbers)
+    if not np.isfinite(matrix).all():
+        raise ConstraintError(f"{name} must be finite")
+    size = np.max(np.abs(matrix))
+    if np.max(np.abs(matrix - matrix.T)) > 1e-10 * size:
+        raise ConstraintError(f"{name} must be symmetric")
+    if np.linalg.eigvalsh(matrix)[0] < -1e-10 * size:
+        raise ConstraintError(f"{name} must be positive semidefinite: it is a covariance matrix")
+    return matrix
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """Return ``value`` as an array of floats, or None if it is not one."""
+    try:
+        return np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_positive(value: Any, name: str, error: type[ValueError]) -> float:
+    number = None if isinstance(value, str) else _numbers(value)
+    if number is None or number.shape != () or not 0.0 < number < np.inf:
+        raise error(f"{name} must be a positive number")
+    return float(number)
