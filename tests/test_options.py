@@ -303,7 +303,6 @@ def test_number_of_em_steps(data: pd.DataFrame, formula: str, em_steps: int) -> 
     plain = lmmax.fit(formula, data)
     fit = lmmax.fit(formula, data, em_steps=em_steps)
     assert_same_optimum(fit, plain)
-    assert fit.convergence.steps >= em_steps
 
 
 def test_em_never_increases_the_criterion(data: pd.DataFrame) -> None:

@@ -34,7 +34,7 @@ class Settings:
         solver: "auto", "newton" or "lbfgs".
         tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged.
         max_steps: most Newton or L-BFGS steps.
-        em_steps: EM steps before them.
+        em_steps: most EM steps before them.
     """
 
     reml: bool = True

@@ -167,7 +167,9 @@ def estimate(
     constraints, D, s = read_constraints(problem, terms, settings)
     noise = _noise(problem)
 
-    D = moment_start(problem) * constraints.blocks if D is None else D
+    moments = moment_start(problem) * constraints.blocks
+    # A start is a hint: from absurdly large variances rounding hides the way down.
+    D = moments if D is None else D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(moments)))
     solution = _solve(problem, constraints, settings, settings.em_steps, D, s)
     for _ in range(RESTARTS):
         if solution.status != Status.CONVERGED:

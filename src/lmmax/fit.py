@@ -66,7 +66,7 @@ def fit(
         solver: "newton" (exact Hessian), "lbfgs", or "auto" by the number of parameters.
         tol: largest Newton decrement, in units of -2 log-likelihood, that counts as converged.
         max_steps: most solver steps.
-        em_steps: EM steps before the solver's first.
+        em_steps: most EM steps before the solver's first.
         verbose: print the trace of the solve.
         context: names for use in the formula besides NumPy's ``np`` and the transforms.
 
@@ -154,7 +154,7 @@ def fit_arrays(
         solver: "auto", "newton" or "lbfgs".
         tol: largest Newton decrement that counts as converged.
         max_steps: most solver steps.
-        em_steps: EM steps before them.
+        em_steps: most EM steps before them.
         verbose: print the trace of the solve.
 
     Returns:

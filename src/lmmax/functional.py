@@ -177,7 +177,7 @@ def solve(
         start: theta (k,) to start from, which skips the EM steps; a moment estimate if None.
         tol: largest decrement that counts as converged (never below what rounding allows).
         max_steps: most Newton steps.
-        em_steps: EM steps before them.
+        em_steps: most EM steps before them.
     """
     U = jnp.asarray(problem.U)
     dtype = U.dtype
