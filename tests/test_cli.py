@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
@@ -353,22 +352,6 @@ def test_mistakes_in_the_options(capsys, arguments):
         main(arguments)
     assert caught.value.code == 2
     assert "error" in capsys.readouterr().err
-
-
-def test_help_loads_nothing_heavy():
-    code = (
-        "import sys\n"
-        "from lmmax.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'jax', 'numpy', 'pandas', 'scipy', 'formulaic'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    assert done.returncode == 0, done.stderr
-    assert "exit status" in done.stdout
-    assert seconds < 2  # about 0.06 on an idle machine
 
 
 # With the real fit.

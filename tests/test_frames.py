@@ -150,7 +150,7 @@ def test_missing_raise(data):
     ("bad", "error", "message"),
     [
         (3, TypeError, "pandas or polars DataFrame, a pyarrow Table or a dict of columns, not int"),
-        (np.ones((3, 3)), TypeError, r"design_from_arrays\(\)"),
+        (np.ones((3, 3)), TypeError, r"fit_arrays\(\)"),
         ({"y": [1.0, 2.0], "g": [1]}, DataError, "'y' 2, 'g' 1"),
         ({"y": 1.0, "g": [1]}, DataError, "'y' is a single value, 1.0"),
         ({"y": [], "g": []}, DataError, "no rows"),

@@ -528,6 +528,19 @@ def test_duplicate_random_columns(data: pd.DataFrame, plain: lmmax.Fit) -> None:
     assert fit.scale_se == pytest.approx(plain.scale_se, rel=1e-6)
 
 
+def test_duplicate_uncorrelated_random_columns(data: pd.DataFrame) -> None:
+    """The sum of the variances of both slopes is identified, neither of them is."""
+    fit = lmmax.fit("y ~ x + z + (1 + x + w || g)", data.assign(w=data["x"]))
+    plain = lmmax.fit("y ~ x + z + (1 + x || g)", data)
+    assert fit.converged
+    assert fit.deviance == pytest.approx(plain.deviance, abs=1e-8)
+    total = fit.cov_re.loc["x", "x"] + fit.cov_re.loc["w", "w"]
+    assert total == pytest.approx(plain.cov_re.loc["x", "x"], rel=1e-6)
+    assert np.isnan(fit.cov_re_se.loc["x", "x"]) and np.isnan(fit.cov_re_se.loc["w", "w"])
+    error = plain.cov_re_se.loc["Intercept", "Intercept"]
+    assert fit.cov_re_se.loc["Intercept", "Intercept"] == pytest.approx(error, rel=1e-6)
+
+
 # --- values that cannot be used --------------------------------------------------------------
 
 

@@ -18,7 +18,11 @@ import pandas as pd
 
 from .likelihood.grouped import GroupedProblem
 
-CHUNK_ROWS = 1 << 14
+CHUNK_ROWS = 1 << 13
+"""Most rows handled together; fewer with many columns."""
+CHUNK_WORK = 1 << 18
+"""Most multiplications in a product over a chunk: beyond it BLAS starts threads, which on busy
+processors wait for each other longer than they compute."""
 ALIAS_TOLERANCE = 1e-7
 """A column of X is aliased if the columns before it leave less than this fraction of it (as R)."""
 DEPENDENT_TOLERANCE = 1e-12
@@ -192,9 +196,7 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
     # With groups far apart, the least-squares residuals are a poor centre for what varies within
     # groups: rss would be a small difference of large sums.  Then centre at the within-group fit.
     p = len(beta)
-    between = np.einsum("axm,aym->xy", Y, Y)
-    pilot = C + 1e-8 * between
-    v = np.append(-np.linalg.lstsq(pilot[:p, :p], pilot[:p, p])[0], 1.0)
+    v = np.append(-np.linalg.lstsq(C[:p, :p], C[:p, p], rcond=1e-10)[0], 1.0)
     if v @ C @ v < 1e-4 * C[p, p]:
         beta = beta - v[:p]
         U, Y, C, total = _sums(y, layout, beta)
@@ -240,7 +242,8 @@ def _sums(
     Y = np.empty((q, p + 1, m))
     C = np.zeros((p + 1, p + 1))
     total = 0.0
-    for groups, rows in _chunks(starts, sizes):
+    chunk = min(CHUNK_ROWS, max(CHUNK_WORK // max(p + 1, q) ** 2, 2048))
+    for groups, rows in _chunks(starts, sizes, chunk):
         take: slice | np.ndarray = rows if order is None else order[rows]
         data = np.empty((p + 1, rows.stop - rows.start))
         data[:p] = (X[take] if whole else X[take][:, fixed.kept]).T
@@ -262,12 +265,12 @@ def _sums(
     return U, Y, C, total
 
 
-def _chunks(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of whole groups, and of their rows, of about ``CHUNK_ROWS`` rows each."""
+def _chunks(starts: np.ndarray, sizes: np.ndarray, chunk: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of whole groups, and of their rows, of about ``chunk`` rows each."""
     ends = starts + sizes
     first, m = 0, len(starts)
     while first < m:
-        last = int(np.searchsorted(ends, starts[first] + CHUNK_ROWS, side="right"))
+        last = int(np.searchsorted(ends, starts[first] + chunk, side="right"))
         last = max(last, first + 1)
         yield slice(first, last), slice(int(starts[first]), int(ends[last - 1]))
         first = last

@@ -33,7 +33,7 @@ class Settings:
         fix: mapping with "cov_re" (natural units) and/or "scale" to hold fixed.
         solver: "auto", "newton" or "lbfgs".
         tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged.
-        max_steps: most Newton or L-BFGS steps.
+        max_steps: most steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before them.
     """
 
@@ -42,7 +42,7 @@ class Settings:
     fix: Mapping[str, Any] | None = None
     solver: str = "auto"
     tol: float = 1e-14
-    max_steps: int = 100
+    max_steps: int | None = None
     em_steps: int = 3
 
     def __post_init__(self) -> None:
@@ -53,6 +53,8 @@ class Settings:
         _check_positive(self.tol, f"tol={self.tol!r}", ValueError)
         for name in ("max_steps", "em_steps"):
             value = getattr(self, name)
+            if name == "max_steps" and value is None:
+                continue
             least = 1 if name == "max_steps" else 0
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not whole or value < least:

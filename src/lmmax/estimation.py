@@ -24,6 +24,7 @@ from .likelihood.grouped import Derivatives, GroupedProblem
 from .parameters import lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
+    TRACE_COLUMNS,
     TRACE_LENGTH,
     Constraints,
     Options,
@@ -35,6 +36,7 @@ from .solve import (
 )
 
 Solver = Callable[..., Solution]
+MAX_STEPS = {"newton": 100, "lbfgs": 3000}
 RESTARTS = 5
 BOUNDARY = 1e-4
 """A direction of the random effects is at the boundary if its standard deviation is below this
@@ -53,6 +55,7 @@ class Estimates:
         criterion: -2 log-likelihood (the REML criterion if ``reml``).
         reml: whether the criterion is the restricted one.
         status: how the solve ended.
+        solver: "newton" or "lbfgs".
         solution: the solver's record, in working coordinates.
         boundary: labels of the terms whose covariance is singular.
         constraints: what was free.
@@ -66,6 +69,7 @@ class Estimates:
     criterion: float
     reml: bool
     status: Status
+    solver: str
     solution: Solution
     boundary: tuple[str, ...]
     constraints: Constraints
@@ -91,7 +95,15 @@ class Estimates:
         """
         point, q = self.solution.point, len(self.root)
         free = point.free > 0.0
-        hessian = point.hessian[np.ix_(free, free)]
+        # What convergence left of the gradient outside D's null space would pass for curvature.
+        G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
+        G = G * self.constraints.blocks
+        working = np.linalg.solve(self.z_inverse, self.root)
+        values, vectors = np.linalg.eigh(working @ working.T)
+        null = vectors[:, values <= 1e-12 * values[-1]]
+        left = G - null @ (null.T @ G @ null) @ null.T
+        bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, 0), (1, 0)))
+        hessian = (point.hessian - bend)[np.ix_(free, free)]
         unit = np.sqrt(np.abs(np.diag(hessian)))
         unit[unit == 0.0] = 1.0
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
@@ -166,21 +178,31 @@ def estimate(
     z_inverse = np.asarray(problem.z_inverse)
     constraints, D, s = read_constraints(problem, terms, settings)
     noise = _noise(problem)
+    solver = settings.solver
+    if solver == "auto":
+        k = np.sum(np.tril(constraints.blocks * (1.0 - constraints.held)))
+        solver = "newton" if k <= NEWTON_LIMIT else "lbfgs"
 
     moments = moment_start(problem) * constraints.blocks
     # A start is a hint: from absurdly large variances rounding hides the way down.
     D = moments if D is None else D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(moments)))
-    solution = _solve(problem, constraints, settings, settings.em_steps, D, s)
+    solution = _solve(problem, constraints, settings, solver, settings.em_steps, D, s)
     for _ in range(RESTARTS):
         if solution.status != Status.CONVERGED:
             break
         better = _step_off(solution, constraints, terms, noise)
         if better is None:
             break
-        solution = _solve(problem, constraints, settings, 0, better, float(solution.point.s))
+        s = float(solution.point.s)
+        solution = _solve(problem, constraints, settings, solver, 0, better, s)
 
     point = solution.point
     at = point.at
+    status = Status(int(solution.status))
+    # Residuals of the size of y's own rounding are none, however far from zero y lies.
+    rounding = (10.0 * np.finfo(float).eps) ** 2 / (compression.total * float(problem.n_obs))
+    if constraints.scale_free and np.exp(point.s) <= rounding:
+        status = Status.UNBOUNDED
     root, boundary = _snap(np.asarray(point.root), constraints, terms, noise)
     p = int(problem.n_fixed)
     R_inverse = np.asarray(problem.x_inverse)[:p, :p]
@@ -190,11 +212,12 @@ def estimate(
     return Estimates(
         beta=R_inverse @ (at.beta[:p] + np.asarray(problem.beta_origin)[:p]) * y_scale,
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
-        scale=float(np.exp(point.s) * y_scale**2),
+        scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
         root=z_inverse @ root,
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
-        status=Status(int(solution.status)),
+        status=status,
+        solver=solver,
         solution=solution,
         boundary=boundary,
         constraints=constraints,
@@ -245,7 +268,7 @@ def _unflatten(flat: np.ndarray, q: int, p: int) -> Solution:
         status=take(),
         steps=take(),
         decrement=take(),
-        trace=take(TRACE_LENGTH, 4),
+        trace=take(TRACE_LENGTH, TRACE_COLUMNS),
     )
 
 
@@ -256,19 +279,16 @@ def _solve(
     problem: GroupedProblem,
     constraints: Constraints,
     settings: Settings,
+    solver: str,
     em_steps: int,
     D: np.ndarray,
     s: float,
 ) -> Solution:
     """Run the solver in float64 and return its record as NumPy arrays."""
-    solver = settings.solver
-    if solver == "auto":
-        k = np.sum(np.tril(constraints.blocks * (1.0 - constraints.held)))
-        solver = "newton" if k <= NEWTON_LIMIT else "lbfgs"
     options = Options(
         reml=float(settings.reml),
         em_steps=em_steps,
-        max_steps=settings.max_steps,
+        max_steps=settings.max_steps or MAX_STEPS[solver],
         tol=settings.tol,
     )
     with jax.enable_x64(True), compilation_cache():

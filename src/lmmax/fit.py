@@ -43,7 +43,7 @@ def fit(
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
     tol: float = 1e-14,
-    max_steps: int = 100,
+    max_steps: int | None = None,
     em_steps: int = 3,
     verbose: bool = False,
     context: Mapping[str, Any] | None = None,
@@ -65,7 +65,7 @@ def fit(
             values in natural units.
         solver: "newton" (exact Hessian), "lbfgs", or "auto" by the number of parameters.
         tol: largest Newton decrement, in units of -2 log-likelihood, that counts as converged.
-        max_steps: most solver steps.
+        max_steps: most solver steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before the solver's first.
         verbose: print the trace of the solve.
         context: names for use in the formula besides NumPy's ``np`` and the transforms.
@@ -130,7 +130,7 @@ def fit_arrays(
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
     tol: float = 1e-14,
-    max_steps: int = 100,
+    max_steps: int | None = None,
     em_steps: int = 3,
     verbose: bool = False,
 ) -> Fit:
@@ -153,7 +153,7 @@ def fit_arrays(
         fix: ``{"cov_re": ..., "scale": ...}`` to hold fixed.
         solver: "auto", "newton" or "lbfgs".
         tol: largest Newton decrement that counts as converged.
-        max_steps: most solver steps.
+        max_steps: most solver steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before them.
         verbose: print the trace of the solve.
 

@@ -34,7 +34,7 @@ def as_table(data: Any) -> Table:
         return {name: frame.get_column(name) for name in frame.columns}
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("data is a lazy frame: pass data.collect()")
-    hint = "; for plain arrays use design_from_arrays()" if isinstance(data, np.ndarray) else ""
+    hint = "; for plain arrays use fit_arrays()" if isinstance(data, np.ndarray) else ""
     raise TypeError(
         "data must be a pandas or polars DataFrame, a pyarrow Table or a dict of columns, not "
         f"{type(data).__name__}{hint}"

@@ -38,9 +38,10 @@ from .likelihood import grouped
 from .likelihood.grouped import GroupedProblem
 from .linalg import gls, ldl
 from .parameters import pack_triangle, unpack_lower
-from .solve import Options, newton, newton_step, unstructured
+from .solve import Options, Status, newton, newton_step, unstructured
 
 Problem = GroupedProblem
+__all__ = ["Optimum", "Problem", "Status", "criterion", "padded_problem", "problem", "solve"]
 
 
 class Optimum(NamedTuple):
@@ -53,7 +54,7 @@ class Optimum(NamedTuple):
         scale: residual variance.
         cov_re: covariance of the random effects, natural units, (q, q).
         criterion: -2 log-likelihood, or the REML criterion.
-        status: :class:`lmmax.solve.Status` as an integer, 1 for converged.
+        status: a :class:`Status` as an integer, 1 for converged.
         steps: evaluations of the criterion.
         decrement: distance to the optimum, ``g' H^-1 g``, in units of the criterion.
     """

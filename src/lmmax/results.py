@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,8 @@ class Convergence:
         gradient_norm: its Euclidean norm.
         hessian_eigenvalues: of the Hessian in the same parameters, ascending.
         boundary: terms whose covariance is singular.
-        history: criterion, decrement, damping and acceptance per step.
+        history: per evaluation, criterion, decrement, damping, whether it was accepted, and the
+            kind of step that followed (the first 64 evaluations).
     """
 
     status: str
@@ -60,7 +61,16 @@ class Convergence:
     gradient_norm: float
     hessian_eigenvalues: np.ndarray
     boundary: tuple[str, ...]
-    history: pd.DataFrame
+    history: pd.DataFrame = field(repr=False)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.message} after {self.steps} evaluations; Newton decrement "
+            f"{self.decrement:.1e}, gradient norm {self.gradient_norm:.1e}, smallest eigenvalue of "
+            f"the Hessian {self.hessian_eigenvalues[0]:.3g}"
+            if len(self.hessian_eigenvalues)
+            else f"{self.message}: nothing was free"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +186,10 @@ class Fit:
 
     @property
     def theta(self) -> np.ndarray:
-        """Relative Cholesky factor, lower triangle row by row, within each term, (k,)."""
+        """Relative Cholesky factor, lower triangle row by row, within each term, (k,).
+
+        lme4 lists the same numbers column by column.
+        """
         inside = pack_triangle(np.asarray(self.estimates.constraints.blocks)) > 0.0
         return self.estimates.theta[inside]
 
@@ -298,7 +311,8 @@ class Fit:
         """Predict the response for new rows, or for the rows of the fit.
 
         Args:
-            newdata: data frame (or mapping) with the columns of the formula, without the response.
+            newdata: data frame (or mapping) with the columns of the formula, without the response;
+                for a fit to arrays a mapping ``{"X": ..., "groups": ..., "Z": ...}``.
             random_effects: add the conditional modes of the rows' groups; if False, the grouping
                 column may be absent.
             new_levels: "error", or "population" to predict new groups with effects of zero.
@@ -375,10 +389,12 @@ class Fit:
         gradient = np.asarray(point.gradient)[point.free > 0.0]
         history = pd.DataFrame(
             solution.trace[: int(solution.steps)],
-            columns=["criterion", "decrement", "damping", "accepted"],
+            columns=["criterion", "decrement", "damping", "accepted", "next"],
         )
         history["criterion"] += estimates.criterion - float(point.at.value)
         history["accepted"] = history["accepted"] > 0.0
+        history["next"] = np.where(history["next"] > 0.0, "EM", estimates.solver)
+        history.loc[history.index[-1:], "next"] = ""
         return Convergence(
             status=self.status,
             message=self.message,

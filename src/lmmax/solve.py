@@ -39,7 +39,7 @@ from .likelihood.grouped import (
 from .linalg import gls, ldl, solve_unit_lower, solve_unit_upper, symmetrize
 from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 
-TRACE_LENGTH = 64
+TRACE_LENGTH, TRACE_COLUMNS = 64, 5
 NEAR = 0.1
 """Newton decrement below which EM has nothing to add."""
 NEWTON_LIMIT = 250
@@ -120,7 +120,8 @@ class Solution(NamedTuple):
         status: a :class:`Status`.
         steps: evaluations of the criterion.
         decrement: ``g' H^-1 g``: how far, in units of the criterion, a Newton step still goes.
-        trace: a row per evaluation: criterion, decrement, damping, whether accepted.
+        trace: a row per evaluation: criterion, decrement, damping, whether it was accepted, and
+            whether an EM step follows.
     """
 
     point: Point
@@ -308,7 +309,9 @@ def newton(
         status = jnp.asarray(Status.RUNNING, jnp.int32)
         for happened, outcome in reversed(outcomes):
             status = jnp.where(happened, jnp.int32(outcome), status)
-        row = jnp.stack([point.at.value, decrement, damping, accept.astype(dtype)])
+        row = jnp.stack(
+            [point.at.value, decrement, damping, accept.astype(dtype), em.astype(dtype)]
+        )
         return _State(
             evaluations=evaluations,
             status=status,
@@ -331,7 +334,7 @@ def newton(
         predicted=jnp.zeros((), dtype),
         damping=jnp.zeros((), dtype),
         decrement=jnp.full((), jnp.inf, dtype),
-        trace=jnp.full((TRACE_LENGTH, 4), jnp.nan, dtype),
+        trace=jnp.full((TRACE_LENGTH, TRACE_COLUMNS), jnp.nan, dtype),
     )
     state = lax.while_loop(lambda state: state.status == Status.RUNNING, body, state)
     return Solution(
@@ -394,7 +397,8 @@ def lbfgs(
         f, gradient = value_and_grad(x, state=state)
         updates, state = method.update(gradient, state, x, value=f, grad=gradient, value_fn=value)
         decrement = -problem.n_obs * jnp.sum(gradient * updates)
-        row = jnp.stack([f * problem.n_obs, decrement, jnp.zeros_like(f), jnp.ones_like(f)])
+        zero, one = jnp.zeros_like(f), jnp.ones_like(f)
+        row = jnp.stack([f * problem.n_obs, decrement, zero, one, zero])
         trace = trace.at[jnp.minimum(steps, TRACE_LENGTH - 1)].set(row.astype(dtype))
         return optax.apply_updates(x, updates), state, steps + 1, decrement, trace
 
@@ -410,12 +414,15 @@ def lbfgs(
             method.init(start),
             jnp.asarray(0, jnp.int32),
             jnp.full((), jnp.inf, dtype),
-            jnp.full((TRACE_LENGTH, 4), jnp.nan, dtype),
+            jnp.full((TRACE_LENGTH, TRACE_COLUMNS), jnp.nan, dtype),
         ),
     )
     x = jnp.where(free > 0.0, x, start)
     point = evaluate(problem, constraints, reml, covariance(x), x[0])
-    status = jnp.where(jnp.abs(decrement) <= tol, Status.CONVERGED, Status.MAX_STEPS)
+    # The line search can die on a plateau: the exact Newton step judges where it ended.
+    step = newton_step(point.gradient, point.hessian, jnp.zeros((), dtype))
+    decrement = jnp.maximum(jnp.abs(decrement), -(point.gradient @ step))
+    status = jnp.where(decrement <= jnp.sqrt(tol), Status.CONVERGED, Status.MAX_STEPS)
     return Solution(
         point=point,
         status=jnp.where(jnp.isfinite(point.at.value), status, Status.NOT_FINITE).astype(jnp.int32),

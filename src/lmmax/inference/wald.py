@@ -32,6 +32,17 @@ def normal_quantile(alpha: float) -> float:
     return NormalDist().inv_cdf(1.0 - 0.5 * alpha)
 
 
+def format_pvalue(p: float) -> str:
+    """Return a p-value with three decimals, honest about small ones."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+_FORMATS: dict[str, Any] = {
+    "float_format": "{:.4g}".format,
+    "formatters": {"z": "{:.3f}".format, "P>|z|": format_pvalue},
+}
+
+
 @dataclass(frozen=True)
 class ContrastTable:
     """Tests of single hypotheses.
@@ -43,10 +54,10 @@ class ContrastTable:
     table: pd.DataFrame
 
     def __str__(self) -> str:
-        return self.table.to_string(float_format="{:.4g}".format)
+        return self.table.to_string(**_FORMATS)
 
     def _repr_html_(self) -> str:
-        html: str = self.table.to_html(float_format="{:.4g}".format)
+        html: str = self.table.to_html(**_FORMATS)
         return html
 
 
@@ -71,7 +82,8 @@ class WaldTest:
             head = f"chi2({self.df_num}) = {self.statistic:.4g}"
         else:
             head = f"F({self.df_num}, {self.df_denom:g}) = {self.statistic:.4g}"
-        return f"Wald test: {head}, p = {self.pvalue:.4g}"
+        p = "p < 0.001" if self.pvalue < 0.0005 else f"p = {self.pvalue:.3f}"
+        return f"Wald test: {head}, {p}"
 
 
 def t_test(
