@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lmmax
-from lmmax import estimation
+from lmmax import compilation, estimation
+from lmmax.compilation import Compiled
 from tests.simulate import simulate
 
 
@@ -19,7 +21,7 @@ def test_similar_data_options_and_criteria_share_one_executable() -> None:
         return lmmax.fit_arrays(case["y"], case["X"], case["codes"], case["Z"], **options)
 
     first = fit(0, groups=15, p=3)
-    before = solve._cache_size()
+    before = solve.count()
     fit(1, groups=40, p=4, reml=False)
     fit(2, groups=64, p=3, tol=1e-8, max_steps=50, em_steps=1)
     fit(3, groups=15, p=3, covariance="diag")
@@ -27,7 +29,7 @@ def test_similar_data_options_and_criteria_share_one_executable() -> None:
     fit(5, groups=15, p=3, start=first)
     first.refit_ml()
     first.refit(first.design.y[::-1].copy())
-    assert solve._cache_size() == before
+    assert solve.count() == before
 
 
 @pytest.mark.parametrize("groups", [2000, 2300, 2500])
@@ -36,3 +38,23 @@ def test_thousands_of_unequal_groups_share_a_bucket(groups: int) -> None:
     fit = lmmax.fit_arrays(case["y"], case["X"], case["codes"], case["Z"])
     assert fit.converged
     assert fit.compression.problem.U.shape[2] in (2048, 2560)
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch) -> None:
+    monkeypatch.setattr(compilation, "CPU_OPTIONS", {"xla_cpu_no_such_option": True})
+    double = Compiled(lambda x: 2.0 * x)
+    assert float(double(jnp.ones(()))) == 2.0
+    assert float(double(jnp.ones(()))) == 2.0
+
+
+def test_other_errors_of_the_compiler_are_not_swallowed() -> None:
+    fails = Compiled(lambda x: x @ x)
+    with pytest.raises(ValueError, match="matmul"):
+        fails(jnp.ones(()))
+
+
+def test_the_options_are_known_to_the_compiler() -> None:
+    """If this fails with a new jaxlib, its default code generator is in use: measure again."""
+    double = Compiled(lambda x: 2.0 * x)
+    double(jnp.ones(()))
+    assert double._quick_works

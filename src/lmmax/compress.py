@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -40,6 +41,11 @@ class Factor:
     R: np.ndarray
     kept: np.ndarray
 
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """``R^-1``."""
+        return np.linalg.inv(self.R)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -63,6 +69,11 @@ class Layout:
     starts: np.ndarray
     sizes: np.ndarray
     weights: np.ndarray | None
+
+    @cached_property
+    def A_inverse(self) -> np.ndarray:
+        """``A^-1``."""
+        return np.linalg.inv(self.A)
 
 
 @dataclass(frozen=True)
@@ -191,14 +202,16 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
     ``pad`` rounds the sizes up to a few values, so that data of similar size share compiled code.
     """
     weighted = y if layout.weights is None else y * layout.weights
-    beta = np.linalg.inv(layout.fixed.R).T @ (layout.X.T @ weighted)[layout.fixed.kept]
+    beta = layout.fixed.inverse.T @ (layout.X.T @ weighted)[layout.fixed.kept]
     U, Y, C, total = _sums(y, layout, beta)
     # With groups far apart, the least-squares residuals are a poor centre for what varies within
     # groups: rss would be a small difference of large sums.  Then centre at the within-group fit.
     p = len(beta)
-    v = np.append(-np.linalg.lstsq(C[:p, :p], C[:p, p], rcond=1e-10)[0], 1.0)
-    if v @ C @ v < 1e-4 * C[p, p]:
-        beta = beta - v[:p]
+    # What varies between groups only has no part in C, whose eigenvalues are at most one.
+    shift = np.linalg.solve(C[:p, :p] + 1e-10 * np.eye(p), C[:p, p])
+    left = C[p, p] - 2.0 * shift @ C[:p, p] + shift @ C[:p, :p] @ shift
+    if left < 1e-4 * C[p, p]:
+        beta = beta + shift
         U, Y, C, total = _sums(y, layout, beta)
     y_scale = np.sqrt(total) if total > 0.0 else 1.0
     Y[:, p] /= y_scale
@@ -213,8 +226,8 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
         n_obs=float(len(y)),
         n_fixed=float(p),
         z_factor=layout.A,
-        z_inverse=np.linalg.inv(layout.A),
-        x_inverse=np.linalg.inv(layout.fixed.R),
+        z_inverse=layout.A_inverse,
+        x_inverse=layout.fixed.inverse,
         x_logdet=float(np.sum(np.log(np.diag(layout.fixed.R)))),
         beta_origin=beta / y_scale,
         y_scale=y_scale,
@@ -236,7 +249,7 @@ def _sums(
     starts, sizes, weights = layout.starts, layout.sizes, layout.weights
     p, q, m = len(fixed.kept), A.shape[0], len(sizes)
     whole = p == X.shape[1]
-    R_inverse, A_inverse = np.linalg.inv(fixed.R), np.linalg.inv(A)
+    R_inverse, A_inverse = fixed.inverse, layout.A_inverse
 
     U = np.zeros((q, q, m))
     Y = np.empty((q, p + 1, m))
@@ -374,13 +387,17 @@ def _pad(problem: GroupedProblem) -> GroupedProblem:
     extra = -p % 4 if p > 2 else 2 - p
     if not groups and not extra:
         return problem
-    columns = np.r_[np.arange(p), p + extra]  # y stays last
     Y = np.zeros((q, width + extra, m + groups))
-    Y[:, columns, :m] = problem.Y
+    Y[:, :p, :m], Y[:, -1, :m] = problem.Y[:, :p], problem.Y[:, p]  # y stays last
     U = np.zeros((q, q, m + groups))
     U[:, :, :m] = problem.U
     C = np.eye(width + extra)
-    C[np.ix_(columns, columns)] = problem.C
+    C[:p, :p], C[:p, -1], C[-1, :p], C[-1, -1] = (
+        problem.C[:p, :p],
+        problem.C[:p, p],
+        problem.C[p, :p],
+        problem.C[p, p],
+    )
     x_inverse = np.zeros((p + extra, p + extra))
     x_inverse[:p, :p] = problem.x_inverse
     return replace(

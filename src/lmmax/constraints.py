@@ -41,7 +41,7 @@ class Settings:
     start: Any = None
     fix: Mapping[str, Any] | None = None
     solver: str = "auto"
-    tol: float = 1e-14
+    tol: float = 1e-16
     max_steps: int | None = None
     em_steps: int = 3
 

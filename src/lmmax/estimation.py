@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .compilation import Compiled
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .constraints import Settings, TermColumns, read_constraints
@@ -60,6 +61,7 @@ class Estimates:
         boundary: labels of the terms whose covariance is singular.
         constraints: what was free.
         z_inverse: ``A^-1``, from working to the user's random-effects coordinates, (q, q).
+        noise: standard deviation of one average group's mean, relative to the residual's.
     """
 
     beta: np.ndarray
@@ -74,6 +76,7 @@ class Estimates:
     boundary: tuple[str, ...]
     constraints: Constraints
     z_inverse: np.ndarray
+    noise: float
 
     @cached_property
     def D(self) -> np.ndarray:
@@ -104,8 +107,10 @@ class Estimates:
         left = G - null @ (null.T @ G @ null) @ null.T
         bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, 0), (1, 0)))
         hessian = (point.hessian - bend)[np.ix_(free, free)]
-        unit = np.sqrt(np.abs(np.diag(hessian)))
-        unit[unit == 0.0] = 1.0
+        # Units in which a real curvature is about one; rounding errors are no curvature.
+        size = max(np.max(point.root**2, initial=0.0), self.noise**2)
+        floor = 1e-9 * point.at.hessian[-1, -1] / np.append(1.0, np.full(q * q, size))[free]
+        unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
         # d(vech Psi, scale) / d(s, root) for Psi = exp(s) y_scale^2 A^-1 root root' A^-T.
@@ -188,7 +193,7 @@ def estimate(
     D = moments if D is None else D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(moments)))
     solution = _solve(problem, constraints, settings, solver, settings.em_steps, D, s)
     for _ in range(RESTARTS):
-        if solution.status != Status.CONVERGED:
+        if solution.status != Status.CONVERGED or _is_interior(solution.point.D, noise):
             break
         better = _step_off(solution, constraints, terms, noise)
         if better is None:
@@ -222,6 +227,7 @@ def estimate(
         boundary=boundary,
         constraints=constraints,
         z_inverse=z_inverse,
+        noise=noise,
     )
 
 
@@ -272,7 +278,7 @@ def _unflatten(flat: np.ndarray, q: int, p: int) -> Solution:
     )
 
 
-_compiled: dict[str, Any] = {"newton": jax.jit(_flat(newton)), "lbfgs": jax.jit(_flat(lbfgs))}
+_compiled = {"newton": Compiled(_flat(newton)), "lbfgs": Compiled(_flat(lbfgs))}
 
 
 def _solve(
@@ -313,6 +319,11 @@ def _free_terms(
         yield term, [here] if term.correlated else each
 
 
+def _is_interior(D: Any, noise: float) -> bool:
+    """Return whether no direction of the random effects is at the boundary."""
+    return bool(np.linalg.eigvalsh(D)[0] > (BOUNDARY * noise) ** 2)
+
+
 def _step_off(
     solution: Solution, constraints: Constraints, terms: Sequence[TermColumns], noise: float
 ) -> np.ndarray | None:
@@ -347,6 +358,8 @@ def _snap(
     root: np.ndarray, constraints: Constraints, terms: Sequence[TermColumns], noise: float
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Set directions at the boundary to exactly zero; return the root and the singular terms."""
+    if _is_interior(root @ root.T, noise):
+        return root, ()
     root = root.copy()
     singular = []
     for term, blocks in _free_terms(terms, constraints):

@@ -42,7 +42,7 @@ def fit(
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
-    tol: float = 1e-14,
+    tol: float = 1e-16,
     max_steps: int | None = None,
     em_steps: int = 3,
     verbose: bool = False,
@@ -129,7 +129,7 @@ def fit_arrays(
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
-    tol: float = 1e-14,
+    tol: float = 1e-16,
     max_steps: int | None = None,
     em_steps: int = 3,
     verbose: bool = False,
@@ -382,7 +382,7 @@ def check_identified(
 def _check_response(design: Design, arranged: Layout, compressed: Compression) -> None:
     # Residuals of an exact fit are rounding errors, as large as the coefficients are uncertain.
     R = arranged.fixed.R
-    condition = np.linalg.norm(R, axis=0) * np.linalg.norm(np.linalg.inv(R), axis=1)
+    condition = np.linalg.norm(R, axis=0) * np.linalg.norm(arranged.fixed.inverse, axis=1)
     rounding = ROUNDING * np.finfo(float).eps * np.max(condition, initial=1.0)
     if compressed.total <= rounding**2:
         raise DataError(

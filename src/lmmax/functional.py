@@ -163,7 +163,7 @@ def solve(
     reml: bool | float = True,
     *,
     start: Array | None = None,
-    tol: float = 1e-14,
+    tol: float = 1e-16,
     max_steps: int = 100,
     em_steps: int = 3,
 ) -> Optimum:

@@ -15,6 +15,7 @@ reflects the triangle.  The functions work on NumPy and on JAX arrays, traced or
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ def unpack_symmetric(packed: Any) -> Any:
     return packed[_positions(triangle_order(packed.shape[0]))]
 
 
+@cache
 def _positions(q: int) -> np.ndarray:
     """Return, for each entry (i, j), where it or its mirror image is in the packed triangle."""
     i, j = np.indices((q, q))

@@ -40,8 +40,8 @@ from .linalg import gls, ldl, solve_unit_lower, solve_unit_upper, symmetrize
 from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 
 TRACE_LENGTH, TRACE_COLUMNS = 64, 5
-NEAR = 0.1
-"""Newton decrement below which EM has nothing to add."""
+NEAR = 5.0
+"""Newton decrement, about two standard errors squared, below which EM has nothing to add."""
 NEWTON_LIMIT = 250
 """Most covariance parameters for which the exact Hessian pays; beyond it L-BFGS is the default."""
 
