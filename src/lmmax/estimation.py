@@ -61,6 +61,7 @@ class Estimates:
         boundary: labels of the terms whose covariance is singular.
         constraints: what was free.
         z_inverse: ``A^-1``, from working to the user's random-effects coordinates, (q, q).
+        contrasts: ``d``, n for ML and n - p for REML.
         noise: standard deviation of one average group's mean, relative to the residual's.
     """
 
@@ -76,6 +77,7 @@ class Estimates:
     boundary: tuple[str, ...]
     constraints: Constraints
     z_inverse: np.ndarray
+    contrasts: float
     noise: float
 
     @cached_property
@@ -109,7 +111,8 @@ class Estimates:
         hessian = (point.hessian - bend)[np.ix_(free, free)]
         # Units in which a real curvature is about one; rounding errors are no curvature.
         size = max(np.max(point.root**2, initial=0.0), self.noise**2)
-        floor = 1e-9 * point.at.hessian[-1, -1] / np.append(1.0, np.full(q * q, size))[free]
+        n_groups = self.noise**2 * point.at.hessian[-1, -1]
+        floor = 1e-6 * n_groups / np.append(1.0, np.full(q * q, size))[free]
         unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
@@ -136,7 +139,9 @@ class Estimates:
         """
         curvatures, directions = self._information
         parts = (gradients @ directions) ** 2
+        # With fewer contrasts than parameters, whatever curvature there is comes from rounding.
         curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        curved &= self.n_free <= self.contrasts
         size = parts.sum(axis=1)
         flat = parts[:, ~curved].sum(axis=1) > 1e-12 * size
         variances = parts[:, curved] @ (1.0 / curvatures[curved])
@@ -227,6 +232,7 @@ def estimate(
         boundary=boundary,
         constraints=constraints,
         z_inverse=z_inverse,
+        contrasts=d,
         noise=noise,
     )
 
