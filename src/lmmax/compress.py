@@ -233,8 +233,14 @@ def compress(y: np.ndarray, layout: Layout, *, pad: bool = True) -> Compression:
         y_scale=y_scale,
         log_weights=0.0 if layout.weights is None else float(np.sum(np.log(layout.weights))),
     )
+    if pad:
+        whole = problem.U is U
+        problem = _pad(problem)
+        if whole and problem.Y.shape[1] == p + 1:
+            # Not merged: one copy of the statistics serves both views.
+            U, Y = problem.U[:, :, : U.shape[2]], problem.Y[:, :, : U.shape[2]]
     return Compression(
-        problem=_pad(problem) if pad else problem,
+        problem=problem,
         U=U,
         Y=Y,
         total=float(total / max(np.sum(weighted * y), np.finfo(float).tiny)),

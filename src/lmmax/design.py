@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +160,9 @@ def build_design(
         if Z.shape[1] == 0:
             raise DataError(f"the random term {term} has no column: its design is empty")
         grouping = group_names.index(term.group_names)
-        blocks.append(RandomBlock(term, grouping, Z, tuple(effects.column_names)))
+        names = tuple(effects.column_names)
+        Z = _shared(Z, names, X, fixed.column_names)
+        blocks.append(RandomBlock(term, grouping, Z, names))
         parts.append(effects)
     groups = [group_rows(":".join(names), [frame[name] for name in names]) for names in group_names]
     used = {name for factor in factors for names in factor_names(factor) for name in names}
@@ -320,6 +322,18 @@ def _evaluate(
             "column"
         )
     return encoder, lost
+
+
+def _shared(
+    Z: np.ndarray, names: Sequence[str], X: np.ndarray, x_names: Sequence[str]
+) -> np.ndarray:
+    """Return the columns of X in place of an equal Z: most random terms repeat fixed effects."""
+    if names[0] in x_names:
+        first = list(x_names).index(names[0])
+        same = X[:, first : first + len(names)]
+        if tuple(x_names[first : first + len(names)]) == tuple(names) and np.array_equal(same, Z):
+            return same
+    return Z
 
 
 def _matrix(encoder: Encoder, asked: Part, what: str) -> tuple[np.ndarray, Part]:

@@ -21,7 +21,7 @@ from .compilation_cache import compilation_cache
 from .compress import Compression
 from .constraints import Settings, TermColumns, read_constraints
 from .em import moment_start
-from .likelihood.grouped import Derivatives, GroupedProblem
+from .likelihood.grouped import GroupedProblem
 from .parameters import lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
@@ -29,11 +29,11 @@ from .solve import (
     TRACE_LENGTH,
     Constraints,
     Options,
-    Point,
     Solution,
     Status,
     lbfgs,
     newton,
+    point_of,
 )
 
 Solver = Callable[..., Solution]
@@ -250,7 +250,7 @@ def _flat(solver: Solver) -> Callable[..., jax.Array]:
 
 def _unflatten(flat: np.ndarray, q: int, p: int) -> Solution:
     """Undo the flattening of a record with q random effects and p coefficients."""
-    at, k = 0, q * (q + 1) // 2
+    at = 0
 
     def take(*shape: int) -> Any:
         nonlocal at
@@ -260,23 +260,7 @@ def _unflatten(flat: np.ndarray, q: int, p: int) -> Solution:
         return part
 
     return Solution(
-        point=Point(
-            s=take(),
-            D=take(q, q),
-            root=take(q, q),
-            pivot=take(q, q),
-            free=take(q * q + 1),
-            at=Derivatives(
-                value=take(),
-                gradient=take(k + 1),
-                hessian=take(k + 1, k + 1),
-                log_scale=take(),
-                beta=take(p),
-                beta_inverse=take(p, p),
-            ),
-            gradient=take(q * q + 1),
-            hessian=take(q * q + 1, q * q + 1),
-        ),
+        point=point_of(take, q, p),
         status=take(),
         steps=take(),
         decrement=take(),

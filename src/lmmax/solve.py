@@ -17,6 +17,7 @@ minimum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -129,6 +130,28 @@ class Solution(NamedTuple):
     steps: Array
     decrement: Array
     trace: Array
+
+
+def point_of(make: Callable[..., Any], q: int, p: int) -> Point:
+    """Return a point whose fields are ``make(*shape)``, in order, for q effects, p coefficients."""
+    k, x = q * (q + 1) // 2 + 1, q * q + 1
+    return Point(
+        s=make(),
+        D=make(q, q),
+        root=make(q, q),
+        pivot=make(q, q),
+        free=make(x),
+        at=Derivatives(
+            value=make(),
+            gradient=make(k),
+            hessian=make(k, k),
+            log_scale=make(),
+            beta=make(p),
+            beta_inverse=make(p, p),
+        ),
+        gradient=make(x),
+        hessian=make(x, x),
+    )
 
 
 def unstructured(q: int) -> Constraints:
@@ -324,11 +347,10 @@ def newton(
             trace=state.trace.at[jnp.minimum(state.evaluations, TRACE_LENGTH - 1)].set(row),
         )
 
-    shapes = jax.eval_shape(lambda D, s: evaluate(problem, constraints, reml, D, s), D, s)
     state = _State(
         evaluations=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        point=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+        point=point_of(lambda *shape: jnp.zeros(shape, dtype), q, problem.Y.shape[1] - 1),
         trial_D=D,
         trial_s=s,
         predicted=jnp.zeros((), dtype),
