@@ -190,8 +190,7 @@ def estimate(
     noise = _noise(problem)
     solver = settings.solver
     if solver == "auto":
-        k = np.sum(np.tril(constraints.blocks * (1.0 - constraints.held)))
-        solver = "newton" if k <= NEWTON_LIMIT else "lbfgs"
+        solver = "newton" if len(z_inverse) <= NEWTON_LIMIT else "lbfgs"
 
     moments = moment_start(problem) * constraints.blocks
     # A start is a hint: from absurdly large variances rounding hides the way down.

@@ -43,8 +43,9 @@ from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 TRACE_LENGTH, TRACE_COLUMNS = 64, 5
 NEAR = 5.0
 """Newton decrement, about two standard errors squared, below which EM has nothing to add."""
-NEWTON_LIMIT = 250
-"""Most covariance parameters for which the exact Hessian pays; beyond it L-BFGS is the default."""
+NEWTON_LIMIT = 22
+"""Most random effects of a group (253 parameters) for which the exact Hessian pays; beyond it
+L-BFGS is the default."""
 
 
 class Status(IntEnum):
