@@ -14,7 +14,8 @@ import pytest
 
 import lmmax
 from lmmax import ConvergenceWarning, Fit, RankWarning
-from lmmax.summary import _format_block, _format_correlation, _format_p, summarize
+from lmmax.rendering import _format_block, _format_correlation, _format_p
+from lmmax.summary import summarize
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,375 @@
+"""A summary as plain text and as HTML; both share the formatting of numbers into cells."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .inference.wald import format_pvalue
+
+if TYPE_CHECKING:
+    from .summary import Summary
+
+WIDTH = 80
+"""Most columns of the text, unless a single name is longer."""
+MISSING = "-"
+"""Stands for a number that does not exist, such as the standard error of a variance of zero."""
+
+
+class _Cells(NamedTuple):
+    """One table as text: labels on the left, numbers on the right."""
+
+    label_headers: list[str]
+    labels: list[list[str]]
+    headers: list[str]
+    rows: list[list[str]]
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(value)) if value > 0.0 else 0
+
+
+def _decimals(largest: float, smallest: float) -> int | None:
+    """Return how many decimals show both sizes, or None if only an exponent does.
+
+    Three where there is room, more if the smallest needs them for two significant digits.
+    """
+    digits = max(_exponent(largest) + 1, 1)
+    needed = 1 - _exponent(smallest)
+    decimals = max(needed, min(3, max(7 - digits, 0)))
+    return decimals if digits <= 7 and digits + decimals <= 9 else None
+
+
+def _sizes(values: np.ndarray) -> np.ndarray:
+    """Return the sizes that matter for formatting: finite and not zero."""
+    sizes = np.abs(values[np.isfinite(values)])
+    return sizes[sizes > 0.0]
+
+
+def _format_block(values: np.ndarray, precision: np.ndarray) -> list[list[str]]:
+    """Format columns of one unit, with common decimals if the sizes allow, else row by row.
+
+    Args:
+        values: numbers, (r, c).
+        precision: per row the numbers of which two digits must be seen, (r, d).
+    """
+    ranges = []
+    for row, small in zip(values, precision, strict=True):
+        sizes, smalls = _sizes(row), _sizes(small)
+        largest = float(sizes.max()) if sizes.size else 0.0
+        ranges.append((largest, float(smalls.min()) if smalls.size else largest))
+    known = [pair for pair in ranges if pair[0] > 0.0]
+    common = None
+    if known:
+        common = _decimals(max(large for large, _ in known), min(small for _, small in known))
+    spread = max((_exponent(large) - _exponent(small) for large, small in known), default=0)
+    mantissa = min(max(spread + 1, 3), 6)
+
+    formatted = []
+    for row, (large, small) in zip(values, ranges, strict=True):
+        decimals = common if common is not None else _decimals(large, small)
+        code = f".{mantissa}e" if decimals is None else f".{decimals}f"
+        formatted.append([_format(value, code) for value in row])
+    return formatted
+
+
+def _format(value: float, code: str) -> str:
+    if math.isnan(value):
+        return MISSING
+    text = format(value, code)
+    # A rounded "-0.000" says nothing that "0.000" does not.
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text
+
+
+def _format_z(value: float) -> str:
+    return _format(value, ".3f" if abs(value) < 1e5 else ".3e")
+
+
+def _format_p(value: float) -> str:
+    return MISSING if math.isnan(value) else format_pvalue(value)
+
+
+def _format_correlation(value: float) -> str:
+    """Two decimals, but more where two would claim a perfect correlation that is not one."""
+    if abs(value) < 1.0 - 1e-8:
+        for code in (".2f", ".3f", ".4f"):
+            if abs(float(format(value, code))) < 1.0:
+                return _format(value, code)
+    return _format(value, ".2f")
+
+
+def _header_cells(header: pd.DataFrame) -> list[tuple[str, str]]:
+    entries = header["value"].to_dict()
+    steps = entries.pop("Steps")
+    cells = []
+    for key, value in entries.items():
+        if key == "Converged":
+            text = f"{'yes' if value else 'NO'} ({steps} step{'s' * (steps != 1)})"
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif key == "Scale":
+            text = _format(value, ".6g")
+        elif key == "Mean group size":
+            text = _format(value, ".2f")
+        elif isinstance(value, float):
+            text = _format(value, ".4f")
+        else:
+            text = str(value)
+        cells.append((str(key), text))
+    return cells
+
+
+def _residual_cells(residuals: pd.Series) -> _Cells:
+    row = [_format(value, ".4f" if abs(value) < 1e5 else ".3e") for value in residuals.to_numpy()]
+    return _Cells([], [[]], [str(name) for name in residuals.index], [row])
+
+
+def _random_cells(table: pd.DataFrame) -> tuple[_Cells, list[list[str]]]:
+    """Return the cells without correlations, and the correlations, a list per row."""
+    variances = table[["variance", "std err"]].to_numpy(float)
+    sds = table[["std dev"]].to_numpy(float)
+    numbers = [
+        [*left, *right]
+        for left, right in zip(
+            _format_block(variances, variances), _format_block(sds, sds), strict=True
+        )
+    ]
+    corr = table.filter(like="corr ").to_numpy(float)
+    labels: list[list[str]] = []
+    correlations: list[list[str]] = []
+    for _, term in groupby(range(len(table)), key=lambda i: table.index[i]):
+        # The group is named once per term, as in lme4.
+        for j, i in enumerate(term):
+            labels.append(
+                [str(table["group"].iloc[i]) if j == 0 else "", str(table["name"].iloc[i])]
+            )
+            shown: list[float] = corr[i, :j].tolist() if table["correlated"].iloc[i] else []
+            correlations.append([_format_correlation(value) for value in shown])
+    return (
+        _Cells(["Groups", "Name"], labels, ["Variance", "Std.Err.", "Std.Dev."], numbers),
+        correlations,
+    )
+
+
+def _fixed_cells(table: pd.DataFrame) -> _Cells:
+    names = list(table.columns)
+    lower, upper = names[4:]
+    estimates = table[["coef", "std err", lower, upper]].to_numpy(float)
+    # Where nothing at all was estimated, it is the fit that failed.
+    failed = bool(np.isnan(estimates[:, 0]).all())
+    rows = []
+    for block, z, p in zip(
+        _format_block(estimates, estimates[:, 1:2]), table["z"], table["P>|z|"], strict=True
+    ):
+        coef, se, low, high = block
+        if coef == MISSING and not failed:
+            coef = "aliased"
+        rows.append([coef, se, _format_z(z), _format_p(p), low, high])
+    return _Cells([""], [[str(name)] for name in table.index], names, rows)
+
+
+def text(summary: Summary) -> str:
+    """Return the summary as text, at most ``WIDTH`` columns wide where names allow."""
+    header, random, fixed = summary.tables
+    random_cells, correlations = _random_cells(random)
+    whole = _with_correlations(random_cells, correlations)
+    separate = max(map(len, _table_lines(whole, gap=1, fold=False, least=5))) > WIDTH
+    blocks = {
+        "Scaled residuals:": _table_lines(_residual_cells(summary.residuals)),
+        "Random effects:": _table_lines(random_cells if separate else whole, least=5),
+        "Correlations of the random effects:": (
+            _correlation_lines(random_cells, correlations) if separate else []
+        ),
+        "Fixed effects:": _table_lines(_fixed_cells(fixed)),
+    }
+    pairs = _header_cells(header)
+    # A name longer than the page sticks out of it; nothing else does.
+    longest = max(len(line) for lines in blocks.values() for line in lines)
+    width = min(max(72, longest), WIDTH)
+    double, single = "=" * width, "-" * width
+
+    lines = [summary.title.center(width).rstrip(), double]
+    for warning in summary.warnings:
+        lines += [*_wrap(f"WARNING: {warning}", width), single]
+    lines += [*_wrap(f"Formula: {summary.formula}", width, indent=" " * 9), single]
+    lines += _header_lines(pairs, width)
+    for heading, block in blocks.items():
+        if block:
+            lines += [single, heading, *block]
+    lines.append(double)
+    if summary.notes:
+        lines.append("Notes:")
+        for number, note in enumerate(summary.notes, 1):
+            mark = f"[{number}] "
+            lines += _wrap(mark + note, width, indent=" " * len(mark))
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _header_lines(pairs: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """Set keys and values in two columns, or in one if they do not fit."""
+    half = (width - 3) // 2
+    if any(len(key) + len(value) + 2 > half for key, value in pairs):
+        left = max(len(key) for key, _ in pairs) + 1
+        return [f"{key + ':':<{left}}  {value}" for key, value in pairs]
+    cells = [f"{key}:{value:>{half - len(key) - 1}}" for key, value in pairs]
+    rows = (len(cells) + 1) // 2
+    right = [*cells[rows:], ""][:rows]
+    gap = " " * (width - 2 * half)
+    return [f"{a}{gap}{b}".rstrip() for a, b in zip(cells[:rows], right, strict=True)]
+
+
+def _table_lines(
+    cells: _Cells, *, gap: int | None = None, fold: bool = True, least: int = 7
+) -> list[str]:
+    """Align labels left and numbers right; a label that does not fit has a line of its own.
+
+    Args:
+        cells: the table.
+        gap: spaces between columns; by default two, or one where only that fits.
+        fold: whether long labels may have lines of their own.
+        least: width of the narrowest column of numbers.
+    """
+    label_rows = [cells.label_headers, *cells.labels] if cells.label_headers else cells.labels
+    widths = [max(map(len, column)) for column in zip(*label_rows, strict=True)]
+    labels = [
+        "  ".join(part.ljust(w) for part, w in zip(row, widths, strict=True)).rstrip()
+        for row in (cells.label_headers, *cells.labels)
+    ]
+    rows = [cells.headers, *cells.rows]
+    numbers = [max(least, *map(len, column)) for column in zip(*rows, strict=True)]
+    longest = max(map(len, labels))
+    if gap is None:
+        # One space only where that saves folding.
+        left = WIDTH - longest - sum(numbers)
+        gap = 1 if len(numbers) <= left < 2 * len(numbers) else 2
+    room = max(WIDTH - sum(numbers) - gap * len(numbers), 8) if fold else longest
+    room = max((len(label) for label in labels if len(label) <= room), default=0)
+    lines = []
+    for label, row in zip(labels, rows, strict=True):
+        right = "".join(" " * gap + cell.rjust(w) for cell, w in zip(row, numbers, strict=True))
+        if len(label) > room:
+            lines.append(label)
+            label = ""
+        lines.append(f"{label:<{room}}{right}".rstrip())
+    return lines
+
+
+def _with_correlations(cells: _Cells, correlations: list[list[str]]) -> _Cells:
+    count = max(map(len, correlations))
+    return cells._replace(
+        headers=[*cells.headers, *["Corr", *[""] * (count - 1)][:count]],
+        rows=[
+            [*row, *corr, *[""] * (count - len(corr))]
+            for row, corr in zip(cells.rows, correlations, strict=True)
+        ],
+    )
+
+
+def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str]:
+    """Set the triangle of each term apart, effects numbered, in as many pieces as fit."""
+    lines: list[str] = []
+    starts = [i for i, (group, _) in enumerate(cells.labels) if group]
+    for start, end in zip(starts, [*starts[1:], len(correlations)], strict=True):
+        triangle = correlations[start:end]
+        names = [[f"({j})", cells.labels[start + j - 1][1]] for j in range(1, end - start + 1)]
+        # Eight columns of seven characters leave room for a name.
+        for first in range(0, len(triangle[-1]), 8):
+            columns = range(first, min(first + 8, len(triangle[-1])))
+            piece = _Cells(
+                ["", ""],
+                names[first + 1 :],
+                [f"({j + 1})" for j in columns],
+                [
+                    [row[j] if j < len(row) else "" for j in columns]
+                    for row in triangle[first + 1 :]
+                ],
+            )
+            lines += _table_lines(piece, least=5)
+    return lines
+
+
+# Colours come from the page, so that light and dark themes both work.
+_CSS = """
+.lmmax-summary { color: inherit; max-width: 60em; line-height: 1.4; }
+.lmmax-summary p { margin: 0.3em 0; }
+.lmmax-summary .lmmax-title { font-weight: bold; font-size: 1.15em; }
+.lmmax-summary .lmmax-warning { border-left: 4px solid #d9480f; padding: 0.2em 0.7em; }
+.lmmax-summary .lmmax-scroll { overflow-x: auto; margin: 0.6em 0; }
+.lmmax-summary table { border-collapse: collapse; margin: 0; table-layout: auto;
+  font-variant-numeric: tabular-nums; border: none; }
+.lmmax-summary caption { text-align: left; font-weight: bold; padding: 0.2em 0; color: inherit; }
+.lmmax-summary tr { background: transparent !important; border: none; }
+.lmmax-summary th, .lmmax-summary td { padding: 0.15em 0.7em; text-align: right;
+  white-space: nowrap; border: none; color: inherit; }
+.lmmax-summary th { font-weight: 600; }
+.lmmax-summary tbody th { text-align: left; font-weight: normal; }
+.lmmax-summary thead th { border-bottom: 1px solid; }
+.lmmax-summary thead th.lmmax-label { text-align: left; }
+.lmmax-summary table { border-top: 1px solid; border-bottom: 1px solid; }
+.lmmax-summary ol { margin: 0.3em 0; padding-left: 1.8em; font-size: 0.92em; }
+"""
+
+
+def html(summary: Summary) -> str:
+    """Return the summary as a fragment of HTML, everything escaped."""
+    header, random, fixed = summary.tables
+    parts = [
+        f"<style>{_CSS}</style>",
+        f'<p class="lmmax-title">{escape(summary.title)}</p>',
+        *(
+            f'<p class="lmmax-warning"><strong>Warning:</strong> {escape(warning)}</p>'
+            for warning in summary.warnings
+        ),
+        f"<p><code>{escape(summary.formula)}</code></p>",
+        _html_header(_header_cells(header)),
+        _html_table("Scaled residuals", _residual_cells(summary.residuals)),
+        _html_table("Random effects", _with_correlations(*_random_cells(random))),
+        _html_table("Fixed effects", _fixed_cells(fixed)),
+    ]
+    if summary.notes:
+        parts.append(f"<ol>{''.join(f'<li>{escape(note)}</li>' for note in summary.notes)}</ol>")
+    return '<div class="lmmax-summary">\n' + "\n".join(parts) + "\n</div>"
+
+
+def _html_header(pairs: Sequence[tuple[str, str]]) -> str:
+    half = (len(pairs) + 1) // 2
+    body = ""
+    for i in range(half):
+        row = [pairs[i], *pairs[half + i : half + i + 1]]
+        body += "<tr>" + "".join(f"{_th(key)}{_td(value)}" for key, value in row) + "</tr>"
+    return f'<div class="lmmax-scroll"><table><tbody>{body}</tbody></table></div>'
+
+
+def _html_table(caption: str, cells: _Cells) -> str:
+    head = "".join(
+        f'<th scope="col" class="lmmax-label">{escape(text)}</th>' for text in cells.label_headers
+    ) + "".join(f'<th scope="col">{escape(text)}</th>' for text in cells.headers)
+    body = "".join(
+        f"<tr>{''.join(map(_th, labels))}{''.join(map(_td, row))}</tr>"
+        for labels, row in zip(cells.labels, cells.rows, strict=True)
+    )
+    return (
+        f'<div class="lmmax-scroll"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _th(text: str) -> str:
+    return f'<th scope="row">{escape(text)}</th>'
+
+
+def _td(text: str) -> str:
+    return f"<td>{escape(text)}</td>"
