@@ -60,6 +60,16 @@ def test_solve_equals_fit(reml: bool) -> None:
     assert float(optimum.scale) == pytest.approx(fit.scale, rel=1e-9)
 
 
+def test_float32_after_a_fit_in_float64() -> None:
+    """High-level fits compute in float64 and must leave no trace in the process."""
+    case = balanced(1)
+    fit = lmmax.fit_arrays(case["y"], case["X"], case["codes"], case["Z"])
+    with jax.enable_x64(False):
+        optimum = jax.jit(lambda p: functional.solve(p))(problem_of(case))
+        assert optimum.beta.dtype == jnp.float32
+    assert float(optimum.criterion) == pytest.approx(fit.deviance, rel=1e-5)
+
+
 def test_start_needs_fewer_steps_and_finds_the_same_optimum() -> None:
     problem = problem_of(balanced(1))
     cold = SOLVE(problem)

@@ -68,7 +68,8 @@ def unpack_symmetric(packed: Any) -> Any:
 @cache
 def _positions(q: int) -> np.ndarray:
     """Return, for each entry (i, j), where it or its mirror image is in the packed triangle."""
-    i, j = np.indices((q, q))
+    # 32 bits: JAX remembers the type of an array that is kept, and 64 bits may not be on later.
+    i, j = np.indices((q, q), dtype=np.int32)
     high, low = np.maximum(i, j), np.minimum(i, j)
     return high * (high + 1) // 2 + low
 
