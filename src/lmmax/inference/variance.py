@@ -85,5 +85,6 @@ def table(
     sigma = float(np.sqrt(scale))
     records.append(("Residual", None, None, scale, scale_se, sigma, scale_se / (2.0 * sigma)))
     columns = ["group", "var1", "var2", "vcov", "vcov_se", "sdcor", "sdcor_se"]
-    names_are_objects = {"group": object, "var1": object, "var2": object}
-    return pd.DataFrame(records, columns=columns).astype(names_are_objects)
+    # Objects first: a column of strings would turn None into NaN.
+    frame = pd.DataFrame(records, columns=columns, dtype=object)
+    return frame.astype(dict.fromkeys(columns[3:], float))

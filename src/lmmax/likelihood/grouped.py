@@ -173,7 +173,10 @@ def _matmul(A: Array, B: Array) -> Array:
     A = A if A.ndim == 3 else A[..., None]
     B = B if B.ndim == 3 else B[..., None]
     # A sum of outer products fuses into one loop over the groups; a batched dot does not.
-    return sum(A[:, j, None] * B[j][None] for j in range(A.shape[1]))  # type: ignore[return-value]
+    product = A[:, 0, None] * B[0][None]
+    for j in range(1, A.shape[1]):
+        product = product + A[:, j, None] * B[j][None]
+    return product
 
 
 def _whiten(U: Array, Y: Array, D: Array) -> tuple[Array, Array]:
