@@ -159,8 +159,10 @@ def make_model(number: int) -> Model:
     if kind.name == "far":
         Z[:, 1] -= 2010
     values, vectors = np.linalg.eigh(D)
-    # The symmetric root does not depend on the signs of the eigenvectors.
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    # The symmetric root does not depend on the signs of the eigenvectors, and the root of a
+    # rounding error would depend on the machine.
+    values = np.where(values > 1e-12 * np.max(values), values, 0.0)
+    root = (vectors * np.sqrt(values)) @ vectors.T
     b = draws.normal(m, q) @ root
     residual = draws.normal(n) / (1.0 if weights is None else np.sqrt(data["w"].to_numpy()))
     x1 = data["x1"].to_numpy() - (2010 if kind.name == "far" else 0)
