@@ -6,21 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from lmmax import compress as module
-from lmmax.compress import bucket, column_factor, compress, layout
-from lmmax.likelihood import grouped
+from lmmax import likelihood
+from lmmax.compress import FactorColumns, compress, grouped, layout, rows
+from lmmax.compress.columns import column_factor
+from lmmax.compress.rows import bucket
 from tests.oracles import dense
 from tests.simulate import simulate
 
 
 def criterion(case: dict, D: np.ndarray, *, pad: bool, blocks=None, correlated=(True,)) -> float:
     m = int(case["codes"].max()) + 1
-    arranged = layout(
-        case["X"], blocks or [case["Z"]], correlated, case["codes"], m, case["weights"]
-    )
+    factor = FactorColumns("g", case["codes"], m, tuple(blocks or [case["Z"]]), correlated)
+    arranged = layout(case["X"], [factor], case["weights"])
     problem = compress(case["y"], arranged, pad=pad).problem
     with jax.enable_x64(True):
-        return float(grouped.criterion(problem, D, 1.0))
+        return float(likelihood.criterion(problem, D, 1.0))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -45,28 +45,28 @@ def test_merging_equal_groups_leaves_the_criterion_alone(monkeypatch) -> None:
     time = np.concatenate([np.arange(size) for size in sizes]).astype(float)
     X = np.column_stack([np.ones(len(codes)), time])
     y = rng.normal(size=len(codes)) + rng.normal(size=130)[codes]
-    arranged = layout(X, [X], [True], codes, 130)
+    arranged = layout(X, [FactorColumns("g", codes, 130, (X,), (True,))])
     merged = compress(y, arranged, pad=False).problem
     assert merged.U.shape[2] < 45  # 2 patterns x 6 pseudo-groups + the rest
     assert np.sum(merged.weight) == pytest.approx(130.0)
-    monkeypatch.setattr(module, "MERGE_LIMIT", -1)
+    monkeypatch.setattr(grouped, "MERGE_LIMIT", -1)
     whole = compress(y, arranged, pad=False).problem
     assert whole.U.shape[2] == 130
     D = np.array([[0.5, 0.1], [0.1, 0.3]])
     with jax.enable_x64(True):
-        assert float(grouped.criterion(merged, D)) == pytest.approx(
-            float(grouped.criterion(whole, D)), rel=1e-12
+        assert float(likelihood.criterion(merged, D)) == pytest.approx(
+            float(likelihood.criterion(whole, D)), rel=1e-12
         )
     expected = dense.criterion(y, X, X, codes, D, True)
     with jax.enable_x64(True):
-        assert float(grouped.criterion(merged, D)) == pytest.approx(expected, rel=1e-11)
+        assert float(likelihood.criterion(merged, D)) == pytest.approx(expected, rel=1e-11)
 
 
 def test_chunks_of_rows_and_of_groups_leave_the_criterion_alone(monkeypatch) -> None:
     case = simulate(3, sizes=np.random.default_rng(3).integers(1, 7, 64))
     D = np.array([[0.7, 0.2], [0.2, 0.4]])
     expected = criterion(case, D, pad=True)
-    monkeypatch.setattr(module, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 10)
     assert criterion(case, D, pad=True) == pytest.approx(expected, rel=1e-13)
 
 

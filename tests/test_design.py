@@ -7,8 +7,10 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 
+from lmmax.covariances import OrnsteinUhlenbeck, Toeplitz
 from lmmax.design import DataError, build_design
 from lmmax.formula import parse_formula
 from lmmax.spec import ModelSpec, RandomTerm
@@ -52,6 +54,81 @@ def test_terms_with_one_group_share_a_grouping(data):
     d = build_design("y ~ x + (1|g) + (1|h) + (0 + x|g) + (1|g:h)", data)
     assert [b.grouping for b in d.blocks] == [0, 1, 0, 2]
     assert [g.name for g in d.groupings] == ["g", "h", "g:h"]
+
+
+def test_combinations_in_another_order_share_a_grouping(data):
+    d = build_design("y ~ x + (1|g:h) + (0 + x|h:g) + (1|h)", data)
+    assert [b.grouping for b in d.blocks] == [0, 0, 1]
+    assert [g.name for g in d.groupings] == ["g:h", "h"]
+    new = d.new_data({"x": [1.0], "g": [30], "h": ["v"]})
+    assert [codes.tolist() for codes in new.codes] == [[5], [1]]
+    assert [len(Z) for Z in new.Z] == [1, 1, 1]
+
+
+def test_covariances_are_ready(data):
+    data["t"] = np.tile([0.0, 1.0, 4.0], 8)
+    formula = "y ~ (x|g) + (x||h) + cs(0 + f|g) + ar1(0 + C(t)|g:h) + ou(0 + C(t)|h)"
+    d = build_design(formula, data)
+    names = ["us", "diag", "cs", "ar1", "ou"]
+    assert [block.covariance.name for block in d.blocks] == names
+    assert d.blocks[4].covariance == OrnsteinUhlenbeck((0.0, 1.0, 4.0))
+    assert d.blocks[3].names == ("C(t)[0]", "C(t)[1]", "C(t)[4]")
+    np.testing.assert_array_equal(d.blocks[3].Z @ [0.0, 1.0, 4.0], data["t"])
+
+
+FACTORS = {
+    "ordered": pd.Categorical(list("abc") * 8, categories=list("abc"), ordered=True),
+    "unordered": pd.Categorical(list("abc") * 8, categories=list("cab")),
+    "more categories": pd.Categorical(list("abc") * 8, categories=list("zabc")),
+    "numbers as text": ["1", "2", "9"] * 8,
+    "number categories": pd.Categorical([3, 1, 2] * 8, categories=[3, 1, 2]),
+    "dates": pd.Categorical(pd.to_datetime(["2020-01-01", "2021-01-01", "2020-02-01"] * 8)),
+}
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_levels_in_order(kind):
+    data = {"y": np.arange(24.0) % 5, "t": FACTORS[kind], "g": np.repeat([1, 2], 12)}
+    d = build_design("y ~ toep(0 + t|g)", data)
+    assert d.blocks[0].covariance == Toeplitz()
+    assert len(d.blocks[0].names) == 3
+    build_design("y ~ ar1(0 + C(t)|g)", data)
+    if kind == "number categories":
+        ou = build_design("y ~ ou(0 + t|g)", data).blocks[0].covariance
+        assert ou == OrnsteinUhlenbeck((3.0, 1.0, 2.0))
+
+
+def test_polars_enum_is_in_order():
+    t = pl.Series(list("abc") * 8, dtype=pl.Enum(list("abc")))
+    data = pl.DataFrame({"y": np.arange(24.0) % 5, "t": t, "g": np.repeat([1, 2], 12)})
+    assert build_design("y ~ ar1(0 + t|g)", data).blocks[0].covariance.name == "ar1"
+    with pytest.raises(DataError, match="only sorted as text"):
+        build_design("y ~ ar1(0 + t|g)", data.cast({"t": pl.String}))
+
+
+def test_order_given_in_the_formula():
+    data = {"y": np.arange(24.0) % 5, "t": list("abc") * 8, "g": np.repeat([1, 2], 12)}
+    d = build_design("y ~ ar1(0 + C(t, levels=['c', 'a', 'b'])|g)", data)
+    assert [name[-3:] for name in d.blocks[0].names] == ["[c]", "[a]", "[b]"]
+
+
+@pytest.mark.parametrize(
+    ("formula", "t", "message"),
+    [
+        ("ar1(0 + t|g)", list("abc") * 8, r"'t' \('a', 'b', 'c'\) are only .* pd.Categorical"),
+        ("toep(0 + t|g)", pd.Categorical(list("abc") * 8), "only sorted as text"),
+        ("ar1(0 + t|g)", ["1", "2", "10"] * 8, "numbers as text.*to_numeric"),
+        ("ar1(0 + t|g)", [1, 2, 3] * 8, r"write `ar1\(0 \+ f \| group\)`, with `C\(f\)`"),
+        ("ar1(C(t)|g)", [1, 2, 3] * 8, r"ar1\(C\(t\) \| g\) is not one factor without intercept"),
+        ("hetar1(0 + C(t):x|g)", [1, 2, 3] * 8, "is not one factor without intercept"),
+        ("ou(0 + C(t, levels=['c', 'a', 'b'])|g)", list("abc") * 8, "are not numbers"),
+        ("cs(0 + x|g)", list("abc") * 8, "has one effect, 'x', and 'cs' correlates two or more"),
+    ],
+)
+def test_terms_that_do_not_suit_a_covariance(formula, t, message):
+    data = {"y": np.arange(24.0) % 5, "x": np.sin(np.arange(24.0)), "t": t}
+    with pytest.raises(DataError, match=message):
+        build_design(f"y ~ {formula}", {**data, "g": np.repeat([1, 2], 12)})
 
 
 def test_rows_keep_their_order(data):
@@ -126,7 +203,7 @@ def bad_rows(data, **columns):
         ("f ~ x + (1|g)", {}, {}, r"response 'f' is not numeric \(values such as 'a', 'b'"),
         ("b ~ x + (1|g)", {}, {}, r"response 'b' is True/False.*astype\(float\)"),
         ("y ~ x + (1|g)", {"y": 2.0}, {}, "response 'y' is constant .every value is 2."),
-        ("y ~ x + (1|g)", {"g": "one"}, {}, "factor 'g' has one level, 'one'.*variance"),
+        ("y ~ x + (1|g)", {"g": "one"}, {}, r"'g' has one level, 'one'.*leave out \(1 \| g\)"),
         ("y ~ x + (1|g)", {"x": np.nan}, {}, r"no row is left.*24.*'x' \(24\)"),
         ("y ~ x + (1|g)", {"x": [np.inf] + [0.0] * 23}, {}, "'x' is infinite in 1 row.*'row0'"),
         ("y ~ log(x) + (1|g)", {"x": [1.0, 0.0] * 12}, {}, r"'log\(x\)' is infinite.*12.*'row1'"),
@@ -194,6 +271,25 @@ def test_new_data_without_groups(data):
         d.new_data({"f": ["c"], "x": [5]})
     d = build_design("y ~ 1 + (x|g)", data)
     assert d.new_data({"g": [5, 7]}, need_groups=False).X.tolist() == [[1.0], [1.0]]
+
+
+def test_new_data_for_some_groups(data):
+    d = build_design("y ~ f + (1|g) + (x|h) + (0 + z|g)", data)
+    new = d.new_data({"f": ["c", "a"], "h": ["v", "?"], "x": [2.0, np.nan]}, need_groups=["h"])
+    assert new.codes[0] is new.Z[0] is new.Z[2] is None
+    assert new.codes[1].tolist() == [1, -1]
+    np.testing.assert_array_equal(new.Z[1], [[1.0, 2.0], [np.nan, np.nan]])
+    assert new.missing.tolist() == [False, True]
+    both = d.new_data(data, need_groups={"h", "g"})
+    for a, b in zip(both.Z, d.new_data(data).Z, strict=True):
+        np.testing.assert_array_equal(a, b)
+    none = d.new_data({"f": ["c"]}, need_groups=())
+    assert (none.Z, none.codes) == ((None, None, None), (None, None))
+    assert d.new_data(data, need_groups="g").codes[1] is None
+    with pytest.raises(DataError, match=r"no column 'h'.*grouping factor"):
+        d.new_data({"f": ["c"], "x": [1.0]}, need_groups=["h"])
+    with pytest.raises(DataError, match=r"name 'k', which is no grouping factor.*'g', 'h'"):
+        d.new_data(data, need_groups=["h", "k"])
 
 
 def test_new_data_single_level_and_all_missing(data):

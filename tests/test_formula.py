@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from lmmax.covariances import CompoundSymmetry, Diagonal, OrnsteinUhlenbeck
 from lmmax.formula import FormulaError, expression_names, parse_formula, parse_terms
 from lmmax.spec import ModelSpec, RandomTerm
 
@@ -16,6 +17,10 @@ def us(design, group):
 
 def diag(design, group):
     return RandomTerm(design, group, "diag")
+
+
+def term(covariance, design="0 + f", group="g"):
+    return RandomTerm(design, group, covariance)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,51 @@ def test_r_spellings(r, python):
     assert parse_terms(r) == parse_terms(python)
 
 
+@pytest.mark.parametrize(
+    ("text", "random"),
+    [
+        ("us(1 + x | g)", [us("1 + x", "g")]),
+        ("diag(1 + x | g)", [diag("1 + x", "g")]),
+        ("cs(0 + f|g)", [term("cs")]),
+        ("csh(0 + f|g)", [term("cs")]),
+        ("homcs(0 + f|g)", [term("homcs")]),
+        ("cs(0 + f|g, hom=True)", [term("homcs")]),
+        ("cs(0 + f|g,hom = FALSE)", [term("cs")]),
+        ("diag(0 + f|g, hom = TRUE)", [term("homdiag")]),
+        ("id(0 + f|g)", [term("homdiag")]),
+        ("ar1(0 + f|g)", [term("ar1")]),
+        ("ar1(0 + f|g, hom = FALSE)", [term("hetar1")]),
+        ("ar1h(0 + f|g)", [term("hetar1")]),
+        ("toep(0 + f|g)", [term("toep")]),
+        ("toep(0 + f|g, hom=True)", [term("homtoep")]),
+        ("ou(0 + as.factor(t)|g)", [term("ou", "0 + C(t)")]),
+        ("cs(0 + f|a/b)", [term("cs", group="a"), term("cs", group="a:b")]),
+        ("cs(0 + f|(a/b), hom=True)", [term("homcs", group=g) for g in ("a", "a:b")]),
+        ("us(poly(x, 2, raw=TRUE)|a:b)", [us("poly(x, 2, raw=True)", "a:b")]),
+        ("us(I(a | b) + `a|b,`|`my g`)", [us("I(a | b) + `a|b,`", "`my g`")]),
+        ("us(C(f, Treatment('a|,'))|g)", [us("C(f, Treatment('a|,'))", "g")]),
+        ("us((x | g)) + (cs(0 + f|g))", [us("x", "g"), term("cs")]),
+        ("us(x|g) + (1|h) + us(1|g)", [us("x", "g"), us("1", "h"), us("1", "g")]),
+        ("us( x\n | g\n)", [us("x", "g")]),
+    ],
+)
+def test_named_covariances(text, random):
+    spec = parse_formula(f"y ~ x + {text}")
+    assert spec == ModelSpec("y", "x", random)
+    assert parse_formula(spec.formula) == spec
+
+
+def test_a_structure_without_a_bar_is_a_function():
+    spec = parse_formula("y ~ cs(x, df=3) + id(z) + (1 + cs(x, 3)|g)")
+    assert (spec.fixed, spec.random) == ("cs(x, df=3) + id(z)", (us("1 + cs(x, 3)", "g"),))
+
+
+def test_several_grouping_factors():
+    spec = parse_formula("y ~ (x|a) + (1|b:c) + (1|d) + (0 + x|c:b) + (0 + z|a)")
+    assert spec.group_columns == (("a",), ("b", "c"), ("d",))
+    assert [spec.grouping_of(term) for term in spec.random] == [0, 1, 2, 1, 0]
+
+
 def test_factor_of_a_grouping_column_is_the_column():
     assert parse_formula("y ~ (1|factor(g)/as.factor(h))") == parse_formula("y ~ (1|g/h)")
 
@@ -167,7 +217,30 @@ def test_cached_and_picklable():
         ("y ~ (1|np.floor(x))", "make a column first", "np.floor(x)"),
         ("y ~ (1|1)", "must be names joined by `:` or `/`", "1"),
         ("y ~ (1|a:)", "must be names joined by `:` or `/`", "a:"),
-        ("y ~ us(1 + x|g)", r"cannot stand inside `us\(\)`", "us(1 + x|g)"),
+        ("y ~ spam(1 + x|g)", r"inside `spam\(\)`, which names no .* us, diag", "spam(1 + x|g)"),
+        ("y ~ spam(1 || g)", r"inside `spam\(\)`, which names no", "spam(1 || g)"),
+        ("y ~ toepl(0 + f|g)", r"did you mean `toep\(", "toepl(0 + f|g)"),
+        ("y ~ log(1|g)", r"cannot stand inside `log\(\)`", "log(1|g)"),
+        ("y ~ log(cs(1|g))", "a summand of its own", "log(cs(1|g))"),
+        ("y ~ cs(1||g) + x", "one bar", "||"),
+        ("y ~ cs(1|g, hom=2)", "at most, `hom=True` or `hom=False`", "hom=2"),
+        ("y ~ cs(1|g, TRUE)", "at most, `hom=True` or `hom=False`", "TRUE"),
+        ("y ~ cs(1|g, hom=True, hom=True)", "at most", "hom=True"),
+        ("y ~ us(1|g, hom=True)", "'us' takes no `hom`; 'diag'", "hom=True"),
+        ("y ~ csh(1|g, hom=True)", "'csh' takes no `hom`", "hom=True"),
+        ("y ~ cs(1|g):x", "a summand of its own", "cs(1|g)"),
+        ("y ~ (x + cs(1|g))", "a summand of its own", "cs(1|g)"),
+        ("y ~ x - cs(1|g)", "leave it out instead", "- cs(1|g)"),
+        ("y ~ (cs(1|g)|h)", "a bar inside a bar", "cs(1|g)"),
+        ("y ~ cs(x|us(1|g))", "a bar inside a bar", "us(1|g)"),
+        ("y ~ cs(x|g|h)", "a bar inside a bar", "|"),
+        ("y ~ cs(|g)", "nothing stands left", "|"),
+        ("y ~ cs(x|)", "nothing stands right", "|"),
+        ("y ~ cs(0|g)", "without any effect", "0"),
+        ("y ~ cs(x|a + b)", "for several grouping factors", "a + b"),
+        ("y ~ cs(f(x y)|g)", "is not a Python expression", "f(x y)"),
+        ("y ~ cs([x]|g)", "square brackets", "["),
+        ("cs(1|g) ~ x + (1|g)", "to the right of `~`", "cs(1|g)"),
         ("y ~ as.numeric(x) + (1|g)", "make a numeric column", "as.numeric(x)"),
         ("y ~ f(x, ) ) + (1|g)", r"'\)' closes nothing", ")"),
         ("y ~ f(x y) + (1|g)", "is not a Python expression", "f(x y)"),
@@ -183,6 +256,8 @@ def test_cached_and_picklable():
         ("y ~ (x + offset(o)|g)", "cannot be part of a random term", "offset(o)"),
         ("y ~ offset() + (1|g)", "offset is empty", "offset()"),
         ("y ~ (1|g) + (1|g)", "comes twice", "(1|g)"),
+        ("y ~ (1|g) + us(1|g)", "comes twice", "us(1|g)"),
+        ("y ~ (1|a:b) + (1|b:a)", r"`\(1 \| b:a\)` comes twice", "(1|b:a)"),
         ("y ~ 3 + (1|g)", "numeric literals other than `1`", "3"),
         ("y ~ 'a' + (1|g)", "string literals", "'a'"),
     ],
@@ -217,10 +292,21 @@ def test_spec_by_hand():
     assert hash(spec) == hash(parse_formula(spec.formula))
 
 
+def test_covariance_by_hand():
+    assert term("id") == term("homdiag") == term(Diagonal(hom=True))
+    assert term("csh").covariance == term(CompoundSymmetry()).covariance == "cs"
+    # An object that has learnt from data is not what its name stands for.
+    ou = OrnsteinUhlenbeck((1.0, 2.0))
+    assert term(ou).covariance is ou
+    assert str(term(ou)) == "ou(0 + f | g)"
+    assert pickle.loads(pickle.dumps(term(ou))) == term(ou)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: RandomTerm("1", "g", "ar1"), ValueError, "unknown .* 'ar1': choose one of 'us'"),
+        (lambda: RandomTerm("1", "g", "spam"), ValueError, "unknown .* 'spam': choose one of 'us'"),
+        (lambda: RandomTerm("1", "g", None), TypeError, "a name or a Covariance object"),
         (lambda: RandomTerm("", "g"), ValueError, "design is empty"),
         (lambda: RandomTerm("1", "a/b"), ValueError, "write `a/b` as two terms"),
         (lambda: RandomTerm("1", "a + b"), ValueError, "names joined by ':'"),

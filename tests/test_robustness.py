@@ -594,12 +594,6 @@ def test_misspelt_variable(data: pd.DataFrame, formula: str) -> None:
         lmmax.fit(formula, data)
 
 
-def test_several_grouping_factors(data: pd.DataFrame) -> None:
-    crossed = data.assign(h=np.arange(len(data)) % 7)
-    with pytest.raises(lmmax.DataError, match=r"2 grouping factors \(g, h\).*not yet"):
-        lmmax.fit("y ~ x + (1 | g) + (1 | h)", crossed)
-
-
 # --- weights and offset ----------------------------------------------------------------------
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from .covariances import Covariance, Effects, canonical
+from .covariances import covariance as structure_of
 from .frames import (
     DataError,
     any_missing,
     complete_rows,
+    listing,
     missing_values,
     numeric_column,
     one_dimensional,
@@ -27,9 +30,12 @@ from .matrices import (
     needed_offset,
     prior_weights,
 )
+from .relationship import with_relationships
 from .spec import ModelSpec, RandomTerm
 
 __all__ = ["design_from_arrays"]
+
+_GROUP = "Group"
 
 
 def design_from_arrays(
@@ -41,36 +47,48 @@ def design_from_arrays(
     weights: Any = None,
     offset: Any = None,
     x_names: Sequence[str] | None = None,
-    z_names: Sequence[str] | None = None,
-    group_name: str = "Group",
-    covariance: str = "us",
+    z_names: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    group_name: str = _GROUP,
+    covariance: str | Covariance | Mapping[str, str | Covariance] = "us",
     missing: str = "drop",
+    relmat: Mapping[str, pd.DataFrame] | None = None,
 ) -> Design:
-    """A design with one random term from arrays, nothing added: X holds its own intercept.
+    """A design from arrays, nothing added: X holds its own intercept.
+
+    There is one random term for each grouping factor. Where there are several, `groups` names
+    them, and `Z`, `z_names` and `covariance` may be mappings from those names; a factor that is
+    not in them has a random intercept, default names and covariance "us".
 
     Args:
         y: (n,) response.
         X: (n, p) fixed-effects design; the columns of a DataFrame give the names.
-        groups: (n,) group labels of any type.
+        groups: (n,) group labels of any type; for several grouping factors a mapping from their
+            names to labels, or a DataFrame with a column for each.
         Z: (n, q) random-effects columns; None for a random intercept.
         weights: (n,) positive prior weights.
         offset: (n,) known part of the linear predictor.
         x_names: (p,) names instead of `x1, x2, ...`.
-        z_names: (q,) names instead of `z1, z2, ...`.
-        group_name: name of the grouping factor.
-        covariance: `"us"` or `"diag"`.
+        z_names: (q,) names instead of `z1, z2, ...`; for covariance "ou" the times, as text.
+        group_name: name of the grouping factor, if `groups` does not name it.
+        covariance: name or object, see `lmmax.covariances`; the columns of Z are taken to be in
+            order where that matters.
         missing: `"drop"` or `"raise"`.
+        relmat: as in `build_design`, by name of the grouping factor.
 
     Returns:
         The design.
 
     Raises:
-        DataError: for lengths or shapes that differ, infinite values, and as in `build_design`.
+        DataError: for lengths or shapes that differ, infinite values, names that are no grouping
+            factor, and as in `build_design`.
 
     Example:
         >>> design = design_from_arrays([1.0, 2.0, 4.0], [[1, 0], [1, 1], [1, 2]], ["a", "b", "a"])
         >>> design.x_names, design.groupings[0].codes.tolist()
         (('x1', 'x2'), [0, 1, 0])
+        >>> crossed = {"plate": ["a", "b", "a"], "sample": [1, 1, 2]}
+        >>> design_from_arrays([1.0, 2.0, 4.0], [1, 1, 1], crossed).spec.formula
+        'y ~ 0 + x1 + (1 | plate) + (1 | sample)'
     """
     response = str(y.name) if isinstance(y, pd.Series) and y.name is not None else "y"
     index = y.index if isinstance(y, pd.Series) else None
@@ -80,48 +98,186 @@ def design_from_arrays(
         raise DataError("the data have no rows")
     index = pd.RangeIndex(n) if index is None else index
     X, names = _as_matrix(X, "X", x_names)
-    intercept = Z is None
-    if intercept:
-        Z, effects = np.ones((n, 1)), tuple(z_names or ("Intercept",))
-        if len(effects) != 1:
-            raise DataError("z_names needs one name: without Z there is a random intercept only")
+    several = _is_several(groups)
+    if several:
+        terms = _several_terms(groups, Z, z_names, covariance, n)
+        if group_name != _GROUP:
+            raise DataError("group_name is for one grouping factor: groups names them already")
     else:
-        Z, effects = _as_matrix(Z, "Z", z_names)
-        if not effects:
-            raise DataError("Z has no columns: give at least one, or leave Z out")
-    labels = one_dimensional(groups, "groups")
+        for what, value in (("Z", Z), ("z_names", z_names), ("covariance", covariance)):
+            if isinstance(value, Mapping):
+                raise DataError(f"{what} is a mapping, so groups must be one too: name its factors")
+        terms = [_array_term(group_name, groups, Z, z_names, covariance, n, "")]
     if weights is not None:
         weights = numeric_column(weights, "weights")
     if offset is not None:
         offset = numeric_column(offset, "offset")
-    _check_rows("y", n, X=X, groups=labels, Z=Z, weights=weights, offset=offset)
-    columns = [
-        (response, y),
-        *zip(names, X.T, strict=True),
-        *zip(effects, Z.T, strict=True),
-        (group_name, labels),
-        *((name, a) for name, a in (("weights", weights), ("offset", offset)) if a is not None),
+    _check_rows("y", n, X=X, weights=weights, offset=offset)
+    columns = [(response, y), *zip(names, X.T, strict=True)]
+    for term in terms:
+        columns += term.columns(several)
+    columns += [
+        (name, a) for name, a in (("weights", weights), ("offset", offset)) if a is not None
     ]
     rows, dropped_by = complete_rows(missing_values(columns, index), missing)
     index = index[rows]
     check_response(response, y[rows], index)
-    grouping, key = group_rows(group_name, [labels[rows]])
-    term = RandomTerm(_plain_names(effects), _quote(group_name), covariance)
+    random = [
+        RandomTerm(_plain_names(term.effects), _quote(term.name), term.covariance) for term in terms
+    ]
+    groups = [
+        group_rows(term.name, [term.labels[rows]], [spec])
+        for spec, term in zip(random, terms, strict=True)
+    ]
+    blocks = tuple(
+        RandomBlock(
+            spec, i, np.array(term.Z[rows], order="F"), term.effects, _prepared(spec, term.effects)
+        )
+        for i, (spec, term) in enumerate(zip(random, terms, strict=True))
+    )
     return Design(
-        spec=ModelSpec(_quote(response), _plain_names(names), (term,)),
+        spec=ModelSpec(_quote(response), _plain_names(names), tuple(random)),
         response_name=response,
         y=np.array(y[rows]),
         X=np.array(X[rows], order="F"),
         x_names=names,
-        blocks=(RandomBlock(term, 0, np.array(Z[rows], order="F"), effects),),
-        groupings=(grouping,),
+        blocks=blocks,
+        groupings=with_relationships([grouping for grouping, _ in groups], relmat),
         weights=None if weights is None else prior_weights(weights[rows], index),
         offset=None if offset is None else np.array(offset[rows]),
         index=index,
         n_dropped=n - len(index),
         dropped_by=dropped_by,
-        _recipe=_ArrayRecipe(names, effects, group_name, key, intercept, offset is not None),
+        _recipe=_ArrayRecipe(
+            x_names=names,
+            factors=tuple(
+                _Factor(term.name, term.effects, key, term.intercept)
+                for term, (_, key) in zip(terms, groups, strict=True)
+            ),
+            several=several,
+            has_offset=offset is not None,
+        ),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _ArrayTerm:
+    """One random term as given.
+
+    Args:
+        name: name of its grouping factor.
+        labels: (n,) group labels.
+        Z: (n, q) random-effects columns.
+        effects: (q,) their names.
+        intercept: whether a random intercept stood in for Z.
+        covariance: the covariance structure.
+    """
+
+    name: str
+    labels: pd.Series
+    Z: np.ndarray
+    effects: tuple[str, ...]
+    intercept: bool
+    covariance: str | Covariance
+
+    def columns(self, several: bool) -> list[tuple[str, Any]]:
+        """What may have missing values, named for messages."""
+        suffix = f" | {self.name}" if several else ""
+        effects = [f"{effect}{suffix}" for effect in self.effects]
+        return [*zip(effects, self.Z.T, strict=True), (self.name, self.labels)]
+
+
+def _array_term(
+    name: str, labels: Any, Z: Any, z_names: Any, covariance: Any, n: int, at: str
+) -> _ArrayTerm:
+    """One random term, checked; `at` follows the names of the arguments in messages."""
+    intercept = Z is None
+    if intercept:
+        Z, effects = np.ones((n, 1)), tuple(z_names or ("Intercept",))
+        if len(effects) != 1:
+            raise DataError(
+                f"z_names{at} needs one name: without Z there is a random intercept only"
+            )
+    else:
+        Z, effects = _as_matrix(Z, "Z", z_names, at)
+        if not effects:
+            raise DataError(f"Z{at} has no columns: give at least one, or leave Z out")
+    labels = one_dimensional(labels, f"groups{at}")
+    _check_rows("y", n, **{f"groups{at}": labels, f"Z{at}": Z})
+    return _ArrayTerm(name, labels, Z, effects, intercept, canonical(covariance))
+
+
+def _several_terms(groups: Any, Z: Any, z_names: Any, covariance: Any, n: int) -> list[_ArrayTerm]:
+    """One term for each grouping factor."""
+    factors = {str(name): groups[name] for name in groups}
+    if not factors:
+        raise DataError("groups names no grouping factor: give at least one")
+    if len(factors) < len(list(groups)):
+        raise DataError("groups names a grouping factor more than once: rename its columns")
+    if isinstance(covariance, (str, Covariance)):
+        covariance = dict.fromkeys(factors, covariance)
+    options = {"Z": Z, "z_names": z_names, "covariance": covariance}
+    for what, value in options.items():
+        if value is None:
+            options[what] = {}
+        elif not isinstance(value, Mapping):
+            raise DataError(
+                f"{what} must be a mapping from the names of the grouping factors, as groups is, "
+                f"not {type(value).__name__}"
+            )
+        else:
+            options[what] = _by_name(what, value, factors)
+    return [
+        _array_term(
+            name,
+            labels,
+            options["Z"].get(name),
+            options["z_names"].get(name),
+            options["covariance"].get(name, "us"),
+            n,
+            f"[{name!r}]",
+        )
+        for name, labels in factors.items()
+    ]
+
+
+def _is_several(groups: Any) -> bool:
+    return isinstance(groups, (Mapping, pd.DataFrame))
+
+
+def _by_name(what: str, given: Any, known: Collection[str]) -> dict[str, Any]:
+    """A mapping or frame as a dict by the names of grouping factors."""
+    found = {str(name): given[name] for name in given}
+    for name in found:
+        if name not in known:
+            raise DataError(
+                f"{what} has the name {name!r}, which is no grouping factor; the grouping "
+                f"factors: {listing(map(repr, known))}"
+            )
+    return found
+
+
+def _prepared(term: RandomTerm, effects: tuple[str, ...]) -> Covariance:
+    """The covariance structure of a term; its effects are in the order of the columns."""
+    told = Effects(effects, effects, True, str(term), f"Z of {term.group}")
+    return structure_of(term.covariance).prepare(told)
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """One grouping factor of a design made from arrays.
+
+    Args:
+        name: its name.
+        z_names: names of the columns of Z.
+        key: its levels.
+        intercept: whether a random intercept stood in for Z.
+    """
+
+    name: str
+    z_names: tuple[str, ...]
+    key: GroupKey
+    intercept: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,39 +286,41 @@ class _ArrayRecipe:
 
     Args:
         x_names: names of the columns of X.
-        z_names: names of the columns of Z.
-        group_name: name of the grouping factor.
-        key: its levels.
-        intercept: whether a random intercept stood in for Z.
+        factors: the grouping factors.
+        several: whether groups and Z are mappings by the names of the factors.
         has_offset: whether there was an offset.
     """
 
     x_names: tuple[str, ...]
-    z_names: tuple[str, ...]
-    group_name: str
-    key: GroupKey
-    intercept: bool
+    factors: tuple[_Factor, ...]
+    several: bool
     has_offset: bool
 
-    def apply(self, data: Any, need_groups: bool, offset: Any) -> NewDesign:
+    def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""
         if not isinstance(data, Mapping) or "X" not in data:
             raise TypeError("this design was made from arrays: pass a dict with 'X' (and 'groups')")
-        X = self._matrix(data["X"], "X", self.x_names)
+        X = _new_matrix(data["X"], "X", self.x_names)
         n = len(X)
         columns = [*zip(self.x_names, X.T, strict=True)]
-        Z: tuple[np.ndarray, ...] = ()
-        codes: tuple[np.ndarray, ...] = ()
-        if need_groups:
-            given = np.ones(n) if self.intercept else None
-            for name, default in (("groups", None), ("Z", given)):
-                if data.get(name, default) is None:
-                    raise DataError(f"the new data lack {name!r}")
-            Z = (self._matrix(data.get("Z", given), "Z", self.z_names),)
-            labels = one_dimensional(data["groups"], "groups").rename(self.group_name)
-            _check_rows("X", n, groups=labels, Z=Z[0])
-            columns += [*zip(self.z_names, Z[0].T, strict=True), (self.group_name, labels)]
-            codes = (self.key.codes([labels]),)
+        Z: list[np.ndarray | None] = []
+        codes: list[np.ndarray | None] = []
+        for factor, want in zip(self.factors, asked, strict=False):
+            if not want:
+                Z.append(None)
+                codes.append(None)
+                continue
+            at = f"[{factor.name!r}]" if self.several else ""
+            labels = self._given(data, "groups", factor, at)
+            columns_of_z = np.ones(n) if factor.intercept else None
+            matrix = _new_matrix(
+                self._given(data, "Z", factor, at, columns_of_z), f"Z{at}", factor.z_names
+            )
+            labels = one_dimensional(labels, f"groups{at}").rename(factor.name)
+            _check_rows("X", n, **{f"groups{at}": labels, f"Z{at}": matrix})
+            columns += [*zip(factor.z_names, matrix.T, strict=True), (factor.name, labels)]
+            Z.append(matrix)
+            codes.append(factor.key.codes([labels]))
         offset = needed_offset(self.has_offset or None, offset)
         if offset is not None:
             offset = np.array(numeric_column(offset, "offset"))
@@ -170,20 +328,39 @@ class _ArrayRecipe:
             columns.append(("offset", offset))
         index = pd.RangeIndex(n)
         missing = any_missing(missing_values(columns, index), n)
-        for array in (X, *Z, *([] if offset is None else [offset])):
-            array[missing] = np.nan
-        return NewDesign(X, Z, codes, offset, index, missing)
+        for array in (X, *Z, offset):
+            if array is not None:
+                array[missing] = np.nan
+        return NewDesign(X, tuple(Z), tuple(codes), offset, index, missing)
 
-    @staticmethod
-    def _matrix(values: Any, what: str, names: Sequence[str]) -> np.ndarray:
-        matrix = np.array(_as_matrix(values, what)[0])
-        if matrix.shape[1] != len(names):
-            raise DataError(f"{what} has {matrix.shape[1]} columns, the model has {len(names)}")
-        return matrix
+    def _given(
+        self, data: Mapping[str, Any], what: str, factor: _Factor, at: str, default: Any = None
+    ) -> Any:
+        """`groups` or `Z` of one factor in new data."""
+        given = data.get(what)
+        if self.several and given is not None:
+            if not _is_several(given):
+                raise DataError(
+                    f"{what!r} of the new data must be a mapping from the names of the grouping "
+                    f"factors, not {type(given).__name__}"
+                )
+            known = [known.name for known in self.factors]
+            given = _by_name(what, given, known).get(factor.name)
+        given = default if given is None else given
+        if given is None:
+            raise DataError(f"the new data lack {what!r}{f' of {factor.name!r}' if at else ''}")
+        return given
+
+
+def _new_matrix(values: Any, what: str, names: Sequence[str]) -> np.ndarray:
+    matrix = np.array(_as_matrix(values, what)[0])
+    if matrix.shape[1] != len(names):
+        raise DataError(f"{what} has {matrix.shape[1]} columns, the model has {len(names)}")
+    return matrix
 
 
 def _as_matrix(
-    values: Any, what: str, names: Sequence[str] | None = None
+    values: Any, what: str, names: Sequence[str] | None = None, at: str = ""
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """`X` or `Z` as a matrix, and names for its columns."""
     if isinstance(values, pd.DataFrame):
@@ -194,20 +371,20 @@ def _as_matrix(
         try:
             matrix = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError):
-            raise DataError(f"{what} must be numeric") from None
+            raise DataError(f"{what}{at} must be numeric") from None
         if matrix.ndim == 1:
             matrix = matrix[:, None]
         if matrix.ndim != 2:
-            raise DataError(f"{what} must be two-dimensional, its shape is {matrix.shape}")
+            raise DataError(f"{what}{at} must be two-dimensional, its shape is {matrix.shape}")
         found = [f"{what.lower()}{j + 1}" for j in range(matrix.shape[1])]
     if names is not None:
         if isinstance(names, str) or len(names) != len(found):
             raise DataError(
-                f"{what.lower()}_names must hold one name for each of the {len(found)} columns of "
-                f"{what}, not {names!r}"
+                f"{what.lower()}_names{at} must hold one name for each of the {len(found)} columns "
+                f"of {what}{at}, not {names!r}"
             )
         found = [str(name) for name in names]
-    check_unique(found, what)
+    check_unique(found, f"{what}{at}")
     return matrix, tuple(found)
 
 

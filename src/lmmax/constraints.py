@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .likelihood.grouped import GroupedProblem
+from .covariances import Covariance, matrix_at, slopes
+from .likelihood import Problem
 from .parameters import unpack_lower
-from .solve import Constraints
+from .solve import Constraints, Structured
 
 SOLVERS = ("auto", "newton", "lbfgs")
 
@@ -35,6 +36,8 @@ class Settings:
         tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged.
         max_steps: most steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before them.
+        engine: form of the likelihood, "auto" by the structure of the model.
+        seed: of the iterative engine's random probes.
     """
 
     reml: bool = True
@@ -44,6 +47,8 @@ class Settings:
     tol: float = 1e-16
     max_steps: int | None = None
     em_steps: int = 3
+    engine: str = "auto"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -59,6 +64,8 @@ class Settings:
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not whole or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        if not isinstance(self.seed, int | np.integer):
+            raise ValueError(f"seed={self.seed!r} must be a whole number")
         if self.fix is not None and not isinstance(self.fix, Mapping):
             raise ConstraintError(
                 f"fix={self.fix!r} must be a mapping with the entries 'cov_re' and/or 'scale'"
@@ -67,55 +74,122 @@ class Settings:
 
 @dataclass(frozen=True)
 class TermColumns:
-    """Where a random term's columns are among the q, and whether they are correlated."""
+    """A random term's place among the q columns of D.
+
+    Attributes:
+        label: the term as text.
+        columns: its columns.
+        covariance: the structure of its covariance.
+        factor: position of its grouping factor.
+    """
 
     label: str
     columns: slice
-    correlated: bool
+    covariance: Covariance
+    factor: int = 0
+
+    @property
+    def width(self) -> int:
+        """Number of effects."""
+        return int(self.columns.stop - self.columns.start)
+
+    @property
+    def pattern(self) -> np.ndarray | None:
+        """1.0 for the entries that are free, (width, width), or None for a structure."""
+        return self.covariance.pattern(self.width)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether the effects have correlations, free ones or those of a structure."""
+        pattern = self.pattern
+        return self.width > 1 and (pattern is None or bool(pattern[1:, 0].any()))
+
+
+def directions(term: TermColumns) -> np.ndarray:
+    """Return the directions in which a term's covariance can move, (k, width, width).
+
+    Those of a structure depend on where it is; any point shows which there are in general.
+    """
+    pattern, q = term.pattern, term.width
+    if pattern is None:
+        size = term.covariance.n_parameters(q)
+        theta = np.random.default_rng(0).uniform(0.5, 1.5, size)
+        return np.moveaxis(slopes(term.covariance.matrix, theta, q), -1, 0)
+    rows, columns = np.nonzero(np.tril(pattern))
+    matrices = np.zeros((len(rows), q, q))
+    matrices[np.arange(len(rows)), rows, columns] = 1.0
+    matrices[np.arange(len(rows)), columns, rows] = 1.0
+    return matrices
+
+
+class Guess(NamedTuple):
+    """Where to start, in working coordinates; None where the user said nothing.
+
+    Attributes:
+        D: relative covariance, (q, q).
+        theta: parameters of structures.
+        s: logarithm of the scale.
+    """
+
+    D: np.ndarray | None
+    theta: np.ndarray | None
+    s: float
 
 
 def read_constraints(
-    problem: GroupedProblem, terms: Sequence[TermColumns], settings: Settings
-) -> tuple[Constraints, np.ndarray | None, float]:
+    problem: Problem, terms: Sequence[TermColumns], settings: Settings
+) -> tuple[Constraints, Guess]:
     """Translate structure, ``fix`` and ``start`` into the solver's terms."""
     A, y_scale = np.asarray(problem.z_factor), float(problem.y_scale)
     q = len(A)
-    blocks = np.zeros((q, q))
-    for term in terms:
-        here = term.columns
-        blocks[here, here] = 1.0 if term.correlated else np.eye(here.stop - here.start)
     fix = dict(settings.fix or {})
     fixed_cov, fixed_scale = fix.pop("cov_re", None), fix.pop("scale", None)
     if fix:
         raise ConstraintError(
             f"fix has the unknown entry {next(iter(fix))!r}; it takes 'cov_re' and 'scale'"
         )
+    Psi, covered = np.zeros((q, q)), np.zeros((q, q))
+    if fixed_cov is not None:
+        Psi, covered = _read_covariance(fixed_cov, terms, q, "fix['cov_re']")
+    allowed, blocks, structures, at = np.zeros((q, q)), np.zeros((q, q)), [], 0
+    for term in terms:
+        here, pattern = term.columns, term.pattern
+        allowed[here, here] = 1.0 if pattern is None else pattern
+        if pattern is None and not covered[here.start, here.start]:
+            size = term.covariance.n_parameters(term.width)
+            structures.append(Structured(term.covariance, (here.start, here.stop), (at, at + size)))
+            at += size
+            blocks[here, here] = np.eye(term.width)
+        else:
+            blocks[here, here] = allowed[here, here]
+    if np.any(Psi * (1.0 - allowed) != 0.0):
+        raise ConstraintError(
+            "fix['cov_re'] has covariances between effects that the model takes as uncorrelated"
+        )
     D: np.ndarray | None = None
+    theta: np.ndarray | None = None
     s = np.log(0.5 / float(problem.n_obs))
     if settings.start is not None:
         D, scale = _read_start(settings.start, terms, q)
+        # What a structure cannot reproduce it approximates.
+        parts = [part.covariance.theta_of(D[slice(*part.columns), slice(*part.columns)])
+                 for part in structures]  # fmt: skip
+        theta = np.concatenate(parts) if parts else np.zeros(0)
         D = A @ D @ A.T * blocks
         s = np.log(scale / y_scale**2)
     if fixed_scale is not None:
         scale = _check_positive(fixed_scale, f"fix['scale']={fixed_scale!r}", ConstraintError)
         s = np.log(scale / y_scale**2)
-    natural, held = np.zeros((q, q)), np.zeros((q, q))
-    if fixed_cov is not None:
-        Psi, covered = _read_covariance(fixed_cov, terms, q, "fix['cov_re']")
-        if np.any(Psi * (1.0 - blocks) != 0.0):
-            raise ConstraintError(
-                "fix['cov_re'] has covariances between effects that the model takes as uncorrelated"
-            )
-        held = covered * blocks
-        natural = A @ Psi @ A.T / y_scale**2 * held
+    held = covered * blocks
     constraints = Constraints(
         blocks=blocks,
         held=held,
-        natural=natural,
+        natural=A @ Psi @ A.T / y_scale**2 * held,
         scale_free=fixed_scale is None,
         profile=fixed_scale is None and fixed_cov is None,
+        structures=tuple(structures),
     )
-    return constraints, D, float(s)
+    return constraints, Guess(D, theta, float(s))
 
 
 def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.ndarray, float]:
@@ -134,15 +208,30 @@ def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.nd
         if not np.diag(covered).all():
             raise ConstraintError("start['cov_re'] must give every term's covariance")
         return Psi / scale, scale
-    theta, size = _numbers(start), q * (q + 1) // 2
+    sizes = [_theta_size(term) for term in terms]
+    theta, size = _numbers(start), sum(sizes)
     if theta is None or theta.shape != (size,) or not np.isfinite(theta).all():
         raise ConstraintError(
-            f"start must be an earlier fit, a mapping with 'cov_re' and 'scale', or theta: "
-            f"{size} finite numbers, the lower triangle (row by row) of the relative Cholesky "
-            f"factor; got {start!r}"
+            "start must be an earlier fit, a mapping with 'cov_re' and 'scale', or theta: "
+            f"{size} finite numbers, as fit.theta gives them (term after term, the lower triangle, "
+            f"row by row, of the relative Cholesky factor); got {start!r}"
         )
-    L = unpack_lower(theta)
-    return L @ L.T, 1.0
+    D = np.zeros((q, q))
+    for term, part in zip(terms, np.split(theta, np.cumsum(sizes)[:-1]), strict=True):
+        if term.pattern is None:
+            block = matrix_at(term.covariance, part, term.width)
+        else:
+            L = np.diag(part) if len(part) == term.width else unpack_lower(part)
+            block = L @ L.T
+        D[term.columns, term.columns] = block
+    return D, 1.0
+
+
+def _theta_size(term: TermColumns) -> int:
+    """Return the number of entries of theta that a term has."""
+    if term.pattern is None:
+        return term.covariance.n_parameters(term.width)
+    return int(np.tril(term.pattern).sum())
 
 
 def _read_covariance(

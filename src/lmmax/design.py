@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .arrays import design_from_arrays
+from .covariances import Covariance, Effects, covariance
 from .encoding import (
     Encoder,
     Factor,
@@ -38,7 +39,7 @@ from .frames import (
     side_column,
     unknown_column,
 )
-from .levels import Grouping, GroupKey, group_rows
+from .levels import Grouping, GroupKey, group_rows, has_order
 from .matrices import (
     Design,
     NewDesign,
@@ -49,7 +50,8 @@ from .matrices import (
     needed_offset,
     prior_weights,
 )
-from .spec import ModelSpec
+from .relationship import with_relationships
+from .spec import ModelSpec, RandomTerm
 
 __all__ = [
     "DataError",
@@ -74,6 +76,7 @@ def build_design(
     contrasts: Mapping[str, Any] | None = None,
     missing: str = "drop",
     context: Mapping[str, Any] | None = None,
+    relmat: Mapping[str, pd.DataFrame] | None = None,
 ) -> Design:
     """Evaluate a model specification on data.
 
@@ -98,6 +101,10 @@ def build_design(
         context: names that formulas may use besides the columns, for instance functions of your
             own. `np`, formulaic's transforms and common functions are always there; variables of
             the calling code are not. A design with functions in it pickles if they do.
+        relmat: by name of a grouping factor, the known relationship matrix of its levels, as of
+            animals with common ancestors: a DataFrame with the levels as index and columns,
+            symmetric and positive definite. Effects of levels i and j then have covariance
+            ``relmat[i, j] * D`` with the D of their term. Levels that do not occur may be in it.
 
     Returns:
         The design.
@@ -121,9 +128,9 @@ def build_design(
         raise TypeError(f"spec must be a ModelSpec or a formula, not {type(spec).__name__}")
     context = {} if context is None else dict(context)
     table = as_table(data)
-    factors = _factors(spec)
+    factors = _factors(spec, spec.random)
     columns = used_columns(factors, table, context)
-    frame = read_columns(table, _with_groups(columns, spec, table))
+    frame = read_columns(table, _with_groups(columns, spec.random, table))
     n = len(frame)
     if n == 0:
         raise DataError("the data have no rows")
@@ -154,17 +161,23 @@ def build_design(
     schemes = contrasts_by_expression(contrasts, factors, encoder.levels)
     X, fixed = _matrix(encoder, formula_part(spec.fixed, schemes), "the fixed-effects design")
     blocks, parts = [], [fixed]
-    group_names = list(dict.fromkeys(term.group_names for term in spec.random))
     for term in spec.random:
         Z, effects = _matrix(encoder, formula_part(term.design), f"the random term {term}")
         if Z.shape[1] == 0:
             raise DataError(f"the random term {term} has no column: its design is empty")
-        grouping = group_names.index(term.group_names)
         names = tuple(effects.column_names)
+        structure = _prepared(term, names, encoder)
         Z = _shared(Z, names, X, fixed.column_names)
-        blocks.append(RandomBlock(term, grouping, Z, names))
+        blocks.append(RandomBlock(term, spec.grouping_of(term), Z, names, structure))
         parts.append(effects)
-    groups = [group_rows(":".join(names), [frame[name] for name in names]) for names in group_names]
+    groups = [
+        group_rows(
+            ":".join(names),
+            [frame[name] for name in names],
+            [term for term in spec.random if spec.grouping_of(term) == i],
+        )
+        for i, names in enumerate(spec.group_columns)
+    ]
     used = {name for factor in factors for names in factor_names(factor) for name in names}
     return Design(
         spec=spec,
@@ -174,7 +187,7 @@ def build_design(
         X=X,
         x_names=tuple(fixed.column_names),
         blocks=tuple(blocks),
-        groupings=tuple(grouping for grouping, _ in groups),
+        groupings=with_relationships([grouping for grouping, _ in groups], relmat),
         weights=None if weights is None else prior_weights(frame[_WEIGHTS].to_numpy(), index),
         offset=_total_offset(encoder, spec) if spec.offsets or offset is not None else None,
         index=index,
@@ -217,11 +230,13 @@ class _FormulaRecipe:
     levels: dict[str, pd.Index]
     parts: tuple[Part, ...]
 
-    def apply(self, data: Any, need_groups: bool, offset: Any) -> NewDesign:
+    def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""
         spec = self.spec
         table = as_table(data)
-        factors = _factors(spec, response=False, random=need_groups)
+        wanted = [bool(asked) and asked[spec.grouping_of(term)] for term in spec.random]
+        terms = [term for term, want in zip(spec.random, wanted, strict=True) if want]
+        factors = _factors(spec, terms, response=False)
         columns = {}
         for factor, where in factors.items():
             for name in factor_names(factor)[0]:
@@ -229,22 +244,18 @@ class _FormulaRecipe:
                     if name not in table:
                         raise unknown_column(name, table, where)
                     columns[name] = where
-        names = _with_groups(columns, spec, table) if need_groups else list(columns)
-        frame = read_columns(table, names)
+        frame = read_columns(table, _with_groups(columns, terms, table))
         index = frame.index
         offset = needed_offset(self.offset, offset)
         if offset is not None:
             frame[_OFFSET] = side_column(offset, "offset", table, index)
         missing = any_missing(missing_values(frame.items(), index), len(frame))
-        codes: tuple[np.ndarray, ...] = ()
-        if need_groups:
-            group_names = dict.fromkeys(term.group_names for term in spec.random)
-            codes = tuple(
-                key.codes([frame[name] for name in names])
-                for key, names in zip(self.keys, group_names, strict=True)
-            )
+        codes = tuple(
+            self.keys[i].codes([frame[name] for name in spec.group_columns[i]]) if want else None
+            for i, want in enumerate(asked)
+        )
 
-        parts = self.parts if need_groups else self.parts[:1]
+        parts = [part for part, want in zip(self.parts, [True, *wanted], strict=True) if want]
         matrices = [np.full((len(frame), len(part.column_names)), np.nan) for part in parts]
         total = np.full(len(frame), np.nan) if spec.offsets or offset is not None else None
         rows = np.flatnonzero(~missing)
@@ -262,15 +273,18 @@ class _FormulaRecipe:
                 matrix[rows] = values[defined]
             if total is not None:
                 total[rows] = _total_offset(encoder, spec)[defined]
-        return NewDesign(matrices[0], tuple(matrices[1:]), codes, total, index, missing)
+        rest = iter(matrices[1:])
+        Z = tuple(next(rest) if want else None for want in wanted) if asked else ()
+        return NewDesign(matrices[0], Z, codes, total, index, missing)
 
 
-def _factors(spec: ModelSpec, *, response: bool = True, random: bool = True) -> dict[Factor, str]:
-    """The factors of a model, each with the part it stands in, for messages."""
+def _factors(
+    spec: ModelSpec, terms: Iterable[RandomTerm], *, response: bool = True
+) -> dict[Factor, str]:
+    """The factors of a model with these random terms, each with its part, for messages."""
     where = {response_factor(spec.response): "response"} if response else {}
     parts = [(spec.fixed, "fixed effects")]
-    if random:
-        parts += [(term.design, f"random term {term}") for term in spec.random]
+    parts += [(term.design, f"random term {term}") for term in terms]
     for text, name in parts:
         for factor in term_factors(text):
             where.setdefault(factor, name)
@@ -279,9 +293,11 @@ def _factors(spec: ModelSpec, *, response: bool = True, random: bool = True) -> 
     return where
 
 
-def _with_groups(columns: Iterable[str], spec: ModelSpec, table: Iterable[Any]) -> list[str]:
-    """Columns and those of the grouping factors, each once."""
-    groups = [name for term in spec.random for name in term.group_names]
+def _with_groups(
+    columns: Iterable[str], terms: Iterable[RandomTerm], table: Iterable[Any]
+) -> list[str]:
+    """Columns and those of the terms' grouping factors, each once."""
+    groups = [name for term in terms for name in term.group_names]
     for name in groups:
         if name not in table:
             raise unknown_column(name, table, "grouping factor")
@@ -322,6 +338,16 @@ def _evaluate(
             "column"
         )
     return encoder, lost
+
+
+def _prepared(term: RandomTerm, names: tuple[str, ...], encoder: Encoder) -> Covariance:
+    """The covariance structure of a term, told about the order of its effects."""
+    factor, levels, ordered = "", None, False
+    found = encoder.one_factor(term.design)
+    if found is not None and len(found[1].categories) == len(names):
+        factor, values = found
+        levels, ordered = tuple(values.categories), has_order(values)
+    return covariance(term.covariance).prepare(Effects(names, levels, ordered, str(term), factor))
 
 
 def _shared(

@@ -26,10 +26,10 @@ def em_step(D: Array, gradient: Array, n_groups: Array, blocks: Array) -> Array:
     Args:
         D: relative covariance, block diagonal.
         gradient: symmetric gradient of the criterion with respect to D, (q, q).
-        n_groups: number of groups.
+        n_groups: number of groups that each effect has, (q,).
         blocks: 1 where an entry of D belongs to a term, else 0, (q, q).
     """
-    return (D - D @ (gradient * blocks) @ D / n_groups) * blocks
+    return (D - D @ (gradient * blocks) @ D / n_groups[:, None]) * blocks
 
 
 def moment_start(problem: GroupedProblem) -> Any:

@@ -116,7 +116,7 @@ def _categorical(data: Any, contrasts: Any = None, *, levels: Any = None) -> _Ca
         lacking = values.categories.difference(levels)
         if len(lacking):
             raise DataError(f"C(..., levels=...) lacks {listing(map(repr, lacking))}")
-        values = values.set_categories(levels).remove_unused_categories()
+        values = values.set_categories(levels, ordered=True).remove_unused_categories()
     return _Categories(values, None if contrasts is None else as_contrasts(contrasts, "C()"))
 
 
@@ -283,6 +283,19 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         if np.ndim(value) != 1:
             raise DataError(f"{what} {factor.expr!r} must be one numeric column")
         return np.asarray(value, dtype=np.float64)
+
+    def one_factor(self, text: str) -> tuple[str, pd.Categorical] | None:
+        """The factor that a part of the formula consists of, `0 + f`, and its values.
+
+        None if there is an intercept or anything else beside it.
+        """
+        terms = parse_terms(text)
+        if len(terms) == 1 and len(terms[0].factors) == 1:
+            expression = terms[0].factors[0].expr
+            value = self.factor_cache[expression].values
+            if isinstance(value, _Categories):
+                return expression, value.values
+        return None
 
     def matrix(self, part: Part) -> tuple[np.ndarray, Part]:
         """One part of the formula -> (n, columns) float64, and the part with what it learnt."""

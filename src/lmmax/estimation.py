@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,16 +19,19 @@ import numpy as np
 from .compilation import Compiled
 from .compilation_cache import compilation_cache
 from .compress import Compression
+from .compress.iterative import Rows
 from .constraints import Settings, TermColumns, read_constraints
-from .em import moment_start
-from .likelihood.grouped import GroupedProblem
-from .parameters import lower_from_root, pack_triangle, unpack_symmetric
+from .covariances import matrix_at, slopes
+from .iterative_solve import probed
+from .likelihood import Problem
+from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
     TRACE_COLUMNS,
     TRACE_LENGTH,
     Constraints,
     Options,
+    Point,
     Solution,
     Status,
     lbfgs,
@@ -53,6 +56,7 @@ class Estimates:
         beta_unscaled: ``(X' V^-1 X)^-1`` with V relative to the scale, (p, p).
         scale: residual variance.
         root: square root of the relative covariance, ``D = root root'``, (q, q).
+        structure_theta: parameters of the terms with a structure, (k,).
         criterion: -2 log-likelihood (the REML criterion if ``reml``).
         reml: whether the criterion is the restricted one.
         status: how the solve ended.
@@ -62,13 +66,16 @@ class Estimates:
         constraints: what was free.
         z_inverse: ``A^-1``, from working to the user's random-effects coordinates, (q, q).
         contrasts: ``d``, n for ML and n - p for REML.
-        noise: standard deviation of one average group's mean, relative to the residual's.
+        noise: standard deviation of one average group's mean, relative to the residual's, (q,).
+        criterion_error: Monte Carlo standard error of the criterion.
+        probes: number of random probes behind it.
     """
 
     beta: np.ndarray
     beta_unscaled: np.ndarray
     scale: float
     root: np.ndarray
+    structure_theta: np.ndarray
     criterion: float
     reml: bool
     status: Status
@@ -78,7 +85,9 @@ class Estimates:
     constraints: Constraints
     z_inverse: np.ndarray
     contrasts: float
-    noise: float
+    noise: np.ndarray
+    criterion_error: float = 0.0
+    probes: int = 0
 
     @cached_property
     def D(self) -> np.ndarray:
@@ -86,13 +95,13 @@ class Estimates:
         return self.root @ self.root.T
 
     @cached_property
-    def theta(self) -> np.ndarray:
-        """Lower triangle, row by row, of the Cholesky factor of D; q (q + 1) / 2 entries."""
-        return pack_triangle(lower_from_root(self.root))
+    def lower(self) -> np.ndarray:
+        """Cholesky factor of D, (q, q)."""
+        return lower_from_root(self.root)
 
     @cached_property
     def _information(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return curvatures (r,) and directions (k + 1, r) of (vech cov_re, scale).
+        """Return curvatures (r,) and directions (k + 1 + t, r) of (vech cov_re, scale, theta).
 
         The observed information of the (restricted) likelihood in covariances and scale jointly,
         the coefficients profiled out.  In the coordinates of the root it also holds for singular
@@ -107,38 +116,53 @@ class Estimates:
         values, vectors = np.linalg.eigh(working @ working.T)
         null = vectors[:, values <= 1e-12 * values[-1]]
         left = G - null @ (null.T @ G @ null) @ null.T
-        bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, 0), (1, 0)))
+        n_theta = len(point.theta)
+        bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, n_theta), (1, n_theta)))
         hessian = (point.hessian - bend)[np.ix_(free, free)]
         # Units in which a real curvature is about one; rounding errors are no curvature.
-        size = max(np.max(point.root**2, initial=0.0), self.noise**2)
+        size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
         n_groups = self.noise**2 * point.at.hessian[-1, -1]
-        floor = 1e-6 * n_groups / np.append(1.0, np.full(q * q, size))[free]
+        few = np.min(n_groups)
+        floor = np.concatenate(
+            [[few], np.repeat(n_groups / size, q), few / np.maximum(point.theta**2, 1.0)]
+        )
+        floor = 1e-6 * floor[free]
         unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
-        # d(vech Psi, scale) / d(s, root) for Psi = exp(s) y_scale^2 A^-1 root root' A^-T.
+        # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 A^-1 root root' A^-T.
         root = self.z_inverse @ point.root
-        jacobian = np.zeros((q * (q + 1) // 2 + 1, len(free)))
+        k = q * (q + 1) // 2
+        jacobian = np.zeros((k + 1 + n_theta, len(free)))
         for entry, (i, j) in enumerate(np.ndindex(q, q)):
             half = np.outer(self.z_inverse[:, i], root[:, j])
-            jacobian[:-1, 1 + entry] = self.scale * pack_triangle(half + half.T)
+            jacobian[:k, 1 + entry] = self.scale * pack_triangle(half + half.T)
+        for part in self.constraints.structures:
+            here, at = slice(*part.columns), slice(*part.parameters)
+            slope = slopes(part.covariance.matrix, point.theta[at], here.stop - here.start)
+            for j in range(at.start, at.stop):
+                whole = np.zeros((q, q))
+                whole[here, here] = self.scale * slope[..., j - at.start]
+                jacobian[:k, 1 + q * q + j] = pack_triangle(whole)
+                jacobian[k + 1 + j, 1 + q * q + j] = 1.0
         D = self.z_inverse @ (point.D * (1.0 - self.constraints.held)) @ self.z_inverse.T
-        jacobian[:-1, 0] = self.scale * pack_triangle(D)
-        jacobian[-1, 0] = self.scale
+        jacobian[:k, 0] = self.scale * pack_triangle(D)
+        jacobian[k, 0] = self.scale
         return 0.5 * values, (jacobian[:, free] / unit) @ vectors
 
     def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
-        """Return standard errors of functions of (vech cov_re row by row, scale).
+        """Return standard errors of functions of (vech cov_re row by row, scale, theta).
 
         Args:
-            gradients: their derivatives, shape (r, q (q + 1) / 2 + 1).
+            gradients: their derivatives, shape (r, q (q + 1) / 2 + 1), with those in the parameters
+                of structures behind them where there are any.
 
         Returns:
             Delta-method standard errors, (r,); NaN where the likelihood is flat in the function,
             and where it does not vary at all (fixed, or at a boundary).
         """
         curvatures, directions = self._information
-        parts = (gradients @ directions) ** 2
+        parts = (gradients @ directions[: gradients.shape[1]]) ** 2
         # With fewer contrasts than parameters, whatever curvature there is comes from rounding.
         curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
         curved &= self.n_free <= self.contrasts
@@ -156,7 +180,8 @@ class Estimates:
         """
         curvatures, directions = self._information
         curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
-        inside = directions[:, curved]
+        k = len(self.root) * (len(self.root) + 1) // 2 + 1
+        inside = directions[:k, curved]
         return (inside / curvatures[curved]) @ inside.T
 
     @cached_property
@@ -186,25 +211,51 @@ def estimate(
     """
     problem = compression.problem
     z_inverse = np.asarray(problem.z_inverse)
-    constraints, D, s = read_constraints(problem, terms, settings)
+    constraints, guess = read_constraints(problem, terms, settings)
+    if isinstance(compression.detail, Rows):
+        solution, found = probed(problem, compression.detail, constraints, guess, settings, terms)
+        estimates = _in_user_units(compression, terms, settings, constraints, solution, "newton")
+        return replace(estimates, criterion_error=found.criterion_error, probes=found.probes)
     noise = _noise(problem)
     solver = settings.solver
     if solver == "auto":
         solver = "newton" if len(z_inverse) <= NEWTON_LIMIT else "lbfgs"
 
-    moments = moment_start(problem) * constraints.blocks
-    # A start is a hint: from absurdly large variances rounding hides the way down.
-    D = moments if D is None else D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(moments)))
-    solution = _solve(problem, constraints, settings, solver, settings.em_steps, D, s)
+    D, s, theta = guess.D, guess.s, guess.theta
+    if D is None:
+        D = np.diag(compression.start) * constraints.blocks
+    else:
+        # A start is a hint: from absurdly large variances rounding hides the way down.
+        D = D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(compression.start)))
+    if theta is None:
+        theta = _theta_start(constraints, z_inverse, compression.start)
+    # EM moves what is in the root; of a model with structures only it has nothing to move.
+    em_steps = settings.em_steps if constraints.rooted.any() else 0
+    solution = _solve(problem, constraints, settings, solver, em_steps, D, s, theta)
     for _ in range(RESTARTS):
-        if solution.status != Status.CONVERGED or _is_interior(solution.point.D, noise):
+        interior = _is_interior(solution.point.D, noise)
+        if solution.status != Status.CONVERGED or interior:
             break
-        better = _step_off(solution, constraints, terms, noise)
+        better = _step_off(solution, constraints, terms, problem, noise)
         if better is None:
             break
         s = float(solution.point.s)
-        solution = _solve(problem, constraints, settings, solver, 0, better, s)
+        solution = _solve(problem, constraints, settings, solver, 0, better[0], s, better[1])
 
+    return _in_user_units(compression, terms, settings, constraints, solution, solver)
+
+
+def _in_user_units(
+    compression: Compression,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+    constraints: Constraints,
+    solution: Solution,
+    solver: str,
+) -> Estimates:
+    """Map the end of a solve to the user's units."""
+    problem = compression.problem
+    z_inverse, noise = np.asarray(problem.z_inverse), _noise(problem)
     point = solution.point
     at = point.at
     status = Status(int(solution.status))
@@ -212,7 +263,12 @@ def estimate(
     rounding = (10.0 * np.finfo(float).eps) ** 2 / (compression.total * float(problem.n_obs))
     if constraints.scale_free and np.exp(point.s) <= rounding:
         status = Status.UNBOUNDED
-    root, boundary = _snap(np.asarray(point.root), constraints, terms, noise)
+    root, boundary = _snap(point, constraints, terms, noise)
+    root = z_inverse @ root
+    for part in constraints.structures:
+        here = slice(*part.columns)
+        own = point.theta[slice(*part.parameters)]
+        root[here, here] = factor(matrix_at(part.covariance, own, here.stop - here.start))
     p = int(problem.n_fixed)
     R_inverse = np.asarray(problem.x_inverse)[:p, :p]
     y_scale = float(problem.y_scale)
@@ -222,7 +278,8 @@ def estimate(
         beta=R_inverse @ (at.beta[:p] + np.asarray(problem.beta_origin)[:p]) * y_scale,
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
-        root=z_inverse @ root,
+        root=root,
+        structure_theta=np.asarray(point.theta),
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
         status=status,
@@ -247,8 +304,8 @@ def _flat(solver: Solver) -> Callable[..., jax.Array]:
     return solve
 
 
-def _unflatten(flat: np.ndarray, q: int, p: int) -> Solution:
-    """Undo the flattening of a record with q random effects and p coefficients."""
+def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int) -> Solution:
+    """Undo the flattening of a record."""
     at = 0
 
     def take(*shape: int) -> Any:
@@ -259,7 +316,7 @@ def _unflatten(flat: np.ndarray, q: int, p: int) -> Solution:
         return part
 
     return Solution(
-        point=point_of(take, q, p),
+        point=point_of(take, problem, n_theta),
         status=take(),
         steps=take(),
         decrement=take(),
@@ -271,13 +328,14 @@ _compiled = {"newton": Compiled(_flat(newton)), "lbfgs": Compiled(_flat(lbfgs))}
 
 
 def _solve(
-    problem: GroupedProblem,
+    problem: Problem,
     constraints: Constraints,
     settings: Settings,
     solver: str,
     em_steps: int,
     D: np.ndarray,
     s: float,
+    theta: np.ndarray,
 ) -> Solution:
     """Run the solver in float64 and return its record as NumPy arrays."""
     options = Options(
@@ -287,13 +345,24 @@ def _solve(
         tol=settings.tol,
     )
     with jax.enable_x64(True), compilation_cache():
-        flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s)))
-    return _unflatten(flat, len(D), len(problem.beta_origin))
+        flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s), theta))
+    return _unflatten(flat, problem, len(theta))
 
 
-def _noise(problem: GroupedProblem) -> float:
-    """Return the standard deviation, relative to the residual's, of one group's mean."""
-    return float(np.sqrt(np.sum(problem.weight) / float(problem.n_obs)))
+def _noise(problem: Problem) -> np.ndarray:
+    """Return the standard deviation, relative to the residual's, of one group's mean, (q,)."""
+    return np.asarray(np.sqrt(np.asarray(problem.n_groups) / float(problem.n_obs)))
+
+
+def _theta_start(
+    constraints: Constraints, z_inverse: np.ndarray, variances: np.ndarray
+) -> np.ndarray:
+    """Return parameters of the structures from rough relative variances (q,), working units."""
+    starts = []
+    for part in constraints.structures:
+        here = slice(*part.columns)
+        starts.append(part.covariance.start(variances[here] * np.diag(z_inverse)[here] ** 2))
+    return np.concatenate(starts) if starts else np.zeros(0)
 
 
 def _free_terms(
@@ -308,25 +377,36 @@ def _free_terms(
         yield term, [here] if term.correlated else each
 
 
-def _is_interior(D: Any, noise: float) -> bool:
+def _is_interior(D: Any, noise: np.ndarray) -> bool:
     """Return whether no direction of the random effects is at the boundary."""
-    return bool(np.linalg.eigvalsh(D)[0] > (BOUNDARY * noise) ** 2)
+    return bool(np.linalg.eigvalsh(D / np.outer(noise, noise))[0] > BOUNDARY**2)
 
 
 def _step_off(
-    solution: Solution, constraints: Constraints, terms: Sequence[TermColumns], noise: float
-) -> np.ndarray | None:
-    """Certify a boundary solution, or return a better start.
+    solution: Solution,
+    constraints: Constraints,
+    terms: Sequence[TermColumns],
+    problem: Problem,
+    noise: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Certify a boundary solution, or return a better start, D and theta.
 
     At a minimum over positive semidefinite ``D`` the gradient is positive semidefinite on D's null
     space (first-order optimality); where it is not, some variance wants to grow.
     """
-    D, at, q = solution.point.D, solution.point.at, len(constraints.blocks)
+    point = solution.point
+    D, at, q = point.D, point.at, len(constraints.blocks)
     G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
-    for _, blocks in _free_terms(terms, constraints):
+    for term, blocks in _free_terms(terms, constraints):
+        if term.pattern is None:
+            theta = _grown(solution, constraints, term, problem, noise)
+            if theta is not None:
+                return np.asarray(D), theta
+            continue
         for block in blocks:
             values, vectors = np.linalg.eigh(D[block, block])
-            null = vectors[:, values <= (BOUNDARY * noise) ** 2]
+            size = float(np.min(noise[block]))
+            null = vectors[:, values <= (BOUNDARY * size) ** 2]
             if not null.size:
                 continue
             slopes, directions = np.linalg.eigh(null.T @ G[block, block] @ null)
@@ -338,24 +418,72 @@ def _step_off(
             curvature = change @ at.hessian @ change
             gain = slopes[0] ** 2 / (2.0 * curvature) if curvature > 0.0 else np.inf
             if gain > 1e-8:
-                size = -slopes[0] / curvature if curvature > 0.0 else noise**2
-                return np.asarray(D + size * np.outer(v, v))
+                step = -slopes[0] / curvature if curvature > 0.0 else size**2
+                return np.asarray(D + step * np.outer(v, v)), np.asarray(point.theta)
     return None
 
 
+def _grown(
+    solution: Solution,
+    constraints: Constraints,
+    term: TermColumns,
+    problem: Problem,
+    noise: np.ndarray,
+) -> np.ndarray | None:
+    """Return theta with a structure's variance grown from zero where that lowers the criterion.
+
+    At variance zero the correlations have no slope, so a few of them are tried.
+    """
+    point, q, here = solution.point, len(constraints.blocks), term.columns
+    part = next(p for p in constraints.structures if p.columns == (here.start, here.stop))
+    at = slice(*part.parameters)
+    size = float(np.min(noise[here]))
+    if np.max(np.diag(point.D)[here]) > (BOUNDARY * size) ** 2:
+        return None
+    A = np.asarray(problem.z_factor)[here, here]
+    variances = (size / np.diag(A)) ** 2
+    base = part.covariance.start(variances)
+    rng = np.random.default_rng(0)
+    best: tuple[float, np.ndarray] | None = None
+    for trial in range(12):
+        theta = base.copy()
+        is_sd = np.asarray(part.covariance.is_sd(term.width))
+        if trial:
+            theta[~is_sd] = rng.normal(scale=1.5, size=int(np.sum(~is_sd)))
+        matrix = matrix_at(part.covariance, theta, term.width)
+        whole = np.zeros((q, q))
+        whole[here, here] = A @ matrix @ A.T
+        change = np.append(pack_triangle(whole), 0.0)
+        slope, curvature = point.at.gradient @ change, change @ point.at.hessian @ change
+        gain = slope**2 / (2.0 * curvature) if curvature > 0.0 else np.inf
+        if slope < 0.0 and gain > 1e-8 and (best is None or gain > best[0]):
+            best = gain, theta
+    if best is None:
+        return None
+    grown = np.array(point.theta)
+    grown[at] = best[1]
+    return grown
+
+
 def _snap(
-    root: np.ndarray, constraints: Constraints, terms: Sequence[TermColumns], noise: float
+    point: Point, constraints: Constraints, terms: Sequence[TermColumns], noise: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Set directions at the boundary to exactly zero; return the root and the singular terms."""
-    if _is_interior(root @ root.T, noise):
+    root = np.array(point.root)
+    if _is_interior(point.D, noise):
         return root, ()
-    root = root.copy()
     singular = []
     for term, blocks in _free_terms(terms, constraints):
         for block in blocks:
-            left, values, right = np.linalg.svd(root[block, block])
-            zero = values <= BOUNDARY * noise
+            size = float(np.min(noise[block]))
+            if term.pattern is None:
+                smallest = np.linalg.eigvalsh(point.D[block, block])[0]
+                zero = np.array([smallest <= (BOUNDARY * size) ** 2])
+            else:
+                left, values, right = np.linalg.svd(root[block, block])
+                zero = values <= BOUNDARY * size
+                if zero.any():
+                    root[block, block] = (left * np.where(zero, 0.0, values)) @ right
             if zero.any():
-                root[block, block] = (left * np.where(zero, 0.0, values)) @ right
                 singular.append(term.label)
     return root, tuple(dict.fromkeys(singular))

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .compress import Compression, Layout, compress, layout
-from .constraints import Settings, TermColumns
+from .compress import Compression, FactorColumns, Layout, compress, layout
+from .compress.rows import orthonormalise
+from .constraints import Settings, TermColumns, directions
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
 from .estimation import estimate
 from .formula import parse_formula
@@ -38,6 +39,7 @@ def fit(
     weights: Any = None,
     offset: Any = None,
     contrasts: Mapping[str, Any] | None = None,
+    relmat: Mapping[str, pd.DataFrame] | None = None,
     missing: str = "drop",
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
@@ -45,19 +47,24 @@ def fit(
     tol: float = 1e-16,
     max_steps: int | None = None,
     em_steps: int = 3,
+    engine: str = "auto",
+    seed: int = 0,
     verbose: bool = False,
     context: Mapping[str, Any] | None = None,
 ) -> Fit:
-    """Fit a linear mixed model with one grouping factor.
+    """Fit a linear mixed model.
 
     Args:
-        formula: lme4-style text such as ``"Weight ~ Time + (1 + Time | Pig)"``, or a
-            :class:`ModelSpec`.
+        formula: lme4-style text such as ``"Weight ~ Time + (1 + Time | Pig)"``, with any number of
+            random terms on nested or crossed factors, or a :class:`ModelSpec`.
         data: pandas or polars data frame, pyarrow table, or mapping of columns.
         reml: restricted maximum likelihood (default) or, if False, maximum likelihood.
         weights: prior weights (inverse variances, as in lme4), array (n,) or column name.
         offset: known part of the mean, array (n,) or column name; adds to ``offset(...)`` terms.
         contrasts: coding per factor, e.g. ``{"recipe": "sum"}``; treatment coding by default.
+        relmat: known relationships between the levels of grouping factors, as a mapping from the
+            factor's name to a symmetric positive definite data frame whose index and columns are
+            levels: pedigree, kinship, phylogeny.  It may have levels that are not in the data.
         missing: "drop" rows with missing values (default) or "raise".
         start: an earlier fit, ``{"cov_re": ..., "scale": ...}`` or theta; a moment estimate by
             default.
@@ -67,6 +74,11 @@ def fit(
         tol: largest Newton decrement, in units of -2 log-likelihood, that counts as converged.
         max_steps: most solver steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before the solver's first.
+        engine: form of the likelihood: "grouped" (one factor), "nested", "crossed" (one dense
+            factor for all but the largest factor) or "iterative"; "auto" by the structure of the
+            model.  :attr:`Fit.engine` says which it was, and why.
+        seed: of the random probes of the iterative engine, whose log-likelihood has a Monte Carlo
+            error, :attr:`Fit.criterion_error`.
         verbose: print the trace of the solve.
         context: names for use in the formula besides NumPy's ``np`` and the transforms.
 
@@ -78,6 +90,7 @@ def fit(
         FormulaError: if the formula cannot be read.
         DataError: if the data do not fit the formula, or cannot identify the model.
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
+        EngineError: if the engine does not fit the model, or its memory is not there.
 
     Example:
         >>> import lmmax
@@ -97,15 +110,17 @@ def fit(
         tol=tol,
         max_steps=max_steps,
         em_steps=em_steps,
+        engine=engine,
+        seed=seed,
     )
     spec = formula if isinstance(formula, ModelSpec) else parse_formula(formula)
-    check_supported(spec)
     design = build_design(
         spec,
         data,
         weights=weights,
         offset=offset,
         contrasts=contrasts,
+        relmat=relmat,
         missing=missing,
         context=context,
     )
@@ -124,7 +139,8 @@ def fit_arrays(
     x_names: Any = None,
     z_names: Any = None,
     group_name: str = "Group",
-    covariance: str = "us",
+    covariance: Any = "us",
+    relmat: Mapping[str, pd.DataFrame] | None = None,
     missing: str = "drop",
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
@@ -132,6 +148,8 @@ def fit_arrays(
     tol: float = 1e-16,
     max_steps: int | None = None,
     em_steps: int = 3,
+    engine: str = "auto",
+    seed: int = 0,
     verbose: bool = False,
 ) -> Fit:
     """Fit a linear mixed model from arrays, without a formula.
@@ -139,14 +157,18 @@ def fit_arrays(
     Args:
         y: response, shape (n,).
         X: fixed-effects design, shape (n, p), with its column of ones if there is an intercept.
-        groups: group label of each row, shape (n,), of any type, in any order.
-        Z: random-effects design, shape (n, q); a random intercept if None.
+        groups: group label of each row, shape (n,), of any type, in any order.  For several
+            grouping factors a mapping from name to labels, or a data frame with a column for each.
+        Z: random-effects design, shape (n, q); a random intercept if None.  For several factors a
+            mapping from name to design.
         weights: prior weights, (n,).
         offset: known part of the mean, (n,).
         x_names: names of the columns of X; from the data frame, or x1, x2, ... if None.
-        z_names: names of the columns of Z, likewise.
-        group_name: name of the grouping factor.
-        covariance: "us" (correlated effects) or "diag".
+        z_names: names of the columns of Z, likewise; a mapping for several factors.
+        group_name: name of the grouping factor, if it is the only one.
+        covariance: "us" (correlated effects), "diag", another structure of
+            :mod:`lmmax.covariances`, or a mapping by factor.
+        relmat: relationship matrices by factor, as in :func:`fit`.
         reml: as in :func:`fit`, like all that follow.
         missing: "drop" or "raise".
         start: an earlier fit, ``{"cov_re": ..., "scale": ...}`` or theta.
@@ -155,6 +177,8 @@ def fit_arrays(
         tol: largest Newton decrement that counts as converged.
         max_steps: most solver steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before them.
+        engine: form of the likelihood.
+        seed: of the iterative engine's random probes.
         verbose: print the trace of the solve.
 
     Returns:
@@ -180,6 +204,8 @@ def fit_arrays(
         tol=tol,
         max_steps=max_steps,
         em_steps=em_steps,
+        engine=engine,
+        seed=seed,
     )
     design = design_from_arrays(
         y,
@@ -192,6 +218,7 @@ def fit_arrays(
         z_names=z_names,
         group_name=group_name,
         covariance=covariance,
+        relmat=relmat,
         missing=missing,
     )
     return fit_design(design, settings, verbose=verbose)
@@ -207,42 +234,46 @@ def _check_reml(reml: Any) -> bool:
     return bool(reml)
 
 
-def check_supported(spec: ModelSpec) -> None:
-    """Raise for what the formula language can say and this release cannot fit."""
-    groups = list(dict.fromkeys(term.group for term in spec.random))
-    if len(groups) > 1:
-        raise DataError(
-            f"the formula has {len(groups)} grouping factors ({', '.join(groups)}); this release "
-            "fits one. Several terms on one factor, as in (1 | g) + (0 + x | g), and an "
-            "interaction, as in (1 | a:b), are supported; nested and crossed factors are not yet"
-        )
-
-
 def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
-    grouping = design.groupings[0]
-    terms: list[TermColumns] = []
-    at = 0
-    for block in design.blocks:
-        width = block.Z.shape[1]
-        _check_columns(block)
-        correlated = block.term.covariance == "us" and width > 1
-        terms.append(TermColumns(str(block.term), slice(at, at + width), correlated))
-        at += width
-    arranged = layout(
-        design.X,
-        [block.Z for block in design.blocks],
-        [term.correlated for term in terms],
-        grouping.codes,
-        len(grouping.levels),
-        design.weights,
-    )
+    factors, terms = arrange(design)
+    arranged = layout(design.X, factors, design.weights, settings.engine)
     compressed = compress(_without_offset(design), arranged)
     check_identified(design, arranged, compressed, terms, settings)
     notes = _notes(design, arranged)
     if len(arranged.fixed.kept) < len(design.x_names):
         warnings.warn(notes[-1], RankWarning, stacklevel=3)
-    return _solve(design, settings, arranged, compressed, tuple(terms), notes, verbose)
+    return _solve(design, settings, arranged, compressed, terms, notes, verbose)
+
+
+def arrange(design: Design) -> tuple[tuple[FactorColumns, ...], tuple[TermColumns, ...]]:
+    """Gather the random terms by grouping factor; the terms stay in the order of the formula."""
+    by_factor: list[list[RandomBlock]] = [[] for _ in design.groupings]
+    for block in design.blocks:
+        _check_columns(block)
+        by_factor[block.grouping].append(block)
+    factors, places, at = [], {}, 0
+    for position, (grouping, blocks) in enumerate(zip(design.groupings, by_factor, strict=True)):
+        mix = []
+        for block in blocks:
+            width = block.Z.shape[1]
+            pattern = block.covariance.pattern(width)
+            mix.append(pattern is not None and bool(pattern.all()))
+            places[id(block)] = TermColumns(
+                str(block.term), slice(at, at + width), block.covariance, position
+            )
+            at += width
+        factors.append(
+            FactorColumns(
+                name=grouping.name,
+                codes=grouping.codes,
+                n_groups=len(grouping.levels),
+                blocks=tuple(block.Z for block in blocks),
+                mix=tuple(mix),
+                root=grouping.root,
+            )
+        )
+    return tuple(factors), tuple(places[id(block)] for block in design.blocks)
 
 
 def _check_columns(block: RandomBlock) -> None:
@@ -278,7 +309,7 @@ def refit_response(fitted: Fit, y: Any) -> Fit:
             "responses only, fit the data without these rows instead"
         )
     design = replace(fitted.design, y=y)
-    compressed = compress(_without_offset(design), fitted.layout)
+    compressed = compress(_without_offset(design), fitted.layout, earlier=fitted.compression)
     _check_response(design, fitted.layout, compressed)
     return _solve(
         design,
@@ -366,14 +397,16 @@ def check_identified(
         terms = []
     if fix.get("scale") is not None or not terms:
         return
-    q = compressed.U.shape[0]
-    if arranged.sizes.max() <= q and _residual_in_span(compressed.U, terms):
-        name = design.groupings[0].name
-        largest = int(arranged.sizes.max())
+    for position, grouping in enumerate(design.groupings):
+        here = [term for term in terms if term.factor == position]
+        q = arranged.factors[position].n_effects
+        largest = int(arranged.sizes[position].max())
+        if not here or largest > q or not _spans_residual(arranged, position, here):
+            continue
         raise DataError(
-            f"the residual variance is not identified: no group of {name!r} has more than "
+            f"the residual variance is not identified: no group of {grouping.name!r} has more than "
             f"{largest} row{'s' * (largest > 1)}, and the random effects "
-            f"{' + '.join(term.label for term in terms)} alone can produce any "
+            f"{' + '.join(term.label for term in here)} alone can produce any "
             "residual. Group more coarsely, use fewer random effects, or fix the residual "
             "variance with fix={'scale': ...}"
         )
@@ -391,18 +424,32 @@ def _check_response(design: Design, arranged: Layout, compressed: Compression) -
         )
 
 
-def _residual_in_span(U: np.ndarray, terms: Sequence[TermColumns]) -> bool:
-    """Return whether some E, structured like the covariance, has ``Z_i E Z_i' = I`` throughout."""
-    q = U.shape[0]
-    pattern = np.zeros((q, q))
+def _spans_residual(arranged: Layout, position: int, terms: Sequence[TermColumns]) -> bool:
+    """Return whether the random effects of one factor alone can imitate the residual.
+
+    That is, whether some E, a direction in which their covariance can move, has
+    ``Z_i E Z_i' = I`` throughout.
+    """
+    factor = arranged.factors[position]
+    order = np.argsort(factor.codes, kind="stable")
+    sizes = arranged.sizes[position]
+    Q = arranged.random_columns(position, order)
+    if arranged.weights is not None:
+        Q *= np.sqrt(arranged.weights[order])
+    U = orthonormalise(Q, np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)
+    q, here = len(U), arranged.slices[position]
+    A = arranged.A[here, here]
+    basis = []
     for term in terms:
-        width = term.columns.stop - term.columns.start
-        pattern[term.columns, term.columns] = 1.0 if term.correlated else np.eye(width)
-    rows, columns = np.nonzero(np.tril(pattern))
-    products = np.einsum("iem,jem->ijem", U[:, columns], U[:, rows])
-    products = products + np.where(rows == columns, 0.0, 1.0)[:, None] * products.swapaxes(0, 1)
+        at = slice(term.columns.start - here.start, term.columns.stop - here.start)
+        for part in directions(term):
+            E = np.zeros((q, q))
+            E[at, at] = part
+            basis.append(A @ E @ A.T)
+    # One pattern of U after the other would do; one group of each size and pattern is enough.
+    products = np.einsum("iam,eab,jbm->ijme", U, np.array(basis), U, optimize=True)
     rank = np.einsum("iim->im", np.abs(U)) > 0.0
     target = np.eye(q)[:, :, None] * rank[None, :, :]
-    lhs = np.moveaxis(products, 2, 3).reshape(-1, len(rows))
+    lhs = products.reshape(-1, len(basis))
     solution, *_ = np.linalg.lstsq(lhs, target.ravel(), rcond=None)
     return bool(np.max(np.abs(lhs @ solution - target.ravel())) < 1e-8)

@@ -7,10 +7,12 @@ come out, and what is left of each part is handed to formulaic's own parser.
 from __future__ import annotations
 
 import ast
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from formulaic import Formula
 from formulaic.errors import FormulaicError
@@ -18,6 +20,7 @@ from formulaic.parser import DefaultFormulaParser
 from formulaic.parser.algos.tokenize import tokenize
 from formulaic.parser.types import Factor, Term, Token
 
+from .covariances import NAMES, Covariance, covariance
 from .spec import ModelSpec, RandomTerm
 
 __all__ = ["FormulaError", "parse_formula"]
@@ -135,11 +138,12 @@ def _split_operator(source: str, start: int, end: int) -> Iterator[_Piece]:
         i += width
 
 
-def _pieces(source: str) -> list[_Piece]:
-    _check_balance(source)
+def _pieces(source: str, begin: int = 0, stop: int | None = None) -> list[_Piece]:
+    """The tokens of a balanced formula, or of source[begin:stop]."""
     pieces: list[_Piece] = []
     try:
-        tokens = list(tokenize(source))
+        # Blanks keep the place of what follows them.
+        tokens = list(tokenize(" " * begin + source[begin:stop]))
     except FormulaicError as error:
         raise _translate(error, source) from None
     for token in tokens:
@@ -159,7 +163,8 @@ def _pieces(source: str) -> list[_Piece]:
         elif token.kind is Token.Kind.PYTHON:
             text = from_r(token.token)
             piece = _Piece(text, token.kind, start, end)
-            _check_call(piece, source)
+            if not _is_structured(piece, source):
+                _check_call(piece, source)
             pieces.append(piece)
         else:
             pieces.append(_Piece(token.token, token.kind, start, end))
@@ -175,15 +180,124 @@ def _check_call(piece: _Piece, source: str) -> None:
         raise _error_at(
             f"`{piece.text}` is not a Python expression{hint}", source, [piece]
         ) from None
-    if isinstance(node, ast.Call) and name != "I":
-        for arg in node.args:
-            if isinstance(arg, ast.BinOp) and isinstance(arg.op, ast.BitOr):
-                raise _error_at(
-                    f"a random term cannot stand inside `{name}()`: write `( ... | group)`, or "
-                    "`( ... || group)` for independent effects",
-                    source,
-                    [piece],
-                )
+    if isinstance(node, ast.Call) and name != "I" and _has_bar(node):
+        raise _no_structure(name, source, [piece])
+    for call in ast.walk(node):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            continue
+        if call.func.id in NAMES and _has_bar(call):
+            raise _error_at(
+                f"a random term must be a summand of its own, `... + {call.func.id}( ... | group)`",
+                source,
+                [piece],
+            )
+
+
+def _has_bar(call: ast.Call) -> bool:
+    return any(isinstance(a, ast.BinOp) and isinstance(a.op, ast.BitOr) for a in call.args)
+
+
+def _no_structure(name: str, source: str, pieces: list[_Piece]) -> FormulaError:
+    close = difflib.get_close_matches(name, NAMES, n=1)
+    hint = f"did you mean `{close[0]}( ... | group)`? Else " if close else ""
+    return _error_at(
+        f"a random term cannot stand inside `{name}()`, which names no covariance structure: "
+        f"{hint}write `( ... | group)`, `( ... || group)` for independent effects, or one of "
+        f"{', '.join(NAMES)} before the parentheses",
+        source,
+        pieces,
+    )
+
+
+_CALL = re.compile(r"([^\W\d][\w.]*)\s*\(")
+
+
+def _arguments(source: str, start: int, end: int) -> tuple[str, list[tuple[int, int]]]:
+    """A call source[start:end] -> its name, and the place of each argument.
+
+    No argument for an expression that is not just one call.
+    """
+    call = _CALL.match(source, start, end)
+    if call is None or source[end - 1] != ")":
+        return "", []
+    cuts = [call.end() - 1]
+    for i, char, depth in _outside_quotes(source, start, end):
+        if char == "," and depth == 1:
+            cuts.append(i)
+        elif char == ")" and depth == 0 and i < end - 1:
+            return "", []
+    cuts.append(end - 1)
+    return call[1], [(a + 1, b) for a, b in pairwise(cuts)]
+
+
+def _outside_quotes(source: str, start: int, end: int) -> Iterator[tuple[int, str, int]]:
+    """Characters of balanced text that are not quoted: place, character, depth after it."""
+    depth = 0
+    i = start
+    while i < end:
+        if quoted := _QUOTED.match(source, i, end):
+            i = quoted.end()
+            continue
+        depth += (source[i] in "([{") - (source[i] in ")]}")
+        yield i, source[i], depth
+        i += 1
+
+
+def _trimmed(source: str, start: int, end: int) -> tuple[int, int]:
+    """A place without the blanks and parentheses around it."""
+    while True:
+        while start < end and source[start].isspace():
+            start += 1
+        while start < end and source[end - 1].isspace():
+            end -= 1
+        closed = [i for i, char, depth in _outside_quotes(source, start, end) if depth == 0]
+        if not (start < end and source[start] == "(" and closed == [end - 1]):
+            return start, end
+        start, end = start + 1, end - 1
+
+
+def _is_structured(piece: _Piece, source: str) -> bool:
+    """Whether a piece is a random term with a named covariance, `cs( ... | group)`.
+
+    Raises:
+        FormulaError: if it looks like one, but the name is unknown.
+    """
+    if piece.kind is not Token.Kind.PYTHON:
+        return False
+    name, arguments = _arguments(source, piece.start, piece.end)
+    if not arguments or name == "I":
+        return False
+    start, end = _trimmed(source, *arguments[0])
+    if not any(c == "|" and depth == 0 for _, c, depth in _outside_quotes(source, start, end)):
+        return False
+    if name not in NAMES:
+        raise _no_structure(name, source, [piece])
+    return True
+
+
+_HOM = re.compile(r"hom\s*=\s*(TRUE|True|FALSE|False)")
+
+
+def _structured_terms(piece: _Piece, source: str) -> list[RandomTerm]:
+    """A piece `cs( ... | group, hom=True)` -> random terms."""
+    name, arguments = _arguments(source, piece.start, piece.end)
+    hom = None
+    for start, end in arguments[1:]:
+        start, end = _trimmed(source, start, end)
+        match = _HOM.fullmatch(source, start, end)
+        if match is None or hom is not None:
+            raise _error(
+                f"`{name}()` takes a random term and, at most, `hom=True` or `hom=False`",
+                source,
+                start,
+                end,
+            )
+        hom = match[1].upper() == "TRUE"
+    try:
+        structure = covariance(name, hom=hom)
+    except ValueError as error:
+        raise _error(str(error), source, *_trimmed(source, *arguments[1])) from None
+    return _random_terms(_pieces(source, *_trimmed(source, *arguments[0])), source, structure)
 
 
 def _render(pieces: list[_Piece]) -> str:
@@ -281,8 +395,10 @@ def _group_names(pieces: list[_Piece], source: str) -> list[str]:
     )
 
 
-def _random_terms(inner: list[_Piece], source: str) -> list[RandomTerm]:
-    """The pieces inside `( ... | group)` -> random terms."""
+def _random_terms(
+    inner: list[_Piece], source: str, structure: Covariance | None = None
+) -> list[RandomTerm]:
+    """The pieces inside `( ... | group)` or `cs( ... | group)` -> random terms."""
     bars = [i for i, (piece, _) in enumerate(_depths(inner)) if piece.is_op("|", "||")]
     if len(bars) > 1:
         raise _error_at(
@@ -291,6 +407,20 @@ def _random_terms(inner: list[_Piece], source: str) -> list[RandomTerm]:
             [inner[bars[1]]],
         )
     bar = inner[bars[0]]
+    if structure is not None and bar.text == "||":
+        raise _error_at(
+            "two bars stand for independent effects, but the covariance has a name already: "
+            "write one bar",
+            source,
+            [bar],
+        )
+    for piece in inner:
+        if _is_structured(piece, source):
+            raise _error_at(
+                "a bar inside a bar: each random term has one bar, `( ... | group)`",
+                source,
+                [piece],
+            )
     left, right = inner[: bars[0]], inner[bars[0] + 1 :]
     if not left:
         raise _error_at(
@@ -314,8 +444,9 @@ def _random_terms(inner: list[_Piece], source: str) -> list[RandomTerm]:
             source,
             left,
         )
-    covariance = "diag" if bar.text == "||" else "us"
-    return [RandomTerm(design, group, covariance) for group in _group_names(right, source)]
+    if structure is None:
+        structure = covariance("diag" if bar.text == "||" else "us")
+    return [RandomTerm(design, group, structure) for group in _group_names(right, source)]
 
 
 def _outer_bar_groups(pieces: list[_Piece]) -> list[_Piece]:
@@ -341,8 +472,11 @@ def parse_formula(text: str) -> ModelSpec:
 
     Besides what formulaic reads (`a*b`, `a:b`, `poly()`, `bs()`, `C()`, any Python expression in
     a call), the right-hand side takes random terms `(design | group)`, `(design || group)` and
-    `offset(expression)`. `(1 | a/b)` stands for `(1 | a) + (1 | a:b)`. Names that are not plain
-    words go in backticks. The R spellings `I(x^2)`, `TRUE`, `FALSE` and `factor(x)` are understood.
+    `offset(expression)`. `(1 | a/b)` stands for `(1 | a) + (1 | a:b)`. The name of a covariance
+    structure may stand before a random term, `ar1(0 + f | group)`, with `hom=True` or `hom=False`
+    after the group, `cs(0 + f | group, hom=True)`; see `lmmax.covariances` for the names. Names
+    that are not plain words go in backticks. The R spellings `I(x^2)`, `TRUE`, `FALSE` and
+    `factor(x)` are understood.
 
     Args:
         text: the formula, for instance `"Reaction ~ Days + (Days | Subject)"`.
@@ -366,6 +500,7 @@ RandomTerm(design='1', group='Litter:Pig', covariance='us'))
 @lru_cache(maxsize=1024)
 def _parse_formula(text: str) -> ModelSpec:
     source = re.sub(r"\s", " ", text).rstrip()
+    _check_balance(source)
     pieces = _pieces(source)
     tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
     if not tildes:
@@ -382,6 +517,9 @@ def _parse_formula(text: str) -> ModelSpec:
     if not left:
         raise _error_at("no response: a variable must stand left of `~`", source, [tilde])
     response = _render(left)
+    for piece in left:
+        if _is_structured(piece, source):
+            raise _error_at("a random term belongs to the right of `~`", source, [piece])
     if not _is_one_factor(response):
         raise _error_at(
             "the response must be one variable or one call"
@@ -401,18 +539,27 @@ def _parse_formula(text: str) -> ModelSpec:
         while inner is not None and (deeper := _inside(inner)) is not None:
             inner = deeper
         bars = [(piece, depth) for piece, depth in _depths(summand) if piece.is_op("|", "||")]
-        if inner and any(d == 0 and p.is_op("|", "||") for p, d in _depths(inner)):
+        core = inner or summand
+        structured = [piece for piece in summand if _is_structured(piece, source)]
+        barred = inner and any(d == 0 and p.is_op("|", "||") for p, d in _depths(inner))
+        if barred or (structured and len(core) == 1):
             if minus:
                 raise _error_at(
                     "a random term can be added but not taken away: leave it out instead",
                     source,
                     [minus[0], *summand],
                 )
-            terms = _random_terms(inner, source)
+            terms = _random_terms(core, source) if barred else _structured_terms(core[0], source)
             for term in terms:
-                if term in random:
+                if any(_same_term(term, other) for other in random):
                     raise _error_at(f"the random term `{term}` comes twice", source, summand)
             random += terms
+        elif structured and not bars:
+            raise _error_at(
+                "a random term must be a summand of its own, `... + name( ... | group)`",
+                source,
+                structured[:1],
+            )
         elif bars and bars[0][1] == 0:
             whole = _render(summand)
             raise _error_at(f"a random term needs parentheses: write `({whole})`", source, summand)
@@ -449,6 +596,14 @@ def _parse_formula(text: str) -> ModelSpec:
     spec = ModelSpec(response, _render(fixed) or "1", tuple(random), tuple(offsets))
     parse_terms(spec.fixed)
     return spec
+
+
+def _same_term(a: RandomTerm, b: RandomTerm) -> bool:
+    return (
+        a.design == b.design
+        and a.covariance == b.covariance
+        and set(a.group_names) == set(b.group_names)
+    )
 
 
 def _is_offset(piece: _Piece) -> bool:

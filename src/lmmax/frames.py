@@ -86,7 +86,8 @@ def _from_narwhals(column: nw.Series[Any]) -> Any:
     arrow_type = getattr(column.to_native(), "type", None)
     if column.dtype == nw.Enum or getattr(arrow_type, "ordered", False):
         categories = column.cat.get_categories().to_list()
-        return pd.Categorical(column.cast(nw.String).to_list(), categories=categories)
+        labels = column.cast(nw.String).to_list()
+        return pd.Categorical(labels, categories=categories, ordered=True)
     if column.dtype == nw.Categorical:
         column = column.cast(nw.String)
     return column.to_numpy()

@@ -32,9 +32,9 @@ import numpy as np
 import pandas as pd
 from jax import Array
 
-from .compress import compress, layout
+from . import likelihood
+from .compress import FactorColumns, compress, layout
 from .em import moment_start
-from .likelihood import grouped
 from .likelihood.grouped import GroupedProblem
 from .linalg import gls, ldl
 from .parameters import pack_triangle, unpack_lower
@@ -94,7 +94,8 @@ def problem(y: Any, X: Any, groups: Any, Z: Any = None, *, weights: Any = None) 
             raise ValueError(f"{name} has {len(values)} rows, y has {len(y)}")
         if not np.isfinite(values).all() or (name == "groups" and (values < 0).any()):
             raise ValueError(f"{name} has missing or infinite values; remove these rows")
-    arranged = layout(X, [Z], [Z.shape[1] > 1], codes, len(levels), w)
+    factor = FactorColumns("groups", codes, len(levels), (Z,), (True,))
+    arranged = layout(X, [factor], w)
     if len(arranged.fixed.kept) < X.shape[1]:
         aliased = sorted(set(range(X.shape[1])) - set(arranged.fixed.kept.tolist()))
         raise ValueError(f"columns {aliased} of X are linear combinations of others; drop them")
@@ -139,6 +140,7 @@ def padded_problem(y: Array, X: Array, Z: Array) -> Problem:
         C=jnp.einsum("xhm,yhm->xy", data, data),
         n_obs=jnp.sum(rows).astype(dtype),
         n_fixed=jnp.asarray(p, dtype),
+        n_groups=jnp.full(q, y.shape[1], dtype),
         z_factor=jnp.eye(q, dtype=dtype),
         z_inverse=jnp.eye(q, dtype=dtype),
         x_inverse=jnp.eye(p, dtype=dtype),
@@ -155,7 +157,7 @@ def criterion(problem: Problem, theta: Array, reml: bool | float = True) -> Arra
     With all constants, as in lme4.  Differentiable to any order in ``theta`` and ``problem``.
     """
     L = unpack_lower(jnp.asarray(theta))
-    return grouped.criterion(problem, L @ L.T, jnp.asarray(reml, L.dtype))
+    return likelihood.criterion(problem, L @ L.T, jnp.asarray(reml, L.dtype))
 
 
 def solve(
@@ -196,10 +198,10 @@ def solve(
         D0 = L @ L.T
     D, status, steps, decrement = _minimiser(problem, flag, options, D0)
 
-    S, logdet = grouped.reduce(problem, D)
+    S, logdet = likelihood.reduce(problem, D)
     beta, inverse, rss, _ = gls(S)
-    d = grouped.degrees_of_freedom(problem, flag)
-    s = grouped.profiled_log_scale(rss, d)
+    d = likelihood.degrees_of_freedom(problem, flag)
+    s = likelihood.profiled_log_scale(rss, d)
     y_scale = jnp.asarray(problem.y_scale, dtype)
     scale = jnp.exp(s) * y_scale**2
     R_inverse = jnp.asarray(problem.x_inverse, dtype)
@@ -211,7 +213,7 @@ def solve(
         beta_cov=scale * (R_inverse @ inverse @ R_inverse.T),
         scale=scale,
         cov_re=scale * D,
-        criterion=grouped.objective(S, logdet, s, d, flag) + grouped.constant(problem, flag),
+        criterion=likelihood.objective(S, logdet, s, d, flag) + likelihood.constant(problem, flag),
         status=status,
         steps=steps,
         decrement=decrement,
@@ -228,22 +230,36 @@ def _cholesky(D: Array) -> Array:
 def _minimiser(
     problem: Problem, reml: Array, options: Options, start: Array
 ) -> tuple[Array, Array, Array, Array]:
-    solution = newton(problem, unstructured(len(start)), options, start, jnp.zeros_like(reml))
+    solution = newton(
+        problem,
+        unstructured(len(start)),
+        options,
+        start,
+        jnp.zeros_like(reml),
+        jnp.zeros(0, start.dtype),
+    )
     return solution.point.D, solution.status, solution.steps, solution.decrement
 
 
 @_minimiser.defjvp
 def _minimiser_jvp(primals: Any, tangents: Any) -> Any:
     problem, reml, options, start = primals
-    solution = newton(problem, unstructured(len(start)), options, start, jnp.zeros_like(reml))
+    solution = newton(
+        problem,
+        unstructured(len(start)),
+        options,
+        start,
+        jnp.zeros_like(reml),
+        jnp.zeros(0, start.dtype),
+    )
     point = solution.point
 
     def gradient(problem: Problem, reml: Array) -> Array:
         def value(root: Array) -> Array:
-            S, logdet = grouped.reduce(problem, root @ root.T)
-            d = grouped.degrees_of_freedom(problem, reml)
-            s = grouped.profiled_log_scale(gls(S)[2], d)
-            return grouped.objective(S, logdet, s, d, reml)
+            S, logdet = likelihood.reduce(problem, root @ root.T)
+            d = likelihood.degrees_of_freedom(problem, reml)
+            s = likelihood.profiled_log_scale(gls(S)[2], d)
+            return likelihood.objective(S, logdet, s, d, reml)
 
         return jax.grad(value)(point.root)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .frames import DataError
+from .frames import DataError, listing
 
 __all__ = ["Grouping"]
 
@@ -23,27 +26,70 @@ class Grouping:
         codes: (n,) int64, position in `levels` of each row's group.
         levels: (m,) labels, sorted where they can be (in the order of a pandas categorical, else
             of first appearance); combinations are strings `"A:a"`.
+        root: (m, m) lower Cholesky factor of the known relationship matrix of the levels, None if
+            they are independent.
     """
 
     name: str
     codes: np.ndarray
     levels: pd.Index
+    root: np.ndarray | None = None
 
 
 def as_categories(values: Any) -> pd.Categorical:
     """Values as categories: those that occur, sorted as the levels of `Grouping` are.
 
-    Whole numbers become integers, because a missing value may have made them floats.
+    Whole numbers become integers, because a missing value may have made them floats. The result
+    counts as ordered if the data say so, or have the categories in another order than the sorted.
     """
     categorical = pd.Categorical(values)
     if isinstance(values.dtype, pd.CategoricalDtype):
+        if not categorical.categories.is_monotonic_increasing:
+            categorical = categorical.as_ordered()
         categorical = categorical.remove_unused_categories()
     levels = categorical.categories
     if levels.dtype == np.float64:
-        numbers: Any = levels.to_numpy()
-        if ((numbers % 1 == 0) & (np.abs(numbers) < 2**53)).all():
-            return pd.Categorical.from_codes(categorical.codes, numbers.astype(np.int64))
+        values = levels.to_numpy()
+        if ((values % 1 == 0) & (np.abs(values) < 2**53)).all():
+            return pd.Categorical.from_codes(
+                categorical.codes, values.astype(np.int64), ordered=categorical.ordered
+            )
     return categorical
+
+
+def level_numbers(levels: Iterable[Any]) -> tuple[float, ...] | None:
+    """The levels as numbers, text being read as such; None if one of them is no finite number."""
+    found = []
+    for level in levels:
+        if isinstance(level, (bool, np.bool_)) or not isinstance(level, (str, numbers.Real)):
+            return None
+        try:
+            number = float(level)
+        except ValueError:
+            return None
+        if not math.isfinite(number):
+            return None
+        found.append(number)
+    return tuple(found)
+
+
+def has_order(values: pd.Categorical) -> bool:
+    """Whether the order of the levels means something: not where text is merely sorted.
+
+    Numbers, dates and ordered categories have an order, and so has text that is numbers and sorts
+    like them.
+    """
+    levels = values.categories
+    if values.ordered or levels.dtype.kind in "mM":
+        return True
+    found = level_numbers(levels)
+    return found is not None and all(a < b for a, b in pairwise(found))
+
+
+def other_type(asked: Iterable[Any], known: pd.Index) -> Any | None:
+    """A label that is none of the known ones but reads like one, None if there is no such label."""
+    texts = {str(level) for level in known}
+    return next((level for level in asked if level not in known and str(level) in texts), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +115,12 @@ class GroupKey:
             new = as_categories(column)
             position = known.get_indexer(new.categories)
             if len(position) and (position < 0).all():
-                texts = {str(level) for level in known}
-                alike = [level for level in new.categories if str(level) in texts]
-                if alike:
+                alike = other_type(new.categories, known)
+                if alike is not None:
                     raise DataError(
                         f"the labels of {column.name!r} are of another type in the new data "
-                        f"({alike[0]!r}) than in the data of the fit ({known[0]!r}): convert them"
+                        f"({alike!r}) than in the data of the fit ({next(iter(known))!r}): convert "
+                        "them"
                     )
             digits.append(np.append(position, -1)[new.codes])
         return self.cells.get_indexer(pd.Index(_cell(digits, self.levels))).astype(np.int64)
@@ -90,8 +136,15 @@ def _cell(digits: Sequence[np.ndarray], levels: Sequence[pd.Index]) -> np.ndarra
     return np.where(known, cell, -1)
 
 
-def group_rows(name: str, columns: Sequence[pd.Series]) -> tuple[Grouping, GroupKey]:
+def group_rows(
+    name: str, columns: Sequence[pd.Series], terms: Iterable[Any]
+) -> tuple[Grouping, GroupKey]:
     """Complete columns of labels -> grouping factor, and the key for new rows.
+
+    Args:
+        name: name of the grouping factor.
+        columns: (n,) labels, one column for each part of its name.
+        terms: its random terms, for messages.
 
     Raises:
         DataError: if there is one group only.
@@ -113,6 +166,6 @@ def group_rows(name: str, columns: Sequence[pd.Series]) -> tuple[Grouping, Group
     if len(names) < 2:
         raise DataError(
             f"the grouping factor {name!r} has one level, {str(names[0])!r}: the variance "
-            "of random effects cannot be estimated from one group; leave its random terms out"
+            f"of random effects cannot be estimated from one group; leave out {listing(terms)}"
         )
     return Grouping(name, codes.astype(np.int64), names), GroupKey(levels, cells)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
+from .covariances import Covariance
 from .frames import DataError, check_finite, listing, plural, row_text
 from .levels import Grouping
 from .spec import ModelSpec, RandomTerm
@@ -26,12 +27,14 @@ class RandomBlock:
         grouping: position of its grouping factor in `Design.groupings`.
         Z: (n, q) float64, the effects' columns per row (no group indicators).
         names: (q,) names of the effects.
+        covariance: the structure of the effects' covariance, ready for these effects.
     """
 
     term: RandomTerm
     grouping: int
     Z: np.ndarray
     names: tuple[str, ...]
+    covariance: Covariance
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +43,19 @@ class NewDesign:
 
     Args:
         X: (n, p) float64; NaN in rows marked `missing`.
-        Z: one (n, q) array per random term, empty if groups were not asked for.
+        Z: one (n, q) array per random term, None for a term whose group was not asked for; empty
+            if no groups were.
         codes: one (n,) int64 array per grouping factor, -1 for a level that was not in the data
-            of the fit or is missing; empty if groups were not asked for.
+            of the fit or is missing; None for a factor that was not asked for, empty if no groups
+            were.
         offset: (n,) or None; NaN in rows marked `missing`.
         index: (n,) row labels.
         missing: (n,) bool, rows that lack a value needed for a prediction.
     """
 
     X: np.ndarray
-    Z: tuple[np.ndarray, ...]
-    codes: tuple[np.ndarray, ...]
+    Z: tuple[np.ndarray | None, ...]
+    codes: tuple[np.ndarray | None, ...]
     offset: np.ndarray | None
     index: pd.Index
     missing: np.ndarray
@@ -59,8 +64,8 @@ class NewDesign:
 class Recipe(Protocol):
     """How a design was made, with all that was learnt from the data, to be applied to new rows."""
 
-    def apply(self, data: Any, need_groups: bool, offset: Any) -> NewDesign:
-        """See `Design.new_data`."""
+    def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
+        """See `Design.new_data`; `asked` has a value per grouping factor, or is empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +101,17 @@ class Design:
     dropped_by: dict[str, int]
     _recipe: Recipe
 
-    def new_data(self, data: Any, *, need_groups: bool = True, offset: Any = None) -> NewDesign:
+    def new_data(
+        self, data: Any, *, need_groups: bool | Collection[str] = True, offset: Any = None
+    ) -> NewDesign:
         """Apply the same formula, with all it learnt from the data, to new rows.
 
         Args:
             data: as in `build_design`; the response is not needed. For a design made by
-                `design_from_arrays`, a mapping with `"X"`, and `"groups"`, `"Z"` where needed.
+                `design_from_arrays`, a mapping with `"X"`, and `"groups"`, `"Z"` where needed: an
+                array each, or mappings by grouping factor if that is what they were.
             need_groups: whether random-effects columns and group codes are wanted; if not, their
-                columns may be absent.
+                columns may be absent. Names of grouping factors ask for the terms of those only.
             offset: (n,) array or column name; needed if the fit had an offset given as an array.
 
         Returns:
@@ -111,7 +119,8 @@ class Design:
 
         Raises:
             DataError: for an absent column, an unseen level of a factor in the design (an unseen
-                group is code -1 instead), or a value that is infinite.
+                group is code -1 instead), a value that is infinite, or a name in `need_groups`
+                that is no grouping factor.
 
         Example:
             >>> from lmmax.design import build_design
@@ -121,7 +130,21 @@ class Design:
             >>> new.X.tolist(), new.codes[0].tolist()
             ([[1.0, 5.0], [1.0, 6.0]], [1, -1])
         """
-        return self._recipe.apply(data, need_groups, offset)
+        return self._recipe.apply(data, self._asked(need_groups), offset)
+
+    def _asked(self, need_groups: bool | Collection[str]) -> tuple[bool, ...]:
+        """Whether each grouping factor is asked for; empty if groups are not asked for at all."""
+        if isinstance(need_groups, bool):
+            return (True,) * len(self.groupings) if need_groups else ()
+        asked = {need_groups} if isinstance(need_groups, str) else set(need_groups)
+        names = [grouping.name for grouping in self.groupings]
+        unknown = sorted(map(str, asked.difference(names)))
+        if unknown:
+            raise DataError(
+                f"need_groups has the name {unknown[0]!r}, which is no grouping factor of the "
+                f"model; its grouping factors: {listing(map(repr, names)) or 'none'}"
+            )
+        return tuple(name in asked for name in names)
 
     def __repr__(self) -> str:
         groups = [f"{plural(len(g.levels), 'group')} of {g.name}" for g in self.groupings]

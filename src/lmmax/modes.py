@@ -1,44 +1,150 @@
-"""Conditional modes of the random effects and their covariance.
+"""Conditional modes of the random effects and their covariance, factor by factor.
 
-With ``G_i = U_i Lambda`` and ``r_i = Y_i [-beta; 1]``, per group and in working coordinates::
+One factor: with ``G_i = U_i Lambda`` and ``r_i = Y_i [-beta; 1]``, per group::
 
     b_i = Lambda (I + G_i' G_i)^-1 G_i' r_i
     cov(b_i | y) = scale Lambda (I + G_i' G_i)^-1 Lambda'
 
-which never inverts Lambda, so singular covariances are as good as any.  NumPy: it runs once.
+which never inverts Lambda, so singular covariances are as good as any.  Nested factors: from the
+coarsest level down, each given those above it.  Crossed factors: the solver's last evaluation holds
+both; the iterative engine finds the modes only.  NumPy: it runs once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import numpy as np
 
-from .compress import Compression
+from .compress import Compression, Layout
+from .compress.grouped import Statistics
+from .compress.iterative import Rows
+from .compress.nested import Tree
 from .estimation import Estimates
+from .likelihood.nested import NestedProblem
 
 
-def conditional_modes(compression: Compression, estimates: Estimates) -> np.ndarray:
-    """Return the conditional modes in the user's units, shape (m, q)."""
-    problem = compression.problem
-    p = compression.Y.shape[1] - 1
-    gamma = estimates.solution.point.at.beta[:p]
-    r = compression.Y[:, p] - np.einsum("kpm,p->km", compression.Y[:, :p], gamma)
-    L = _working_root(estimates)
-    G = np.einsum("ijm,jk->mik", compression.U, L)
-    u = np.linalg.solve(_gram(G), np.einsum("mik,im->mk", G, r)[..., None])[..., 0]
-    return (u @ estimates.root.T) * float(problem.y_scale)
+class Effects(NamedTuple):
+    """Conditional effects of one grouping factor, in the user's units.
+
+    Attributes:
+        modes: (m, q).
+        covariance: given the data and the coefficients, (m, q, q); None where it was not found.
+    """
+
+    modes: np.ndarray
+    covariance: np.ndarray | None
 
 
-def conditional_covariances(compression: Compression, estimates: Estimates) -> np.ndarray:
-    """Return the covariance of each group's effects given data and coefficients, (m, q, q)."""
-    G = np.einsum("ijm,jk->mik", compression.U, _working_root(estimates))
-    inverse = np.linalg.inv(_gram(G))
-    root = estimates.root
-    return estimates.scale * np.einsum("ij,mjk,lk->mil", root, inverse, root, optimize=True)
+def conditional_effects(
+    compression: Compression, layout: Layout, estimates: Estimates
+) -> tuple[Effects, ...]:
+    """Return the conditional effects of each factor, in the layout's order."""
+    detail = compression.detail
+    found: Mapping[int, tuple[np.ndarray, np.ndarray | None]]
+    if isinstance(detail, Statistics):
+        found = {0: _grouped(detail, estimates)}
+    elif isinstance(detail, Tree):
+        found = _nested(compression.problem, detail, layout, estimates)
+    else:
+        at = estimates.solution.point.at.effects
+        unknown = isinstance(detail, Rows)
+        found = {
+            position: (
+                np.asarray(modes).T,
+                None if unknown else np.moveaxis(np.asarray(covariance), -1, 0),
+            )
+            for position, (modes, covariance) in zip(
+                range(len(at)) if unknown else layout.chain, at, strict=True
+            )
+        }
+    effects = []
+    y_scale = float(compression.problem.y_scale)
+    for position, here in enumerate(layout.slices):
+        to_user = estimates.z_inverse[here, here]
+        modes, covariance = found[position]
+        m = layout.factors[position].n_groups
+        if estimates.boundary and not isinstance(detail, Statistics | Tree):
+            # The last evaluation was next to the boundary, the estimates are on it.
+            root = np.linalg.solve(to_user, estimates.root[here, here])
+            inside = root @ np.linalg.pinv(root)
+            modes = modes @ inside.T
+            if covariance is not None:
+                covariance = inside @ covariance @ inside.T
+        if covariance is not None:
+            covariance = estimates.scale * np.einsum(
+                "ij,mjk,lk->mil", to_user, covariance[:m], to_user, optimize=True
+            )
+        effects.append(Effects(modes[:m] @ to_user.T * y_scale, covariance))
+    return tuple(effects)
 
 
-def _working_root(estimates: Estimates) -> np.ndarray:
-    return np.linalg.solve(estimates.z_inverse, estimates.root)
+def _residual(estimates: Estimates, p: int) -> np.ndarray:
+    """Return ``[-beta; 1]`` in working coordinates, (p + 1,)."""
+    return np.append(-estimates.solution.point.at.beta[:p], 1.0)
 
 
-def _gram(G: np.ndarray) -> np.ndarray:
-    return np.eye(G.shape[2]) + np.swapaxes(G, 1, 2) @ G
+def _grouped(statistics: Statistics, estimates: Estimates) -> tuple[np.ndarray, np.ndarray]:
+    r = np.einsum("kxm,x->km", statistics.Y, _residual(estimates, statistics.Y.shape[1] - 1))
+    root = np.linalg.solve(estimates.z_inverse, estimates.root)
+    G = np.einsum("ijm,jk->mik", statistics.U, root)
+    gram = np.eye(G.shape[2]) + np.swapaxes(G, 1, 2) @ G
+    u = np.linalg.solve(gram, np.einsum("mik,im->mk", G, r)[..., None])[..., 0]
+    covariance = np.einsum("ij,mjk,lk->mil", root, np.linalg.inv(gram), root, optimize=True)
+    return u @ root.T, covariance
+
+
+def _nested(
+    problem: NestedProblem, tree: Tree, layout: Layout, estimates: Estimates
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Up the tree with cross-products, then down with the effects given those above."""
+    whole = np.linalg.solve(estimates.z_inverse, estimates.root)
+    roots = [whole[here, here] for here in problem.slices]
+    sizes = [len(level) for level in tree.levels]
+    # Per level (groups first): G, and B = D P for the columns that remain.
+    shrunk: list[tuple[np.ndarray, np.ndarray]] = []
+    U = np.moveaxis(problem.U, -1, 0)[: sizes[0]]
+    Y = np.moveaxis(problem.Y, -1, 0)[: sizes[0]]
+    left = U @ roots[0]
+    inverse = np.linalg.inv(np.eye(left.shape[2]) + np.swapaxes(left, 1, 2) @ left)
+    half = roots[0] @ inverse
+    shrunk.append((half @ roots[0].T, half @ np.swapaxes(left, 1, 2) @ Y))
+    # Y' H^-1 Y = Y' (Y - U B)
+    products = np.swapaxes(Y, 1, 2) @ (Y - U @ shrunk[0][1])
+    S = np.moveaxis(problem.C, -1, 0)[: sizes[1]].copy()
+    np.add.at(S, tree.parents[0], products)
+    for level, root in enumerate(roots[1:], start=1):
+        q = len(root)
+        a, b, c = S[:, :q, :q], S[:, :q, q:], S[:, q:, q:]
+        inverse = np.linalg.inv(np.eye(q) + root.T @ a @ root)
+        G = root @ inverse @ root.T
+        shrunk.append((G, G @ b))
+        rest = c - np.swapaxes(b, 1, 2) @ G @ b
+        if level + 1 < len(roots):
+            S = np.zeros((sizes[level + 1], *rest.shape[1:]))
+            np.add.at(S, tree.parents[level], rest)
+
+    p = int(problem.n_fixed)
+    padded = len(problem.beta_origin)
+    v = np.zeros(padded + 1)
+    v[:p], v[-1] = -estimates.solution.point.at.beta[:p], 1.0
+    found = {}
+    above = np.zeros((sizes[-1], 0))  # effects of the groups above, coarsest last
+    joint = np.zeros((sizes[-1], 0, 0))  # and their covariance
+    for level in range(len(roots) - 1, -1, -1):
+        G, B = shrunk[level]
+        if level < len(roots) - 1:
+            above, joint = above[tree.parents[level]], joint[tree.parents[level]]
+        r = above.shape[1]
+        onto = B[:, :, :r]
+        modes = B[:, :, r:] @ v - np.einsum("mij,mj->mi", onto, above)
+        cross = -onto @ joint
+        covariance = G - cross @ np.swapaxes(onto, 1, 2)
+        order = tree.levels[level]
+        result = np.empty_like(modes), np.empty_like(covariance)
+        result[0][order], result[1][order] = modes, covariance
+        found[layout.chain[level]] = result
+        above = np.concatenate([modes, above], axis=1)
+        joint = np.block([[covariance, cross], [np.swapaxes(cross, 1, 2), joint]])
+    return found

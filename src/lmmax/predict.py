@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,34 +17,69 @@ NewLevels = Literal["error", "population"]
 
 
 def predict(
-    fit: Fit, newdata: Any, *, random_effects: bool, new_levels: NewLevels, offset: Any
+    fit: Fit,
+    newdata: Any,
+    *,
+    random_effects: bool | str | Collection[str],
+    new_levels: NewLevels,
+    offset: Any,
 ) -> pd.Series:
     """Return predictions; see :meth:`lmmax.Fit.predict`."""
     if new_levels not in ("error", "population"):
         raise ValueError(f"new_levels={new_levels!r} is unknown; use 'error' or 'population'")
+    terms = chosen_terms(fit, random_effects)
+    design = fit.design
     if newdata is None:
         if offset is not None:
             raise ValueError("offset= goes with newdata; the rows of the fit have theirs already")
-        rows = fit.fittedvalues if random_effects else fit.fittedvalues_marginal
-        return rows.rename("predicted")
+        values = fit.fittedvalues_marginal
+        if terms:
+            blocks = [block.Z for block in design.blocks]
+            codes = [grouping.codes for grouping in design.groupings]
+            values = values + fit.contributions(blocks, codes, terms)
+        return values.rename("predicted")
 
-    new = fit.design.new_data(newdata, need_groups=random_effects, offset=offset)
-    values = new.X[:, fit.layout.fixed.kept] @ fit.estimates.beta
+    factors = sorted({fit.terms[at].factor for at in terms})
+    names = [fit.group_names[at] for at in factors]
+    new = design.new_data(newdata, need_groups=names if names else False, offset=offset)
+    predicted = new.X[:, fit.layout.fixed.kept] @ fit.estimates.beta
     if new.offset is not None:
-        values = values + new.offset
-    if random_effects:
-        codes = new.codes[0]
-        unseen = (codes < 0) & ~new.missing
+        predicted = predicted + new.offset
+    for factor in factors:
+        found = new.codes[factor]
+        assert found is not None  # asked for above
+        unseen = (found < 0) & ~new.missing
         if new_levels == "error" and unseen.any():
-            grouping = fit.design.groupings[0].name
             count = int(unseen.sum())
             belong = "1 row of newdata belongs" if count == 1 else f"{count} rows of newdata belong"
             raise DataError(
-                f"{belong} to groups of {grouping!r} that were not in the fit, the first at row "
-                f"{new.index[int(np.argmax(unseen))]!r}; pass new_levels='population' to predict "
-                "new groups with random effects of zero"
+                f"{belong} to groups of {fit.group_names[factor]!r} that were not in the fit, the "
+                f"first at row {new.index[int(np.argmax(unseen))]!r}; pass "
+                "new_levels='population' to predict new groups with random effects of zero"
             )
-        modes = np.vstack([fit.random_effects.to_numpy(), np.zeros(len(fit.effect_names))])
-        values = values + np.einsum("ij,ij->i", np.hstack(new.Z), modes[codes])
-    values = np.where(new.missing, np.nan, values)
-    return pd.Series(values, index=new.index, name="predicted")
+    if terms:
+        predicted = predicted + fit.contributions(new.Z, new.codes, terms)
+    predicted = np.where(new.missing, np.nan, predicted)
+    return pd.Series(predicted, index=new.index, name="predicted")
+
+
+def chosen_terms(fit: Fit, random_effects: bool | str | Collection[str]) -> list[int]:
+    """Return the positions of the random terms that a user asks for by factor or by term."""
+    if isinstance(random_effects, bool | np.bool_):
+        return list(range(len(fit.terms))) if random_effects else []
+    asked = [random_effects] if isinstance(random_effects, str) else list(random_effects)
+    found: set[int] = set()
+    for name in asked:
+        hits = {
+            at
+            for at, term in enumerate(fit.terms)
+            if name in (term.label, fit.group_names[term.factor])
+        }
+        if not hits:
+            known = [*fit.group_names, *(term.label for term in fit.terms)]
+            raise ValueError(
+                f"random_effects names {name!r}; this model has the grouping factors and terms "
+                + ", ".join(map(repr, dict.fromkeys(known)))
+            )
+        found |= hits
+    return sorted(found)

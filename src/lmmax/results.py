@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .compress import Compression, Layout
+from .compress import Compression, Engine, EngineError, Layout
 from .constraints import Settings, TermColumns
 from .design import Design
 from .estimation import Estimates
 from .inference import variance, wald
-from .modes import conditional_covariances, conditional_modes
+from .modes import Effects, conditional_effects
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
 from .solve import Status
@@ -118,14 +119,33 @@ class Fit:
         return len(self.design.y)
 
     @property
-    def n_groups(self) -> int:
-        """Number of levels of the grouping factor."""
-        return len(self.design.groupings[0].levels)
+    def engine(self) -> Engine:
+        """The form of the likelihood that served this model, and why."""
+        return self.layout.engine
+
+    @property
+    def n_groups(self) -> int | dict[str, int]:
+        """Number of levels of the grouping factor; by name if there are several."""
+        return self._by_factor([len(grouping.levels) for grouping in self.design.groupings])
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Names of the grouping factors, in the order in which the formula names them."""
+        return tuple(grouping.name for grouping in self.design.groupings)
 
     @cached_property
     def effect_names(self) -> tuple[str, ...]:
-        """Names of the random effects of one group, term after term, (q,)."""
-        return tuple(name for block in self.design.blocks for name in block.names)
+        """Names of the random effects, factor by factor, (q,)."""
+        names = [""] * len(self.estimates.root)
+        for term, block in zip(self.terms, self.design.blocks, strict=True):
+            names[term.columns] = block.names
+        return tuple(names)
+
+    def _by_factor(self, values: Sequence[Any]) -> Any:
+        """Return the only value, or a dict by the name of the factor if there are several."""
+        if len(self.group_names) == 1:
+            return values[0]
+        return dict(zip(self.group_names, values, strict=True))
 
     # --- fixed effects ----------------------------------------------------------------------
 
@@ -180,18 +200,45 @@ class Fit:
 
     @cached_property
     def cov_re(self) -> pd.DataFrame:
-        """Covariance of the random effects of one group, natural units, (q, q)."""
-        names = list(self.effect_names)
-        return pd.DataFrame(self.scale * self.estimates.D, index=names, columns=names)
+        """Covariance of the random effects, natural units, (q, q).
+
+        With several grouping factors it is block diagonal, and its labels are pairs of factor and
+        effect.
+        """
+        labels = self._effect_labels
+        return pd.DataFrame(self.scale * self.estimates.D, index=labels, columns=labels)
+
+    @property
+    def _effect_labels(self) -> pd.Index:
+        if len(self.group_names) == 1:
+            return pd.Index(self.effect_names)
+        groups = [
+            name
+            for name, here in zip(self.group_names, self.layout.slices, strict=True)
+            for _ in range(here.stop - here.start)
+        ]
+        return pd.MultiIndex.from_arrays([groups, self.effect_names], names=["group", "effect"])
 
     @property
     def theta(self) -> np.ndarray:
-        """Relative Cholesky factor, lower triangle row by row, within each term, (k,).
+        """Relative Cholesky factor, lower triangle row by row, term after term, (k,).
 
-        lme4 lists the same numbers column by column.
+        lme4 lists the same numbers column by column.  A term with a covariance structure has the
+        structure's own parameters instead (see :mod:`lmmax.covariances`).
         """
-        inside = pack_triangle(np.asarray(self.estimates.constraints.blocks)) > 0.0
-        return self.estimates.theta[inside]
+        parts = []
+        own = {part.columns: part.parameters for part in self.estimates.constraints.structures}
+        for term in self.terms:
+            here = (term.columns.start, term.columns.stop)
+            lower = self.estimates.lower[term.columns, term.columns]
+            pattern = term.pattern
+            if here in own:
+                parts.append(self.estimates.structure_theta[slice(*own[here])])
+            elif pattern is None:
+                parts.append(term.covariance.theta_of(lower @ lower.T))
+            else:
+                parts.append(pack_triangle(lower)[pack_triangle(pattern) > 0.0])
+        return np.concatenate(parts)
 
     def varcorr(self) -> pd.DataFrame:
         """Variances, covariances and the residual, a row each, in the way of lme4's ``VarCorr``.
@@ -203,7 +250,16 @@ class Fit:
             together, by the delta method.  A singular covariance has them given its rank; zero
             variances, perfect correlations and fixed parameters have none (NaN).
         """
-        return variance.table(self.estimates, self.terms, self.effect_names, self._group_name)
+        return variance.table(self.estimates, self.terms, self.effect_names, self.group_names)
+
+    def structures(self) -> pd.DataFrame:
+        """Parameters of the terms with a covariance structure, in natural units.
+
+        Returns:
+            A row per parameter: ``term``, ``parameter`` (a standard deviation, a correlation, a
+            rate), ``estimate``, and its ``std err`` by the delta method.  Empty without such terms.
+        """
+        return variance.structure_table(self.estimates, self.terms, self.effect_names)
 
     @cached_property
     def cov_re_se(self) -> pd.DataFrame:
@@ -215,10 +271,6 @@ class Fit:
     def scale_se(self) -> float:
         """Standard error of the residual variance."""
         return variance.scale_error(self.estimates)
-
-    @property
-    def _group_name(self) -> str:
-        return self.design.groupings[0].name
 
     # --- likelihood -------------------------------------------------------------------------
 
@@ -238,6 +290,11 @@ class Fit:
         return len(self.estimates.beta) + self.estimates.n_free
 
     @property
+    def criterion_error(self) -> float:
+        """Monte Carlo standard error of :attr:`deviance`; zero but for the iterative engine."""
+        return self.estimates.criterion_error
+
+    @property
     def aic(self) -> float:
         """``deviance + 2 n_params`` (under REML comparable only between equal fixed effects)."""
         return self.deviance + 2 * self.n_params
@@ -250,23 +307,68 @@ class Fit:
     # --- random effects ---------------------------------------------------------------------
 
     @cached_property
-    def random_effects(self) -> pd.DataFrame:
-        """Conditional modes (BLUPs): a row per level, a column per effect."""
-        values = conditional_modes(self.compression, self.estimates)
-        return pd.DataFrame(
-            values,
-            index=pd.Index(self.design.groupings[0].levels, name=self._group_name),
-            columns=list(self.effect_names),
-        )
+    def _effects(self) -> tuple[Effects, ...]:
+        return conditional_effects(self.compression, self.layout, self.estimates)
 
     @cached_property
-    def random_effects_cov(self) -> np.ndarray:
+    def random_effects(self) -> pd.DataFrame | dict[str, pd.DataFrame]:
+        """Conditional modes (BLUPs): a row per level, a column per effect.
+
+        With several grouping factors a dict of such data frames, by the name of the factor.
+        """
+        frames = [
+            pd.DataFrame(
+                effects.modes,
+                index=pd.Index(grouping.levels, name=grouping.name),
+                columns=list(self.effect_names[here]),
+            )
+            for effects, grouping, here in zip(
+                self._effects, self.design.groupings, self.layout.slices, strict=True
+            )
+        ]
+        return self._by_factor(frames)
+
+    @cached_property
+    def random_effects_cov(self) -> np.ndarray | dict[str, np.ndarray]:
         """Conditional covariance of each level's effects given the data, (m, q, q).
 
         The coefficients count as known (lme4's ``condVar``).  Levels in the order of
-        :attr:`random_effects`.
+        :attr:`random_effects`; likewise a dict with several grouping factors.
+
+        Raises:
+            EngineError: if the fit is by the iterative engine.
         """
-        return conditional_covariances(self.compression, self.estimates)
+        if any(effects.covariance is None for effects in self._effects):
+            raise EngineError(
+                "the iterative engine finds no conditional covariances, which take a solve for "
+                "each level; engine='crossed' finds them where its dense factor fits into memory"
+            )
+        return self._by_factor([effects.covariance for effects in self._effects])
+
+    def contributions(
+        self,
+        Z: Sequence[np.ndarray | None],
+        codes: Sequence[np.ndarray | None],
+        terms: Sequence[int],
+    ) -> np.ndarray:
+        """Sum the random terms' parts of the linear predictor over rows, (n,).
+
+        Args:
+            Z: per term, in the order of the formula, its columns (n, q_t).
+            codes: per grouping factor the level of each row, (n,); -1 for effects of zero.
+            terms: positions of the terms to add.
+        """
+        total = 0.0
+        for position in terms:
+            term = self.terms[position]
+            start = self.layout.slices[term.factor].start
+            here = slice(term.columns.start - start, term.columns.stop - start)
+            modes = self._effects[term.factor].modes[:, here]
+            modes = np.vstack([modes, np.zeros(term.width)])
+            columns, code = Z[position], codes[term.factor]
+            assert columns is not None and code is not None
+            total = total + np.einsum("ij,ij->i", columns, modes[code])
+        return np.asarray(total)
 
     # --- fitted values ----------------------------------------------------------------------
 
@@ -281,14 +383,13 @@ class Fit:
     @cached_property
     def fittedvalues(self) -> pd.Series:
         """``X beta + Z b`` plus offset, with the conditional modes, for the rows used."""
-        modes = self.random_effects.to_numpy()[self.design.groupings[0].codes]
-        values = self.fittedvalues_marginal.to_numpy().copy()
-        at = 0
-        for block in self.design.blocks:
-            width = block.Z.shape[1]
-            values += np.einsum("ij,ij->i", block.Z, modes[:, at : at + width])
-            at += width
-        return pd.Series(values, index=self.design.index, name="fitted")
+        design = self.design
+        values = self.fittedvalues_marginal + self.contributions(
+            [block.Z for block in design.blocks],
+            [grouping.codes for grouping in design.groupings],
+            range(len(self.terms)),
+        )
+        return values.rename("fitted")
 
     @property
     def resid(self) -> pd.Series:
@@ -304,7 +405,7 @@ class Fit:
         self,
         newdata: Any = None,
         *,
-        random_effects: bool = True,
+        random_effects: bool | str | Collection[str] = True,
         new_levels: NewLevels = "error",
         offset: Any = None,
     ) -> pd.Series:
@@ -314,7 +415,8 @@ class Fit:
             newdata: data frame (or mapping) with the columns of the formula, without the response;
                 for a fit to arrays a mapping ``{"X": ..., "groups": ..., "Z": ...}``.
             random_effects: add the conditional modes of the rows' groups; if False, the grouping
-                column may be absent.
+                columns may be absent.  Names of grouping factors, or terms as in the formula, add
+                those only: ``["a"]``, ``["(0 + x | a)"]``.
             new_levels: "error", or "population" to predict new groups with effects of zero.
             offset: array or column name, needed if the fit had one as an array.
 

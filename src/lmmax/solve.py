@@ -1,8 +1,9 @@
 """Minimise the criterion: a few EM steps, then damped Newton with the exact Hessian.
 
-An iterate is the relative covariance ``D`` of the random effects and ``s``, the logarithm of the
-residual scale.  A step moves ``s`` and a root ``R`` of ``D = R R'``, every entry unconstrained, so
-that ``D`` stays positive semidefinite.  ``R`` is a Cholesky factor with pivoting, made anew at
+An iterate is the relative covariance ``D`` of the random effects, ``s``, the logarithm of the
+residual scale, and ``theta``, the parameters of terms with a covariance structure.  A step moves
+``s``, ``theta``, and a root ``R`` of ``D = R R'`` for all other terms, every entry unconstrained,
+so that ``D`` stays positive semidefinite.  ``R`` is a Cholesky factor with pivoting, made anew at
 every iterate: a variance near zero then owns a small last column.  With the rows in a fixed order
 its correlations would be free to rotate, a curved valley that Newton follows slowly.
 
@@ -18,7 +19,7 @@ minimum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -27,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .covariances import Covariance
 from .em import em_step
-from .likelihood.grouped import (
+from .likelihood import (
     Derivatives,
-    GroupedProblem,
+    Problem,
     degrees_of_freedom,
     derivatives,
     objective,
@@ -59,17 +61,33 @@ class Status(IntEnum):
     UNBOUNDED = 5
 
 
+class Structured(NamedTuple):
+    """A term whose covariance is a function of few parameters; see :mod:`lmmax.covariances`.
+
+    Attributes:
+        covariance: the structure.
+        columns: first and last (exclusive) of its columns of D.
+        parameters: likewise of its entries of theta.
+    """
+
+    covariance: Covariance
+    columns: tuple[int, int]
+    parameters: tuple[int, int]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Constraints:
     """Which parameters move.
 
     Attributes:
-        blocks: 1.0 where an entry of D belongs to a term, (q, q).
+        blocks: 1.0 where an entry of D belongs to a term, (q, q); on the diagonal only for
+            terms with a structure.
         held: 1.0 where an entry belongs to a term whose natural covariance is fixed, (q, q).
         natural: the fixed natural covariances, zero elsewhere, (q, q).
         scale_free: whether the scale is estimated.
         profile: whether it is profiled out; False too where natural covariances are fixed.
+        structures: the terms with a structure whose parameters are free.
     """
 
     blocks: Any
@@ -77,6 +95,20 @@ class Constraints:
     natural: Any
     scale_free: Any
     profile: Any
+    structures: tuple[Structured, ...] = field(default=(), metadata={"static": True})
+
+    @property
+    def n_theta(self) -> int:
+        """Number of parameters of structures."""
+        return self.structures[-1].parameters[1] if self.structures else 0
+
+    @property
+    def rooted(self) -> np.ndarray:
+        """1.0 for each effect whose covariance is in the root, 0.0 in a structure, (q,)."""
+        inside = np.ones(len(self.blocks))
+        for part in self.structures:
+            inside[slice(*part.columns)] = 0.0
+        return inside
 
 
 @jax.tree_util.register_dataclass
@@ -96,16 +128,18 @@ class Point(NamedTuple):
     Attributes:
         s: logarithm of the scale.
         D: relative covariance, (q, q).
-        root: pivoted Cholesky factor of D, (q, q).
+        theta: parameters of structures, (k,).
+        root: pivoted Cholesky factor of D, zero where structures are, (q, q).
         pivot: 1.0 at each column's pivot in ``root``, (q, q).
-        free: 1.0 for each of ``(s, root)`` that moves, (q q + 1,).
+        free: 1.0 for each of ``(s, root, theta)`` that moves, (q q + k + 1,).
         at: the criterion's derivatives in D and s.
-        gradient: the same in ``(s, root)``, (q q + 1,).
-        hessian: likewise, (q q + 1, q q + 1); the identity for what does not move.
+        gradient: the same in ``(s, root, theta)``.
+        hessian: likewise; the identity for what does not move.
     """
 
     s: Array
     D: Array
+    theta: Array
     root: Array
     pivot: Array
     free: Array
@@ -133,12 +167,14 @@ class Solution(NamedTuple):
     trace: Array
 
 
-def point_of(make: Callable[..., Any], q: int, p: int) -> Point:
-    """Return a point whose fields are ``make(*shape)``, in order, for q effects, p coefficients."""
-    k, x = q * (q + 1) // 2 + 1, q * q + 1
+def point_of(make: Callable[..., Any], problem: Problem, n_theta: int) -> Point:
+    """Return a point whose fields are ``make(*shape)``, in order."""
+    q, p = len(problem.n_groups), len(problem.beta_origin)
+    k, x = q * (q + 1) // 2 + 1, q * q + n_theta + 1
     return Point(
         s=make(),
         D=make(q, q),
+        theta=make(n_theta),
         root=make(q, q),
         pivot=make(q, q),
         free=make(x),
@@ -149,6 +185,7 @@ def point_of(make: Callable[..., Any], q: int, p: int) -> Point:
             log_scale=make(),
             beta=make(p),
             beta_inverse=make(p, p),
+            effects=tuple((make(r, m), make(r, r, m)) for r, m in problem.effect_shapes),
         ),
         gradient=make(x),
         hessian=make(x, x),
@@ -166,36 +203,100 @@ def unstructured(q: int) -> Constraints:
     )
 
 
+def structured(problem: Problem, constraints: Constraints, theta: Array) -> Array:
+    """Return the part of D, in working coordinates, that follows from theta, (q, q)."""
+    A = jnp.asarray(problem.z_factor, theta.dtype)
+    D = jnp.zeros_like(A)
+    for part in constraints.structures:
+        here = slice(*part.columns)
+        q = here.stop - here.start
+        matrix = part.covariance.matrix(theta[slice(*part.parameters)], q)
+        D = D.at[here, here].set(A[here, here] @ matrix @ A[here, here].T)
+    return D
+
+
 def evaluate(
-    problem: GroupedProblem, constraints: Constraints, reml: Array, D: Array, s: Array
+    problem: Problem,
+    constraints: Constraints,
+    reml: Array,
+    D: Array,
+    s: Array,
+    theta: Array,
 ) -> Point:
-    """Evaluate the criterion at ``D`` and ``s``, and prepare a step from there."""
-    D = jnp.where(constraints.held > 0.0, constraints.natural * jnp.exp(-s), D)
-    at = derivatives(problem, D, reml, s, constraints.profile)
-    q = D.shape[0]
+    """Evaluate the criterion at ``D``, ``s`` and ``theta``, and prepare a step from there."""
+    rooted, whole = whole_covariance(problem, constraints, D, s, theta)
+    at = derivatives(problem, whole, reml, s, constraints.profile)
+    return chart(problem, constraints, at, rooted, whole, theta)
+
+
+def whole_covariance(
+    problem: Problem, constraints: Constraints, D: Array, s: Array, theta: Array
+) -> tuple[Array, Array]:
+    """Return D without and with the structures, what is held in its place."""
+    held = jnp.asarray(constraints.held)
+    rooted = jnp.asarray(constraints.rooted, D.dtype)
+    D = jnp.where(held > 0.0, constraints.natural * jnp.exp(-s), D * jnp.outer(rooted, rooted))
+    return D, D + structured(problem, constraints, theta) if len(theta) else D
+
+
+def chart(
+    problem: Problem,
+    constraints: Constraints,
+    at: Derivatives,
+    D: Array,
+    whole: Array,
+    theta: Array,
+) -> Point:
+    """Return derivatives in the coordinates in which the solver steps.
+
+    Args:
+        problem: compressed data.
+        constraints: what moves.
+        at: the criterion's derivatives at ``whole``.
+        D: relative covariance without the structures, (q, q).
+        whole: relative covariance, (q, q).
+        theta: parameters of structures.
+    """
+    q, n_theta = D.shape[0], len(theta)
+    held = jnp.asarray(constraints.held)
+    rooted = jnp.asarray(constraints.rooted, D.dtype)
     root, pivot, inside = pivoted_factor(D, constraints.blocks)
-    movable = inside * (1.0 - jnp.diag(jnp.asarray(constraints.held)))[:, None]
-    free = jnp.append(jnp.asarray(constraints.scale_free, D.dtype), movable.reshape(-1))
+    movable = inside * ((1.0 - jnp.diag(held)) * rooted)[:, None]
+    free = jnp.concatenate(
+        [
+            jnp.asarray(constraints.scale_free, D.dtype)[None],
+            movable.reshape(-1),
+            jnp.ones(n_theta, D.dtype),
+        ]
+    )
 
     # d(vech D, s) / d(s, root); natural covariances that are fixed shrink as the scale grows.
     row, column = _triangle_selectors(q)
     by_root = (
         row[:, :, None] * (column @ root)[:, None] + column[:, :, None] * (row @ root)[:, None]
     )
-    by_scale = -pack_triangle(D * constraints.held)
-    jacobian = jnp.concatenate(
-        [
-            jnp.concatenate([by_scale[:, None], by_root.reshape(-1, q * q)], axis=1),
-            jnp.eye(1, q * q + 1, dtype=D.dtype),
-        ]
-    )
+    by_scale = -pack_triangle(D * held)
+    parts = [by_scale[:, None], by_root.reshape(-1, q * q)]
     G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
     bend = jnp.kron(2.0 * G, jnp.eye(q, dtype=D.dtype))
-    bend = jnp.pad(bend, ((1, 0), (1, 0))).at[0, 0].set(-at.gradient[:-1] @ by_scale)
+    bend = jnp.pad(bend, ((1, n_theta), (1, n_theta)))
+    bend = bend.at[0, 0].set(-at.gradient[:-1] @ by_scale)
+    if n_theta:
+
+        def vech(theta: Array) -> Array:
+            return jnp.asarray(pack_triangle(structured(problem, constraints, theta)))
+
+        parts.append(jax.jacfwd(vech)(theta))
+        curved = jax.jacfwd(jax.jacfwd(lambda theta: at.gradient[:-1] @ vech(theta)))(theta)
+        bend = bend.at[-n_theta:, -n_theta:].set(curved)
+    jacobian = jnp.concatenate(
+        [jnp.concatenate(parts, axis=1), jnp.eye(1, q * q + n_theta + 1, dtype=D.dtype)]
+    )
     hessian = (jacobian.T @ at.hessian @ jacobian + bend) * jnp.outer(free, free)
     return Point(
         s=at.log_scale,
-        D=D,
+        D=whole,
+        theta=theta,
         root=root,
         pivot=pivot,
         free=free,
@@ -259,6 +360,7 @@ class _State(NamedTuple):
     point: Point
     trial_D: Array
     trial_s: Array
+    trial_theta: Array
     predicted: Array
     damping: Array
     decrement: Array
@@ -266,16 +368,21 @@ class _State(NamedTuple):
 
 
 def newton(
-    problem: GroupedProblem, constraints: Constraints, options: Options, D: Array, s: Array
+    problem: Problem,
+    constraints: Constraints,
+    options: Options,
+    D: Array,
+    s: Array,
+    theta: Array,
 ) -> Solution:
-    """Minimise from ``D`` and ``s``; pure, and works under ``jit`` and ``vmap``.
+    """Minimise from ``D``, ``s`` and ``theta``; pure, and works under ``jit`` and ``vmap``.
 
     The body evaluates the criterion once, so the traced graph holds one copy of it.
     """
     dtype, q = D.dtype, D.shape[0]
     eps = jnp.finfo(dtype).eps
     reml = jnp.asarray(options.reml, dtype)
-    n_groups = jnp.sum(jnp.asarray(problem.weight))
+    n_groups = jnp.asarray(problem.n_groups, dtype)
     # Rounding in the gradient grows with the number of observations.
     tol = jnp.maximum(options.tol, 10.0 * eps**2 * problem.n_obs)
     # Residuals a thousand roundings in size are none: the response has unit length.
@@ -284,7 +391,7 @@ def newton(
     def body(state: _State) -> _State:
         old = state.point
         first = state.evaluations == 0
-        new = evaluate(problem, constraints, reml, state.trial_D, state.trial_s)
+        new = evaluate(problem, constraints, reml, state.trial_D, state.trial_s, state.trial_theta)
         slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
         gain = old.at.value - new.at.value
         finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
@@ -302,7 +409,8 @@ def newton(
         decrement = -(point.gradient @ step) * (1.0 + damping)
         # No further than the size of the root itself; just as far where the curvature is negative.
         length = jnp.maximum(jnp.sqrt(jnp.sum(step[1:] ** 2)), eps)
-        limit = (1.0 + jnp.sqrt(jnp.sum(point.root**2))) / (1.0 + 10.0 * damping)
+        size = jnp.sqrt(jnp.sum(point.root**2) + jnp.sum(point.theta**2))
+        limit = (1.0 + size) / (1.0 + 10.0 * damping)
         bent = step @ point.hessian @ step < 0.0
         step = step * jnp.where(bent, limit / length, jnp.minimum(1.0, limit / length))
         predicted = -(point.gradient @ step) - 0.5 * step @ point.hessian @ step
@@ -314,11 +422,13 @@ def newton(
         settled = accept & ~em & ((decrement <= tol) | arrived)
         # A stationary point by symmetry only: leave it along the pivots of negative curvature.
         curvature = jnp.diag(point.hessian)
-        escape = (curvature < -1e-6 * jnp.max(jnp.abs(curvature)))[1:].reshape(q, q) * point.pivot
+        escape = jnp.asarray(curvature < -1e-6 * jnp.max(jnp.abs(curvature)), dtype)[1:]
+        escape = escape.at[: q * q].multiply(point.pivot.reshape(-1))
         stuck = settled & jnp.any(escape > 0.0)
         bump = 0.1 * escape / (1.0 + 100.0 * damping)
 
-        moved = point.root + jnp.where(stuck, bump, step[1:].reshape(q, q))
+        change = jnp.where(stuck, bump, step[1:])
+        moved = point.root + change[: q * q].reshape(q, q)
         G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
         expected = em_step(point.D, G, n_groups, constraints.blocks)
 
@@ -342,6 +452,7 @@ def newton(
             point=point,
             trial_D=jnp.where(em, expected, moved @ moved.T),
             trial_s=point.s + jnp.where(em | stuck, 0.0, step[0]),
+            trial_theta=point.theta + jnp.where(em, 0.0, change[q * q :]),
             predicted=jnp.where(em | stuck, 0.0, predicted),
             damping=damping,
             decrement=decrement,
@@ -351,9 +462,10 @@ def newton(
     state = _State(
         evaluations=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        point=point_of(lambda *shape: jnp.zeros(shape, dtype), q, problem.Y.shape[1] - 1),
+        point=point_of(lambda *shape: jnp.zeros(shape, dtype), problem, len(theta)),
         trial_D=D,
         trial_s=s,
+        trial_theta=theta,
         predicted=jnp.zeros((), dtype),
         damping=jnp.zeros((), dtype),
         decrement=jnp.full((), jnp.inf, dtype),
@@ -370,13 +482,18 @@ def newton(
 
 
 def lbfgs(
-    problem: GroupedProblem, constraints: Constraints, options: Options, D: Array, s: Array
+    problem: Problem,
+    constraints: Constraints,
+    options: Options,
+    D: Array,
+    s: Array,
+    theta: Array,
 ) -> Solution:
     """Minimise by limited-memory BFGS; for models with hundreds of covariance parameters.
 
-    The variables are ``s`` and the lower Cholesky factor of ``D``.  An iteration costs a few
-    gradients, linear in the number of parameters.  The Hessian is evaluated once, at the end, for
-    standard errors and the convergence record.
+    The variables are ``s``, the lower Cholesky factor of ``D``, and ``theta``.  An iteration costs
+    a few gradients, linear in the number of parameters.  The Hessian is evaluated once, at the end,
+    for standard errors and the convergence record.
     """
     import optax  # here, since it is slow to import and seldom needed
 
@@ -384,13 +501,19 @@ def lbfgs(
     reml = jnp.asarray(options.reml, dtype)
     d = degrees_of_freedom(problem, reml)
     held = jnp.asarray(constraints.held)
-    free = jnp.append(
-        jnp.asarray(constraints.scale_free, dtype), pack_triangle(constraints.blocks * (1.0 - held))
+    rooted = jnp.asarray(constraints.rooted, dtype)
+    inside = pack_triangle(constraints.blocks * (1.0 - held) * jnp.outer(rooted, rooted))
+    k = len(inside)
+    free = jnp.concatenate(
+        [jnp.asarray(constraints.scale_free, dtype)[None], inside, jnp.ones(len(theta), dtype)]
     )
 
-    def covariance(x: Array) -> Array:
-        L = unpack_lower(x[1:])
+    def rooted_part(x: Array) -> Array:
+        L = unpack_lower(x[1 : k + 1])
         return jnp.where(held > 0.0, constraints.natural * jnp.exp(-x[0]), L @ L.T)
+
+    def covariance(x: Array) -> Array:
+        return rooted_part(x) + structured(problem, constraints, x[k + 1 :])
 
     def value(x: Array) -> Array:
         x = jnp.where(free > 0.0, x, start)
@@ -398,18 +521,21 @@ def lbfgs(
         s = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), x[0])
         return objective(S, logdet, s, d, reml) / problem.n_obs
 
+    fixed = structured(problem, constraints, theta)
+
     def value_of(D: Array) -> Array:
-        S, logdet = reduce(problem, jnp.where(held > 0.0, constraints.natural * jnp.exp(-s), D))
+        D = jnp.where(held > 0.0, constraints.natural * jnp.exp(-s), D)
+        S, logdet = reduce(problem, D + fixed)
         at = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), s)
         return objective(S, logdet, at, d, reml)
 
     def expected(_: Array, D: Array) -> Array:
         gradient = symmetrize(jax.grad(value_of)(D))
-        return em_step(D, gradient, jnp.sum(problem.weight), constraints.blocks)
+        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks)
 
-    D = lax.fori_loop(0, options.em_steps, expected, D)
+    D = lax.fori_loop(0, options.em_steps, expected, D * jnp.outer(rooted, rooted))
     L, pivots = ldl(D)
-    start = jnp.append(s, pack_triangle(L * jnp.sqrt(pivots)[None, :]))
+    start = jnp.concatenate([s[None], pack_triangle(L * jnp.sqrt(pivots)[None, :]), theta])
     method = optax.lbfgs(memory_size=20)
     value_and_grad = optax.value_and_grad_from_state(value)
     tol = jnp.maximum(options.tol, 10.0 * jnp.finfo(dtype).eps ** 2 * problem.n_obs)
@@ -441,7 +567,7 @@ def lbfgs(
         ),
     )
     x = jnp.where(free > 0.0, x, start)
-    point = evaluate(problem, constraints, reml, covariance(x), x[0])
+    point = evaluate(problem, constraints, reml, rooted_part(x), x[0], x[k + 1 :])
     # The line search can die on a plateau: the exact Newton step judges where it ended.
     step = newton_step(point.gradient, point.hessian, jnp.zeros((), dtype))
     decrement = jnp.maximum(jnp.abs(decrement), -(point.gradient @ step))

@@ -5,19 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Covariance structures of one random term, and the bar that stands for each in a formula.
-COVARIANCES = {"us": "|", "diag": "||"}
+from .covariances import Covariance, canonical
+
+# Covariance structures with a bar of their own in a formula; the others stand before the term.
+_BARS = {"us": "|", "diag": "||"}
 
 _NAME = r"(?:`[^`]+`|[^\W\d][\w.]*)"
 _GROUP = re.compile(rf"\s*{_NAME}\s*(?::\s*{_NAME}\s*)*")
-
-
-def check_covariance(name: str) -> str:
-    """Return `name` if it is a known covariance structure, else raise `ValueError`."""
-    if name not in COVARIANCES:
-        known = ", ".join(repr(c) for c in COVARIANCES)
-        raise ValueError(f"unknown covariance structure {name!r}: choose one of {known}")
-    return name
 
 
 def _check_text(owner: str, field: str, value: object, banned: str) -> None:
@@ -44,34 +38,40 @@ def _check_text(owner: str, field: str, value: object, banned: str) -> None:
 
 @dataclass(frozen=True)
 class RandomTerm:
-    """One random term, `(design | group)` in a formula.
+    """One random term, `(design | group)` or `cs(design | group)` in a formula.
 
     Args:
         design: the effects, as in the left part of the bar: `"1 + Time"`, `"0 + f"`; `"x"` has an
             intercept too, as in lme4.
         group: name of the grouping factor, or names joined by `:` for their combinations; a name
             that is not a plain word goes in backticks.
-        covariance: `"us"` (unstructured, the bar `|`) or `"diag"` (independent effects, `||`;
-            between the levels of a factor too, unlike lme4).
+        covariance: name of the structure of the effects' covariance: `"us"` (unstructured, the bar
+            `|`), `"diag"` (independent effects, `||`; between the levels of a factor too, unlike
+            lme4), or one of the others in `lmmax.covariances`; or an object for a structure of
+            your own. Another spelling of a name, and an object that a name stands for, become
+            that name.
 
     Raises:
-        TypeError, ValueError: for a part that is not text, is empty or does not belong there.
+        TypeError, ValueError: for a part that is not text, is empty or does not belong there, and
+            an unknown covariance structure.
 
     Example:
         >>> RandomTerm("1 + Time", "Pig")
         RandomTerm(design='1 + Time', group='Pig', covariance='us')
         >>> str(RandomTerm("1 + Time", "Pig", "diag"))
         '(1 + Time || Pig)'
+        >>> str(RandomTerm("0 + Visit", "Patient", "toeph"))
+        'toep(0 + Visit | Patient)'
     """
 
     design: str
     group: str
-    covariance: str = "us"
+    covariance: str | Covariance = "us"
 
     def __post_init__(self) -> None:
         _check_text("RandomTerm", "design", self.design, "|~")
         _check_text("RandomTerm", "group", self.group, "|~")
-        check_covariance(self.covariance)
+        object.__setattr__(self, "covariance", canonical(self.covariance))
         if not _GROUP.fullmatch(self.group):
             hint = ""
             if "/" in self.group:
@@ -87,7 +87,10 @@ class RandomTerm:
         return tuple(name.strip("`") for name in re.findall(_NAME, self.group))
 
     def __str__(self) -> str:
-        return f"({self.design} {COVARIANCES[self.covariance]} {self.group})"
+        name = self.covariance if isinstance(self.covariance, str) else self.covariance.name
+        if name in _BARS:
+            return f"({self.design} {_BARS[name]} {self.group})"
+        return f"{name}({self.design} | {self.group})"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class ModelSpec:
         response: left-hand side, `"Weight"` or `"np.log(Reaction)"`.
         fixed: right-hand side without random terms and offsets; an intercept is included unless
             the text starts with `0 +` or has `- 1`.
-        random: the random terms; any sequence of `RandomTerm`.
+        random: the random terms; any sequence of `RandomTerm`. Terms whose groups are made of the
+            same columns, in any order, share a grouping factor.
         offsets: expressions whose sum is added to the linear predictor.
 
     Raises:
@@ -138,8 +142,24 @@ class ModelSpec:
             _check_text("ModelSpec", "offsets", text, "|~")
 
     @property
+    def group_columns(self) -> tuple[tuple[str, ...], ...]:
+        """The columns of each grouping factor, in the order in which they come first."""
+        found: dict[frozenset[str], tuple[str, ...]] = {}
+        for term in self.random:
+            found.setdefault(frozenset(term.group_names), term.group_names)
+        return tuple(found.values())
+
+    def grouping_of(self, term: RandomTerm) -> int:
+        """Position in `group_columns` of a term's grouping factor: `b:a` is `a:b`."""
+        return [*map(set, self.group_columns)].index(set(term.group_names))
+
+    @property
     def formula(self) -> str:
-        """The model in lme4's notation; `parse_formula` of it gives an equal specification."""
+        """The model in lme4's notation.
+
+        `parse_formula` of it gives an equal specification, unless a covariance structure is an
+        object: that shows by its name.
+        """
         parts = [self.fixed, *map(str, self.random), *(f"offset({text})" for text in self.offsets)]
         return f"{self.response} ~ {' + '.join(parts)}"
 

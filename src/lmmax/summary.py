@@ -87,15 +87,19 @@ def summarize(fit: Fit, alpha: float = 0.05) -> Summary:
 
 
 def _header(fit: Fit) -> pd.DataFrame:
-    sizes = fit.layout.sizes
+    groups: dict[str, Any] = {
+        f"No. groups ({grouping.name})": len(grouping.levels) for grouping in fit.design.groupings
+    }
+    if len(groups) == 1:
+        (sizes,) = fit.layout.sizes
+        groups["Min. group size"] = int(sizes.min())
+        groups["Mean group size"] = float(sizes.mean())
+        groups["Max. group size"] = int(sizes.max())
     entries: dict[str, Any] = {
         "Dependent variable": fit.design.response_name,
         "Method": "REML" if fit.reml else "ML",
         "No. observations": fit.nobs,
-        f"No. groups ({fit.design.groupings[0].name})": fit.n_groups,
-        "Min. group size": int(sizes.min()),
-        "Mean group size": float(sizes.mean()),
-        "Max. group size": int(sizes.max()),
+        **groups,
         "Log-likelihood": fit.llf,
         "REML criterion" if fit.reml else "Deviance": fit.deviance,
         "AIC": fit.aic,
@@ -113,43 +117,49 @@ def _random_effects(fit: Fit) -> pd.DataFrame:
     sd = np.sqrt(np.diag(Psi))
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = Psi / np.outer(sd, sd)
-    n_correlations = max((_width(term) - 1 for term in fit.terms if term.correlated), default=0)
-    group = fit.design.groupings[0].name
+    structured = set(fit.structures()["term"])
+    free = [term for term in fit.terms if term.correlated and term.label not in structured]
+    n_correlations = max((term.width - 1 for term in free), default=0)
     rows: list[list[Any]] = []
+    labels: list[str] = []
     for term in fit.terms:
+        group = fit.group_names[term.factor]
+        if term.label in structured:
+            found = _structure_rows(fit, term)
+            rows += [[group, *row, *[math.nan] * n_correlations] for row in found]
+            labels += [term.label] * len(found)
+            continue
         start = term.columns.start
         for j in range(start, term.columns.stop):
             before = correlation[j, start:j].tolist() if term.correlated else []
             padding = [math.nan] * (n_correlations - len(before))
-            rows.append(
-                [
-                    group,
-                    fit.effect_names[j],
-                    term.correlated,
-                    Psi[j, j],
-                    errors[j, j],
-                    sd[j],
-                    *before,
-                    *padding,
-                ]
-            )
+            row = [fit.effect_names[j], term.correlated, Psi[j, j], errors[j, j], sd[j]]
+            rows.append([group, *row, *before, *padding])
+            labels.append(term.label)
     sigma = math.sqrt(fit.scale) if fit.scale >= 0.0 else math.nan
     rows.append(
         ["Residual", "", False, fit.scale, fit.scale_se, sigma, *[math.nan] * n_correlations]
     )
     return pd.DataFrame(
         rows,
-        index=pd.Index(
-            [term.label for term in fit.terms for _ in range(_width(term))] + ["Residual"],
-            name="term",
-        ),
+        index=pd.Index([*labels, "Residual"], name="term"),
         columns=["group", "name", "correlated", "variance", "std err", "std dev"]
         + [f"corr {j + 1}" for j in range(n_correlations)],
     )
 
 
-def _width(term: TermColumns) -> int:
-    return term.columns.stop - term.columns.start
+def _structure_rows(fit: Fit, term: TermColumns) -> list[list[Any]]:
+    """Return name, whether correlations follow, variance, its standard error, and deviation."""
+    table = fit.structures()
+    table = table[table["term"] == term.label]
+    is_sd = np.asarray(term.covariance.is_sd(term.width))
+    rows = []
+    for label, sd, se in table.loc[is_sd, ["parameter", "estimate", "std err"]].itertuples(
+        index=False
+    ):
+        name = label.removeprefix("sd(").removesuffix(")") if "(" in label else "each effect"
+        rows.append([name, False, sd**2, 2.0 * sd * se, sd])
+    return rows
 
 
 def _fixed_effects(fit: Fit, alpha: float) -> pd.DataFrame:
@@ -201,6 +211,7 @@ def _notes(fit: Fit) -> tuple[str, ...]:
             "fit.convergence."
         )
     notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
+    notes += _structure_notes(fit)
     if fit.settings.fix:
         notes.append(
             f"Held fixed, so without standard errors: {', '.join(_held(fit.settings.fix))}."
@@ -209,10 +220,37 @@ def _notes(fit: Fit) -> tuple[str, ...]:
         notes.append("Prior weights were used: the scale is the residual variance at weight 1.")
     if fit.design.offset is not None:
         notes.append("The mean includes an offset.")
+    if fit.engine.name == "iterative":
+        notes.append(
+            f"The log-likelihood is a Monte Carlo estimate from {fit.estimates.probes} probes "
+            f"(seed {fit.settings.seed}): the standard error of -2 log-likelihood is "
+            f"{fit.criterion_error:.2g}. Standard errors of variances are from the average "
+            "information."
+        )
     if fit.reml:
         notes.append("Under REML, AIC and BIC compare only models with the same fixed effects.")
     notes.append("z, P>|z| and the confidence limits are large-sample ones (normal distribution).")
     return tuple(notes)
+
+
+def _structure_notes(fit: Fit) -> list[str]:
+    """Correlations and rates of structures, which the table of variances does not show."""
+    notes = []
+    table = fit.structures()
+    for term in fit.terms:
+        rows = table[table["term"] == term.label]
+        if not len(rows):
+            continue
+        shown = rows[~np.asarray(term.covariance.is_sd(term.width))]
+        parts = [
+            f"{label} {value:.4g}" + (f" (std. err. {se:.3g})" if math.isfinite(se) else "")
+            for label, value, se in shown[["parameter", "estimate", "std err"]].itertuples(
+                index=False
+            )
+        ]
+        if parts:
+            notes.append(f"{term.label}: {', '.join(parts)}.")
+    return notes
 
 
 def _sentence(text: str) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmmax import functional
+from lmmax import functional, likelihood
 from lmmax.likelihood import grouped
 from lmmax.parameters import pack_triangle, unpack_lower
 from lmmax.solve import evaluate, unstructured
@@ -86,14 +86,14 @@ def test_newton_derivatives_equal_autodiff(case: dict[str, Any], reml: bool) -> 
     problem = problem_of(case)
     flag = jnp.asarray(float(reml))
     L = jnp.asarray(unpack_lower(random_theta(q, 2)))
-    point = jax.jit(evaluate)(problem, unstructured(q), flag, L @ L.T, jnp.zeros(()))
+    point = jax.jit(evaluate)(problem, unstructured(q), flag, L @ L.T, jnp.zeros(()), jnp.zeros(0))
     assert np.allclose(point.root @ point.root.T, L @ L.T, rtol=1e-12, atol=1e-12)
 
     def joint(x: jax.Array) -> jax.Array:
         root = x[1:].reshape(q, q)
         S, logdet = grouped.reduce(problem, root @ root.T)
-        d = grouped.degrees_of_freedom(problem, flag)
-        return grouped.objective(S, logdet, x[0], d, flag)
+        d = likelihood.degrees_of_freedom(problem, flag)
+        return likelihood.objective(S, logdet, x[0], d, flag)
 
     x = jnp.append(point.s, point.root)
     free = np.asarray(point.free) > 0.0
@@ -134,7 +134,7 @@ def test_chunks_of_groups_give_the_same_derivatives(monkeypatch: pytest.MonkeyPa
     case = simulate(3, sizes=np.random.default_rng(3).integers(1, 7, 64))
     problem = problem_of(case)
     L = jnp.asarray(unpack_lower(random_theta(2)))
-    arguments = (problem, unstructured(2), jnp.asarray(1.0), L @ L.T, jnp.zeros(()))
+    arguments = (problem, unstructured(2), jnp.asarray(1.0), L @ L.T, jnp.zeros(()), jnp.zeros(0))
     whole = evaluate(*arguments)
     monkeypatch.setattr(grouped, "CHUNK_GROUPS", 16)
     chunked = evaluate(*arguments)

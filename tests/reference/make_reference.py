@@ -1,17 +1,17 @@
-"""Trim the collection of reference fits to what the tests of single-factor models read.
+"""Trim the collection of reference fits to what the tests read.
 
 Usage: ``python -m tests.reference.make_reference SOURCE`` where SOURCE holds ``data/``
 (one CSV per data set and ``datasets.json``) and ``fits/`` (one JSON per data set).
 
-Kept are the ``lmm`` records whose random part has exactly one grouping factor (several terms
-on that factor, and interaction groupings ``a:b``, included), and the ``lme`` records without
-residual structure whose one random term is general or diagonal, translated to formula syntax.
-Of an ``lme`` record the refined optimum is kept, not the engine's own stopping point.
+Kept are the ``lmm`` records; the ``lme`` records without residual structure, translated to
+formula syntax; and the ``glmmTMB`` records.  Of the last two the refined optimum is kept, not the
+engine's own stopping point.  Large tables are compressed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import re
 import shutil
@@ -35,6 +35,13 @@ RESULT_FIELDS = (
     "fixef_dropped", "vcov", "se", "sigma", "theta", "varcorr", "ranef", "fitted",
     "fitted_population", "residuals", "predict", "objective_at", "wald_ci",
 )  # fmt: skip
+# How a random term of nlme is written here.
+LME_STRUCTURES = {"us": "({} | {})", "diag": "({} || {})", "cs": "homcs({} | {})",
+                  "ident": "homdiag({} | {})"}  # fmt: skip
+# Columns made for glmmTMB, from columns of the data.
+TMB_COLUMNS = {"fday": "C(Days)", "tday": "C(Days)", "tf": "C(t)"}
+SHOWN_LEVELS = 10  # of the conditional modes in the records of structured random effects
+COMPRESS_FROM = 100_000  # bytes
 
 
 def _pick(record: Record, fields: tuple[str, ...]) -> Record:
@@ -50,51 +57,71 @@ def _results(results: Record) -> Record:
 
 
 def trim_lmm(record: Record) -> Record | None:
-    """The trimmed record of a mixed model with one grouping factor, else None."""
-    if record["kind"] != "lmm" or len(record["results"]["ngroups"]) != 1:
+    """The trimmed record of a mixed model fitted by lme4, else None.
+
+    With several grouping factors ``varpar_cov`` is kept, the inverse observed information of
+    (theta, sigma).
+    """
+    if record["kind"] != "lmm":
         return None
-    checks = _pick(record["checks"], ("dense", "glmmTMB"))
+    results = _results(record["results"])
+    tests = record["results"].get("satterthwaite_refined") or {}
+    if len(results["ngroups"]) > 1 and "varpar_cov" in tests:
+        results["varpar_cov"] = tests["varpar_cov"]
+    # An empty object of the source is an empty array.
+    checks = _pick(record["checks"] or {}, ("dense", "glmmTMB"))
     if "glmmTMB" in checks:
         checks["glmmTMB"] = _pick(checks["glmmTMB"] or {}, ("logLik", "convergence"))
     return {
         **_pick(record, RECORD_FIELDS),
         "convergence": _pick(record["convergence"], CONVERGENCE_FIELDS),
         "checks": checks,
-        "results": _results(record["results"]),
+        "results": results,
+    }
+
+
+def _refined(results: Record) -> Record:
+    """Estimates and criterion of the independent refinement, named as in an ``lmm`` record."""
+    refined = results["refined"]
+    return {
+        "criterion": -2.0 * refined["logLik"],
+        **_pick(refined, ("logLik", "AIC", "sigma", "fixef", "vcov")),
+        "varcorr": [
+            {"group": ":".join(t["group"]), "columns": t["columns"], "cov": t["cov"]}
+            for t in refined["random"]
+        ],
+        "se": [row[i] ** 0.5 for i, row in enumerate(refined["vcov"]["values"])],
     }
 
 
 def trim_lme(record: Record) -> Record | None:
-    """The trimmed record of a plain-residual ``lme`` fit with one ``us`` or ``diag`` term.
+    """The trimmed record of a plain-residual ``lme`` fit, else None.
 
-    ``us`` becomes ``(terms | group)``, ``diag`` becomes ``(terms || group)``.
+    ``us`` becomes ``(terms | group)``, ``diag`` becomes ``(terms || group)``, ``cs`` and ``ident``
+    become ``homcs`` and ``homdiag``; an inner factor becomes its interaction with the outer one.
     """
     if record["kind"] != "lme":
         return None
     structure = record["structure"]
     residual, terms = structure["residual"], structure["random"]
-    if residual["correlation"] or residual["variance"] or len(terms) != 1:
+    if residual["correlation"] or residual["variance"]:
         return None
-    term = terms[0]
-    if term["cov"] not in ("us", "diag") or len(term["group"]) != 1:
-        return None
-    bar = "|" if term["cov"] == "us" else "||"
-    effects = re.sub(r"^~\s*", "", term["formula"])
-    formula = f"{record['fixed']} + ({effects} {bar} {term['group'][0]})"
-    engine, refined = record["results"], record["results"]["refined"]
-    results = {
-        **_results(engine),
-        "criterion": -2.0 * refined["logLik"],
-        **_pick(refined, ("logLik", "AIC", "sigma", "fixef", "vcov")),
-        "varcorr": [
-            {"group": t["group"][0], "columns": t["columns"], "cov": t["cov"]}
-            for t in refined["random"]
-        ],
-    }
+    formula = record["fixed"]
+    for term in terms:
+        effects = re.sub(r"^~\s*", "", term["formula"])
+        written = LME_STRUCTURES[term["cov"]].format(effects, ":".join(term["group"]))
+        formula += f" + {written}"
+    engine = record["results"]
+    results = {**_results(engine), **_refined(engine)}
     # nlme's REML BIC uses log(n - p), and its objective_at is in another parameterisation.
     for name in ("BIC", "objective_at"):
         results.pop(name, None)
-    results["se"] = [row[i] ** 0.5 for i, row in enumerate(refined["vcov"]["values"])]
+    # nlme names an inner factor alone, and joins the labels by a slash.
+    names = {t["group"][-1]: ":".join(t["group"]) for t in terms}
+    for block in results["ranef"]:
+        block["group"] = names[block["group"]]
+        if ":" in block["group"]:
+            block["levels"] = [label.replace("/", ":") for label in block["levels"]]
     return {
         **_pick(record, ("id", "kind", "tags", "note")),
         "formula": formula,
@@ -109,8 +136,64 @@ def trim_lme(record: Record) -> Record | None:
     }
 
 
+def trim_tmb(record: Record) -> Record | None:
+    """The trimmed record of a ``glmmTMB`` fit, else None; the first conditional modes only.
+
+    Structures that go by the distance of two times get times that are numbers, not labels.
+    """
+    if record["kind"] != "glmmTMB":
+        return None
+    formula = record["formula"]
+    if record["structure"]["random"][0]["cov"] in ("ar1", "toep"):
+        formula = re.sub(r"\btime\b", "C(t)", formula)
+    for name, here in TMB_COLUMNS.items():
+        formula = re.sub(rf"\b{name}\b", here, formula)
+    engine = record["results"]
+    point = engine["objective_at"]
+    results = {
+        **_pick(engine, ("n", "p", "npar")),
+        **_refined(engine),
+        "ranef": [
+            {
+                **_pick(block, ("group", "columns", "n_levels")),
+                "levels": block["levels"][:SHOWN_LEVELS],
+                "values": block["values"][:SHOWN_LEVELS],
+            }
+            for block in engine["ranef"]
+        ],
+        "objective_at": {
+            "criterion": point["criterion"],
+            "sigma": point["at"]["sigma"],
+            "cov": [t["cov"] for t in point["at"]["random"]],
+        },
+    }
+    return {
+        **_pick(record, ("id", "kind", "tags", "note", "formula")),
+        "formula_py": formula,
+        "reml": record["reml"],
+        "weights": None,
+        "offset": None,
+        "contrasts": None,
+        "convergence": {"last_newton_step": record["checks"]["last_newton_step"]},
+        "checks": _pick(record["checks"], ("engine_distance_in_se", "max_abs_gradient")),
+        "results": results,
+    }
+
+
+def _copy_table(source: Path, name: str) -> None:
+    """Write the table under ``data/``, compressed if it is large and the same bytes each time."""
+    content = source.read_bytes()
+    if source.suffix == ".gz":
+        content = gzip.decompress(content)
+    target = HERE / "data" / f"{name}.csv"
+    if len(content) > COMPRESS_FROM:
+        (target.parent / f"{name}.csv.gz").write_bytes(gzip.compress(content, 9, mtime=0))
+    else:
+        target.write_bytes(content)
+
+
 def main() -> None:
-    """Write ``fits/*.json``, ``data/*.csv`` and ``datasets.json`` beside this file."""
+    """Write ``fits/*.json``, ``data/*.csv[.gz]`` and ``datasets.json`` beside this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     source = parser.parse_args().source
@@ -122,16 +205,19 @@ def main() -> None:
     }
     kept = []
     for path in sorted((source / "fits").glob("*.json")):
-        trimmed = (trim_lmm(r) or trim_lme(r) for r in json.loads(path.read_text())["models"])
-        records = [r for r in trimmed if r is not None]
+        records = [
+            trimmed
+            for record in json.loads(path.read_text())["models"]
+            for trim in (trim_lmm, trim_lme, trim_tmb)
+            if (trimmed := trim(record)) is not None
+        ]
         if not records:
             continue
         # One record per line: compact, and a change of one record is a change of one line.
         lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
         (HERE / "fits" / path.name).write_text(f"[\n{lines}\n]\n")
         table = tables[path.stem]
-        shutil.copyfile(source / table["file"], HERE / "data" / f"{path.stem}.csv")
-        (HERE / "data" / f"{path.stem}.csv").chmod(0o644)
+        _copy_table(source / table["file"], path.stem)
         kept.append(
             {
                 **_pick(table, ("name", "title", "rows", "source", "licence", "notes")),

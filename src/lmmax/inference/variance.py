@@ -1,17 +1,20 @@
 """Standard errors of the variance parameters, by the delta method from the full information.
 
-The parameters are the entries of the natural covariance ``Psi`` (lower triangle, row by row) and
-the scale; see :meth:`Estimates.standard_errors`.
+The parameters are the entries of the natural covariance ``Psi`` (lower triangle, row by row), the
+scale, and the parameters of covariance structures; see :meth:`Estimates.standard_errors`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from ..constraints import TermColumns
+from ..covariances import slopes
 from ..estimation import Estimates
 
 
@@ -35,7 +38,8 @@ def matrix_errors(estimates: Estimates) -> np.ndarray:
 
 def _size(estimates: Estimates) -> int:
     """Return the number of covariances and the scale."""
-    return len(estimates.theta) + 1
+    q = len(estimates.root)
+    return q * (q + 1) // 2 + 1
 
 
 def _at_boundary(estimates: Estimates) -> np.ndarray:
@@ -44,9 +48,19 @@ def _at_boundary(estimates: Estimates) -> np.ndarray:
 
 
 def table(
-    estimates: Estimates, terms: Sequence[TermColumns], names: Sequence[str], group: str
+    estimates: Estimates,
+    terms: Sequence[TermColumns],
+    names: Sequence[str],
+    groups: Sequence[str],
 ) -> pd.DataFrame:
-    """Return the table documented at :meth:`lmmax.Fit.varcorr`."""
+    """Return the table documented at :meth:`lmmax.Fit.varcorr`.
+
+    Args:
+        estimates: the solved model.
+        terms: the random terms.
+        names: names of the effects, (q,).
+        groups: names of the grouping factors.
+    """
     q = len(estimates.root)
     Psi = estimates.scale * estimates.D
     sd = np.sqrt(np.diag(Psi))
@@ -63,6 +77,7 @@ def table(
         return float(estimates.standard_errors(row)[0])
 
     for term in terms:
+        group = groups[term.factor]
         here = range(q)[term.columns]
         for i in here:
             se = vcov_se[i, i] / (2.0 * sd[i]) if sd[i] > 0.0 else np.nan
@@ -88,3 +103,31 @@ def table(
     # Objects first: a column of strings would turn None into NaN.
     frame = pd.DataFrame(records, columns=columns, dtype=object)
     return frame.astype(dict.fromkeys(columns[3:], float))
+
+
+def structure_table(
+    estimates: Estimates, terms: Sequence[TermColumns], names: Sequence[str]
+) -> pd.DataFrame:
+    """Return the table documented at :meth:`lmmax.Fit.structures`."""
+    sigma = float(np.sqrt(estimates.scale))
+    k = _size(estimates)
+    records: list[tuple[str, str, float, float]] = []
+    for part in estimates.constraints.structures:
+        here, at = slice(*part.columns), slice(*part.parameters)
+        term = next(term for term in terms if term.columns == here)
+        theta = estimates.structure_theta[at]
+        with jax.enable_x64(True):
+            values = np.asarray(part.covariance.values(jnp.asarray(theta), term.width))
+        slope_of = slopes(part.covariance.values, theta, term.width)
+        labels = part.covariance.labels(tuple(names[here]))
+        for label, is_sd, value, slope in zip(
+            labels, part.covariance.is_sd(term.width), values, slope_of, strict=True
+        ):
+            row = np.zeros((1, k + len(estimates.structure_theta)))
+            row[0, k + at.start : k + at.stop] = slope * (sigma if is_sd else 1.0)
+            if is_sd:
+                row[0, k - 1] = 0.5 * value / sigma
+            se = float(estimates.standard_errors(row)[0])
+            size = float(value) * (sigma if is_sd else 1.0)
+            records.append((term.label, label, size, se))
+    return pd.DataFrame(records, columns=["term", "parameter", "estimate", "std err"])

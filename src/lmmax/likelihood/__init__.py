@@ -1,1 +1,30 @@
-"""Criteria: minus twice the log-likelihood, one module per structural form of the model."""
+"""The forms of the likelihood, one file each, and what they share."""
+
+from . import crossed, grouped, iterative, nested
+from .problem import (
+    Derivatives,
+    Problem,
+    constant,
+    criterion,
+    degrees_of_freedom,
+    derivatives,
+    objective,
+    profiled_log_scale,
+    reduce,
+)
+
+__all__ = [
+    "Derivatives",
+    "Problem",
+    "constant",
+    "criterion",
+    "crossed",
+    "degrees_of_freedom",
+    "derivatives",
+    "grouped",
+    "iterative",
+    "nested",
+    "objective",
+    "profiled_log_scale",
+    "reduce",
+]

@@ -8,11 +8,6 @@ only ``U_i`` and ``Y_i`` (see :mod:`lmmax.compress`)::
     S(D) = C + sum_i Y_i' H_i^-1 Y_i            the whitened cross-product of [X y]
     logdet(D) = sum_i log|H_i|
 
-and ``-2 logL = logdet + [REML: log|S_XX|] + d (log 2 pi + s) + rss exp(-s)``, where
-``s = log scale``, ``rss`` is the Schur complement of ``S_XX`` in ``S``, and ``d = n - p`` (REML) or
-``n`` (ML).  Profiling out the scale sets ``s = log(rss / d)`` (Lindstrom and Bates, 1988; Bates et
-al., 2015).
-
 Derivatives with respect to ``D`` flow through ``P_i = U_i' H_i^-1 Y_i`` and
 ``K_i = U_i' H_i^-1 U_i``::
 
@@ -23,14 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from ..linalg import gls, ldl, solve_unit_lower, symmetrize
+from ..linalg import ldl, solve_unit_lower, symmetrize
+from . import problem as form
+from .problem import Derivatives, Problem, Reduction, assemble, duplication
 
 CHUNK_GROUPS = 2048
 """Groups handled together in one pass, so that intermediates stay in the processor's cache."""
@@ -38,92 +34,28 @@ CHUNK_GROUPS = 2048
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GroupedProblem:
+class GroupedProblem(Problem):
     """Compressed data of a one-factor model; a pytree whose leaves are NumPy or JAX arrays.
 
     Groups that share ``U`` may have been merged into fewer pseudo-groups with the same
     ``sum Y' H^-1 Y``, hence ``weight``: how many groups' log-determinants an entry stands for.
     Padding groups have ``U = Y = weight = 0``; padding columns of X are zero with a one on the
-    diagonal of ``C``.  Neither changes the criterion.
+    diagonal of ``C``.  Neither changes the criterion.  Working coordinates: see :class:`Problem`.
 
     Attributes:
         U: triangular factors of the random-effects design, shape (q, q, m).
         Y: projected ``[X y]``, shape (q, p + 1, m).
         weight: multiplicity of each group's log-determinant, shape (m,).
         C: cross-product of the part of ``[X y]`` outside the column spaces of Z, (p + 1, p + 1).
-        n_obs: number of observations, n.
-        n_fixed: number of fixed-effects coefficients, p (without padding).
-        z_factor: ``A`` with ``Z = Z_working A``; ``D_working = A D A'``, shape (q, q).
-        z_inverse: ``A^-1``, shape (q, q).
-        x_inverse: ``R^-1`` with ``X = X_working R``, shape (p, p).
-        x_logdet: ``log|R|``.
-        beta_origin: coefficients (working coordinates and units) already taken out of y, (p,).
-        y_scale: ``y = y_scale * y_working`` (after removing ``beta_origin``).
-        log_weights: sum of the logarithms of the prior weights.
     """
 
     U: Any
     Y: Any
     weight: Any
     C: Any
-    n_obs: Any
-    n_fixed: Any
-    z_factor: Any
-    z_inverse: Any
-    x_inverse: Any
-    x_logdet: Any
-    beta_origin: Any
-    y_scale: Any
-    log_weights: Any
 
 
-class Derivatives(NamedTuple):
-    """The criterion at one ``(D, s)`` in working coordinates, with exact derivatives.
-
-    ``gradient`` (q2 + 1,) and ``hessian`` (q2 + 1, q2 + 1) are with respect to the lower triangle
-    of D row by row (a step moves both symmetric entries), then ``s = log scale``; q2 = q (q + 1)/2.
-    """
-
-    value: Array
-    gradient: Array
-    hessian: Array
-    log_scale: Array
-    beta: Array
-    beta_inverse: Array
-
-
-def degrees_of_freedom(problem: GroupedProblem, reml: Array | float) -> Array:
-    """Return ``d``: n for ML, n - p for REML."""
-    return jnp.asarray(problem.n_obs - reml * problem.n_fixed)
-
-
-def constant(problem: GroupedProblem, reml: Array | float) -> Array:
-    """Return what the change from data to working coordinates adds to the criterion."""
-    d = degrees_of_freedom(problem, reml)
-    return 2.0 * (d * jnp.log(problem.y_scale) + reml * problem.x_logdet) - problem.log_weights
-
-
-def objective(S: Array, logdet: Array, s: Array, d: Array, reml: Array | float) -> Array:
-    """Return -2 log-likelihood from the reduction ``(S, logdet)`` and ``s = log scale``."""
-    _, _, rss, logdet_x = gls(S)
-    return logdet + reml * logdet_x + d * (jnp.log(2.0 * jnp.pi) + s) + rss * jnp.exp(-s)
-
-
-def profiled_log_scale(rss: Array, d: Array) -> Array:
-    """Return the logarithm of the scale that minimises the criterion, ``log(rss / d)``."""
-    tiny = jnp.finfo(rss.dtype).tiny
-    return jnp.log(jnp.maximum(rss, tiny) / d)
-
-
-def criterion(problem: GroupedProblem, D: Array, reml: Array | float = 1.0) -> Array:
-    """Return -2 profile log-likelihood at relative covariance ``D (q, q)`` in the user's units."""
-    A = jnp.asarray(problem.z_factor)
-    S, logdet = reduce(problem, A @ D @ A.T)
-    d = degrees_of_freedom(problem, reml)
-    s = profiled_log_scale(gls(S)[2], d)
-    return objective(S, logdet, s, d, reml) + constant(problem, reml)
-
-
+@form.reduce.register
 def reduce(problem: GroupedProblem, D: Array) -> tuple[Array, Array]:
     """Sum over groups: the whitened cross-product ``S (p+1, p+1)`` and ``sum_i log|H_i|``.
 
@@ -195,36 +127,23 @@ def _moments(white: Array) -> tuple[Array, Array]:
     return product[:, q:], product[:, :q]
 
 
+@form.derivatives.register
 def derivatives(
-    problem: GroupedProblem,
-    D: Array,
-    reml: Array,
-    log_scale: Array,
-    profile: Array,
+    problem: GroupedProblem, D: Array, reml: Array, log_scale: Array, profile: Array
 ) -> Derivatives:
     """Evaluate the criterion with its exact gradient and Hessian in one pass over the groups.
 
     To second order in a step ``E`` of D the reduction is ``S - sum P'EP + sum P'EKEP`` and
-    ``logdet + tr(E sum K) - sum tr(KEKE) / 2``.  With ``v = [-beta; 1]``, ``M_c = sum P' E_c P``
-    for the c-th entry of the triangle, ``A = S_XX``, and
-    ``B_i = P_i (reml A^-1 + exp(-s) v v') P_i'``::
+    ``logdet + tr(E sum K) - sum tr(KEKE) / 2``.  With ``M_c = sum P' E_c P`` for the c-th entry of
+    the triangle and ``B_i = P_i outer P_i'``::
 
-        g_c  = tr(E_c sum K) - reml tr(A^-1 M_c) - exp(-s) v' M_c v
-        h_cd = sum_i tr((2 B_i - K_i) E_c K_i E_d) - reml tr(A^-1 M_c A^-1 M_d)
-               - 2 exp(-s) (M_c v)_X' A^-1 (M_d v)_X
+        S_c = -M_c                 logdet_c = tr(E_c sum K)
+        logdet_cd + tr(outer S_cd) = sum_i tr((2 B_i - K_i) E_c K_i E_d)
 
-    Autodiff of :func:`criterion` gives the same numbers and is the test's oracle, but visits the
+    Autodiff of the criterion gives the same numbers and is the test's oracle, but visits the
     groups once per direction, and compiles for twice as long.
-
-    Args:
-        problem: compressed data.
-        D: relative covariance in working coordinates, shape (q, q).
-        reml: 1.0 for REML, 0.0 for ML.
-        log_scale: value of ``s`` where it is not profiled out.
-        profile: whether ``s`` is set to its minimiser given D.
     """
     q, width, _ = problem.Y.shape
-    p = width - 1
 
     def first_pass(U: Array, Y: Array, weight: Array) -> tuple[Any, tuple[Array, Array]]:
         white, logdets = _whiten(U, Y, D)
@@ -240,47 +159,22 @@ def derivatives(
 
     data = (jnp.asarray(problem.U), jnp.asarray(problem.Y), jnp.asarray(problem.weight))
     (S, logdet, M, K_sum), (P, K) = _over_chunks(first_pass, data)
-    S = S + problem.C
-    beta, inverse, rss, logdet_x = gls(S)
-    d = degrees_of_freedom(problem, reml).astype(S.dtype)
-    s = jnp.where(profile, profiled_log_scale(rss, d), log_scale)
-    precision = jnp.exp(-s)
-    value = logdet + reml * logdet_x + d * (jnp.log(2.0 * jnp.pi) + s) + rss * precision
-
-    duplication = jnp.asarray(_duplication(q), S.dtype)
+    twice = jnp.asarray(duplication(q).reshape(q * q, -1), S.dtype)
     M = M.reshape(q, width, q, width).transpose(0, 2, 1, 3).reshape(q * q, -1)
-    M = (duplication.T @ M).reshape(-1, width, width)
-    v = jnp.concatenate([-beta, jnp.ones(1, S.dtype)])
-    Mv = M @ v
-    rho = Mv @ v
-    solved = jnp.einsum("ij,cjk->cik", inverse, M[:, :p, :p])
-    gradient = duplication.T @ K_sum
-    gradient = gradient - reml * jnp.einsum("cii->c", solved) - precision * rho
+    M = (twice.T @ M).reshape(-1, width, width)
 
-    outer = precision * jnp.outer(v, v)
-    outer = outer.at[:p, :p].add(reml * inverse)
+    def curvature(outer: Array) -> Array:
+        def second_pass(P: Array, K: Array, weight: Array) -> tuple[Array, tuple[()]]:
+            B = jnp.einsum("axm,bxm->abm", jnp.einsum("axm,xy->aym", P, outer), P)
+            return (2.0 * B - weight * K).reshape(q * q, -1) @ K.reshape(q * q, -1).T, ()
 
-    def second_pass(P: Array, K: Array, weight: Array) -> tuple[Array, tuple[()]]:
-        B = jnp.einsum("axm,bxm->abm", jnp.einsum("axm,xy->aym", P, outer), P)
-        return (2.0 * B - weight * K).reshape(q * q, -1) @ K.reshape(q * q, -1).T, ()
+        T, _ = _over_chunks(second_pass, (P, K, data[2]))  # indices da, bc
+        T = T.reshape(q, q, q, q).transpose(1, 2, 3, 0).reshape(q * q, q * q)  # tr(. E_ab K E_cd)
+        T = twice.T @ T @ twice
+        return 0.5 * (T + T.T)
 
-    T, _ = _over_chunks(second_pass, (P, K, data[2]))  # indices da, bc
-    T = T.reshape(q, q, q, q).transpose(1, 2, 3, 0).reshape(q * q, q * q)  # tr(. E_ab K E_cd)
-    T = duplication.T @ T @ duplication
-    hessian = 0.5 * (T + T.T) - reml * jnp.einsum("cij,dji->cd", solved, solved)
-    hessian = hessian - 2.0 * precision * (Mv[:, :p] @ inverse @ Mv[:, :p].T)
-    cross = precision * rho
-
-    return Derivatives(
-        value=value,
-        gradient=jnp.append(gradient, d - rss * precision),
-        hessian=jnp.block(
-            [[hessian, cross[:, None]], [cross[None, :], (rss * precision)[None, None]]]
-        ),
-        log_scale=s,
-        beta=beta,
-        beta_inverse=inverse,
-    )
+    at = Reduction(S + problem.C, logdet, -M, twice.T @ K_sum)
+    return assemble(problem, at, curvature, reml, log_scale, profile)
 
 
 def _over_chunks(
@@ -314,12 +208,3 @@ def _over_chunks(
         jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], m), x.dtype), parts),
     )
     return lax.fori_loop(0, m // CHUNK_GROUPS, body, start)
-
-
-def _duplication(q: int) -> np.ndarray:
-    """Return the 0/1 matrix that maps a lower triangle (row by row) to the full matrix."""
-    rows, columns = np.tril_indices(q)
-    matrix = np.zeros((q, q, len(rows)))
-    matrix[rows, columns, np.arange(len(rows))] = 1.0
-    matrix[columns, rows, np.arange(len(rows))] = 1.0
-    return matrix.reshape(q * q, -1)

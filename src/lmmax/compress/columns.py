@@ -1,0 +1,96 @@
+"""Working coordinates: columns of X orthonormal, those of a random term orthogonal in the mean.
+
+Units, offsets and near collinearity then cost no digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+ALIAS_TOLERANCE = 1e-7
+"""A column of X is aliased if the columns before it leave less than this fraction of it (as R)."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Working coordinates for a set of columns: ``columns[:, kept] = working @ R``."""
+
+    R: np.ndarray
+    kept: np.ndarray
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """``R^-1``."""
+        return np.linalg.inv(self.R)
+
+
+def column_factor(columns: np.ndarray, weights: np.ndarray | None) -> Factor:
+    """Find the independent columns and a triangular ``R`` that makes them orthonormal.
+
+    Args:
+        columns: shape (n, p).
+        weights: prior weights of the rows, or None.
+
+    Returns:
+        The columns kept, in order, and ``R`` (upper triangular) of ``columns[:, kept] = W R``.
+        The Gram matrix serves unless it is ill-conditioned; then Householder's QR is used.
+    """
+    p = columns.shape[1]
+    weighted = columns if weights is None else columns * weights[:, None]
+    gram = columns.T @ weighted
+    norms = np.sqrt(np.diag(gram))
+    scale = np.where(norms > 0.0, norms, 1.0)
+    try:
+        if not np.all(norms > 0.0):
+            raise np.linalg.LinAlgError
+        lower = np.linalg.cholesky(gram / np.outer(scale, scale))
+        if np.min(np.diag(lower), initial=1.0) > 1e-5:
+            return Factor(lower.T * scale, np.arange(p))
+    except np.linalg.LinAlgError:
+        pass
+
+    root = columns / scale if weights is None else columns / scale * np.sqrt(weights)[:, None]
+    root = triangle(root)
+    kept: list[int] = []
+    for j in range(p):
+        candidate = triangle(root[:, [*kept, j]])
+        if candidate.shape[0] > len(kept) and norms[j] > 0.0:
+            left = abs(candidate[len(kept), len(kept)])
+            if left > ALIAS_TOLERANCE:
+                kept.append(j)
+    R = triangle(root[:, kept])
+    R *= np.where(np.diag(R) < 0.0, -1.0, 1.0)[:, None]
+    return Factor(R * scale[kept], np.asarray(kept, dtype=int))
+
+
+def triangle(columns: np.ndarray) -> np.ndarray:
+    """Return the triangular factor of Householder's QR."""
+    return np.asarray(np.linalg.qr(columns, mode="r"))
+
+
+def random_factor(
+    blocks: Sequence[np.ndarray], correlated: Sequence[bool], weights: np.ndarray | None
+) -> np.ndarray:
+    """Return ``A`` (q, q), block diagonal over terms, with ``Z = Z_working A``.
+
+    The working columns have mean square one and, within a correlated term, are orthogonal over all
+    rows; uncorrelated terms are only scaled, since mixing columns would break the structure.
+    """
+    q = sum(block.shape[1] for block in blocks)
+    A = np.zeros((q, q))
+    at = 0
+    for block, mix in zip(blocks, correlated, strict=True):
+        here = slice(at, at + block.shape[1])
+        at = here.stop
+        n = len(block)
+        factor = column_factor(block, weights) if mix and block.shape[1] > 1 else None
+        if factor is not None and len(factor.kept) == block.shape[1]:
+            A[here, here] = factor.R / np.sqrt(n)
+        else:
+            squares = block * block if weights is None else block * block * weights[:, None]
+            A[here, here] = np.diag(np.sqrt(squares.sum(axis=0) / n))
+    return A

@@ -1,0 +1,295 @@
+"""Crossed grouping factors: statistics of the head's groups and of the tail's levels.
+
+See :mod:`lmmax.likelihood.crossed`.  What depends on the designs only is made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..likelihood.cells import DenseCells, SparseCells
+from ..likelihood.crossed import CrossedProblem, Tail
+from .layout import EngineError, FactorColumns, Layout
+from .rows import bucket, orthonormalise, project_out
+from .scaling import Scaling, pad_columns, pad_fixed, padding, scaled
+
+PAIR_SECONDS, FLOP_SECONDS = 6e-9, 1e-11
+"""Rough cost of a pair of cells and of a multiplication in a dense product, for choosing."""
+DENSE_CELLS_LIMIT = 1 << 27
+"""Most entries of a dense array of cells (1 GB)."""
+COPIES = 9
+"""Arrays of the tail's size squared that live at once in an evaluation."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a crossed model's designs give, for any response.
+
+    Attributes:
+        order: positions of the rows sorted by the head.
+        starts, sizes: first sorted row and number of rows of the head's groups.
+        U: triangular factors of the head's columns, (q1, q1, m).
+        cells: projected columns of the tail, padded.
+        C_tail: the tail's cross-product outside the head's column spaces, padded, (N, N).
+        tails: the factors of the tail with padding, and ``positions``, their places in the layout.
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    U: np.ndarray
+    cells: SparseCells | DenseCells
+    C_tail: np.ndarray
+    tails: tuple[Tail, ...]
+    positions: tuple[int, ...]
+    head: int | None
+
+
+def fine_bucket(size: int) -> int:
+    """Round a number of levels up: the cost grows with its cube, so by a sixteenth at most."""
+    step = max(8, 1 << max(size.bit_length() - 5, 0))
+    return -(-size // step) * step
+
+
+def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
+    """Analyse the designs: head, tail, and the cells where they meet."""
+    chain = layout.chain
+    headless = layout.factors[chain[0]].root is not None
+    head, positions = (None, chain) if headless else (chain[0], chain[1:])
+    tails, at = [], 0
+    for position in positions:
+        factor = layout.factors[position]
+        levels = fine_bucket(factor.n_groups) if pad else factor.n_groups
+        tails.append(Tail(at, factor.n_effects, levels))
+        at += factor.n_effects * levels
+    _check_memory(layout, at)
+    n = len(layout.X)
+    order = np.arange(n) if headless or layout.order is None else layout.order
+    root = None if layout.weights is None else np.sqrt(layout.weights[order])
+    columns = [layout.random_columns(position, order) for position in positions]
+    if root is not None:
+        columns = [z * root for z in columns]
+    codes = [layout.factors[position].codes[order] for position in positions]
+    C_tail = _cross_products(columns, codes, tails, at)
+    if head is None:
+        none = np.zeros((0, 0, 0))
+        sizes = starts = np.zeros(0, dtype=np.int64)
+        cells: Any = DenseCells(np.zeros((0, 0, at)))
+        return Skeleton(
+            order, starts, sizes, none, cells, C_tail, tuple(tails), tuple(positions), None
+        )
+
+    sizes = layout.sizes[head]
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    Q = layout.random_columns(head, order)
+    if root is not None:
+        Q *= root
+    U = orthonormalise(Q, starts, sizes)
+    groups = layout.factors[head].codes[order]
+    value, group, column = _cells(Q, groups, columns, codes, tails)
+    m, size = len(sizes), bucket(len(sizes)) if pad else len(sizes)
+    counts = np.bincount(group, minlength=m).astype(np.int64)
+    pairs = int(np.sum(counts * (counts + 1)) // 2)
+    q1 = len(U)
+    dense = 2.0 * m * q1 * at**2 * FLOP_SECONDS < pairs * q1 * PAIR_SECONDS
+    if dense and q1 * size * at <= DENSE_CELLS_LIMIT:
+        array = np.zeros((q1, size, at))
+        array[:, group, column] = value
+        cells = DenseCells(array)
+        for part in array:
+            C_tail -= part.T @ part
+    else:
+        first, second = _pairs(counts)
+        flat = np.zeros(at * at)
+        for part in value:
+            target = column[first] * at + column[second]
+            both = part[first] * part[second] * np.where(first == second, 0.5, 1.0)
+            flat += np.bincount(target, weights=both, minlength=at * at)
+        half = flat.reshape(at, at)
+        C_tail -= half + half.T
+        cells = _pad_cells(value, group, column, first, second, size, at, pad)
+    padded = np.zeros((q1, q1, size))
+    padded[:, :, :m] = U
+    return Skeleton(
+        order, starts, sizes, padded, cells, C_tail, tuple(tails), tuple(positions), head
+    )
+
+
+def compress(
+    y: np.ndarray, layout: Layout, frame: Skeleton, *, pad: bool = True
+) -> tuple[CrossedProblem, Scaling]:
+    """Compress a response (n,), its offset removed."""
+    beta = layout.least_squares(y)
+    p = len(beta)
+    data = layout.response(y, beta, frame.order)
+    root = None if layout.weights is None else np.sqrt(layout.weights[frame.order])
+    if root is not None:
+        data *= root
+    scaling = scaled(y, layout, beta, float(data[-1] @ data[-1]))
+    data[-1] /= scaling.y_scale
+    q1, size = frame.U.shape[0], frame.U.shape[2]
+    Y = np.zeros((q1, p + 1, size))
+    if frame.head is not None:
+        Q = layout.random_columns(frame.head, frame.order)
+        if root is not None:
+            Q *= root
+        orthonormalise(Q, frame.starts, frame.sizes)
+        Y[:, :, : len(frame.sizes)] = project_out(Q, data, frame.starts, frame.sizes)
+    n_tail = len(frame.C_tail)
+    C_cross = np.zeros((n_tail, p + 1))
+    for tail, position in zip(frame.tails, frame.positions, strict=True):
+        Z = layout.random_columns(position, frame.order)
+        codes = layout.factors[position].codes[frame.order]
+        for effect, z in enumerate(Z if root is None else Z * root):
+            at = tail.start + effect * tail.levels
+            for j, column in enumerate(data):
+                sums = np.bincount(codes, weights=z * column, minlength=tail.levels)
+                C_cross[at : at + tail.levels, j] = sums
+    extra = padding(p) if pad else 0
+    blocks = [(0, 0)] if frame.head is None else []
+    for position in layout.chain:
+        here = layout.slices[position]
+        blocks.append((here.start, here.stop))
+    problem = CrossedProblem(
+        U=frame.U,
+        cells=frame.cells,
+        Y=pad_columns(Y, extra, 1),
+        C_tail=frame.C_tail,
+        C_cross=pad_columns(C_cross, extra, 1),
+        C=pad_fixed(data @ data.T, extra),
+        roots=tuple(
+            _pad_root(layout.factors[position], tail)
+            for position, tail in zip(frame.positions, frame.tails, strict=True)
+        ),
+        tails=frame.tails,
+        blocks=tuple(blocks),
+        **scaling.coordinates(layout, extra),
+    )
+    return problem, scaling
+
+
+def _check_memory(layout: Layout, n_tail: int) -> None:
+    """Raise if the dense tail cannot fit into memory."""
+    needed = COPIES * 8.0 * n_tail**2
+    available = memory()
+    if needed > 0.9 * available:
+        names = ", ".join(layout.factors[at].name for at in layout.chain)
+        raise EngineError(
+            f"the crossed form needs a dense matrix of order {n_tail} for the effects of all "
+            f"factors ({names}) but the largest, about {needed / 2**30:.1f} GB with its copies, "
+            f"and this machine has {available / 2**30:.1f} GB; use engine='iterative', or fewer "
+            "levels"
+        )
+
+
+@cache
+def memory() -> float:
+    """Return the physical memory in bytes, infinite where it is unknown."""
+    import os
+
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def _cross_products(
+    columns: list[np.ndarray], codes: list[np.ndarray], tails: list[Tail], n_tail: int
+) -> np.ndarray:
+    """Return ``Z_t' Z_t``, (N, N)."""
+    product = np.zeros((n_tail, n_tail))
+    for i, (f, z_f, code_f) in enumerate(zip(tails, columns, codes, strict=True)):
+        for g, z_g, code_g in list(zip(tails, columns, codes, strict=True))[: i + 1]:
+            key = code_f * g.levels + code_g if f is not g else code_f
+            for a in range(f.effects):
+                for b in range(g.effects):
+                    rows = slice(f.start + a * f.levels, f.start + (a + 1) * f.levels)
+                    cols = slice(g.start + b * g.levels, g.start + (b + 1) * g.levels)
+                    weights = z_f[a] * z_g[b]
+                    if f is g:
+                        here = np.diag(np.bincount(key, weights=weights, minlength=f.levels))
+                    else:
+                        here = np.bincount(
+                            key, weights=weights, minlength=f.levels * g.levels
+                        ).reshape(f.levels, g.levels)
+                    product[rows, cols] = here
+                    product[cols, rows] = here.T
+    return product
+
+
+def _cells(
+    Q: np.ndarray,
+    groups: np.ndarray,
+    columns: list[np.ndarray],
+    codes: list[np.ndarray],
+    tails: list[Tail],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return values (q1, c), groups and columns (c,) of the projected tail, sorted by group."""
+    values, heads, places = [], [], []
+    for tail, z, code in zip(tails, columns, codes, strict=True):
+        key, row_cell = np.unique(groups * tail.levels + code, return_inverse=True)
+        for effect, z_effect in enumerate(z):
+            values.append(
+                np.array(
+                    [np.bincount(row_cell, weights=q * z_effect, minlength=len(key)) for q in Q]
+                )
+            )
+            heads.append(key // tail.levels)
+            places.append(tail.start + effect * tail.levels + key % tail.levels)
+    group, column = np.concatenate(heads), np.concatenate(places)
+    by_group = np.argsort(group, kind="stable")
+    return np.concatenate(values, axis=1)[:, by_group], group[by_group], column[by_group]
+
+
+def _pairs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all pairs of positions within groups of ``counts`` consecutive ones."""
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    size = int(counts.sum())
+    within = np.arange(size) - np.repeat(starts, counts)
+    first = np.repeat(np.arange(size), within + 1)
+    before = np.concatenate([[0], np.cumsum(within + 1)[:-1]])
+    second = np.arange(len(first)) - np.repeat(before - np.repeat(starts, counts), within + 1)
+    return first, second
+
+
+def _pad_cells(
+    value: np.ndarray,
+    group: np.ndarray,
+    column: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    n_groups: int,
+    n_columns: int,
+    pad: bool,
+) -> SparseCells:
+    """Add cells of value zero, and pairs of them, up to a few sizes."""
+    cells = bucket(len(group) + 1) if pad else len(group)
+    pairs = bucket(len(first)) if pad else len(first)
+    padded = np.zeros((len(value), cells))
+    padded[:, : len(group)] = value
+
+    def fill(x: np.ndarray, size: int, last: int) -> np.ndarray:
+        return np.concatenate([x, np.full(size - len(x), last)]).astype(np.int32)
+
+    return SparseCells(
+        value=padded,
+        head=fill(group, cells, n_groups - 1),
+        column=fill(column, cells, n_columns - 1),
+        first=fill(first, pairs, cells - 1),
+        second=fill(second, pairs, cells - 1),
+        n_groups=n_groups,
+        n_columns=n_columns,
+    )
+
+
+def _pad_root(factor: FactorColumns, tail: Tail) -> np.ndarray | None:
+    """Return the factor of the relationship matrix, with padding levels unrelated to any."""
+    if factor.root is None:
+        return None
+    root = np.eye(tail.levels)
+    root[: factor.n_groups, : factor.n_groups] = factor.root
+    return root

@@ -1,0 +1,223 @@
+"""What compressing needs to know of the designs, and which form of the likelihood they call for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from .columns import Factor, column_factor, random_factor
+
+ENGINES = ("auto", "grouped", "nested", "crossed", "iterative")
+DENSE_TAIL_LIMIT = 20_000
+"""Most random effects beside the largest factor for which a dense factor is made by default."""
+
+
+class EngineError(ValueError):
+    """A form of the likelihood that does not fit the structure of the model, or the machine."""
+
+
+class Engine(NamedTuple):
+    """The form of the likelihood that serves a model, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class FactorColumns:
+    """A grouping factor with the columns of its random terms.
+
+    Attributes:
+        name: name of the factor.
+        codes: group of each row, integers from 0 to n_groups - 1, shape (n,).
+        n_groups: number of groups, m.
+        blocks: per random term its columns, each of shape (n, q_t).
+        mix: per random term whether its columns may be mixed (all covariances are free).
+        root: factor (m, m) of a relationship matrix between the groups, or None.
+    """
+
+    name: str
+    codes: np.ndarray
+    n_groups: int
+    blocks: tuple[np.ndarray, ...]
+    mix: tuple[bool, ...]
+    root: np.ndarray | None = None
+
+    @property
+    def n_effects(self) -> int:
+        """Number of random effects of one group."""
+        return sum(block.shape[1] for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The designs, analysed once; it serves any number of responses.
+
+    Attributes:
+        X: fixed-effects design, (n, p_all).
+        factors: the grouping factors, in the order of their columns in D.
+        fixed: independent columns of X and their triangular factor.
+        A: block-diagonal factor of the random-effects columns, (q, q).
+        weights: prior weights of the rows in the data's order, (n,), or None.
+        engine: the form of the likelihood.
+        chain: positions of the factors in the order of their elimination.
+    """
+
+    X: np.ndarray
+    factors: tuple[FactorColumns, ...]
+    fixed: Factor
+    A: np.ndarray
+    weights: np.ndarray | None
+    engine: Engine
+    chain: tuple[int, ...]
+
+    @cached_property
+    def A_inverse(self) -> np.ndarray:
+        """``A^-1``."""
+        return np.linalg.inv(self.A)
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Columns of D that belong to each factor."""
+        ends = np.cumsum([factor.n_effects for factor in self.factors]).tolist()
+        return tuple(slice(a, b) for a, b in zip([0, *ends], ends, strict=False))
+
+    @cached_property
+    def n_groups(self) -> np.ndarray:
+        """Number of groups that each random effect has, (q,)."""
+        return np.concatenate(
+            [np.full(factor.n_effects, float(factor.n_groups)) for factor in self.factors]
+        )
+
+    @cached_property
+    def order(self) -> np.ndarray | None:
+        """Positions of the rows sorted by the factors of the chain, None if in order already."""
+        if self.engine.name == "nested":
+            keys = [self.factors[at].codes for at in self.chain]
+        else:
+            keys = [self.factors[self.chain[0]].codes] if self.chain else []
+        if not keys or (len(keys) == 1 and np.all(keys[0][1:] >= keys[0][:-1])):
+            return None
+        return np.lexsort(keys) if len(keys) > 1 else np.argsort(keys[0], kind="stable")
+
+    @cached_property
+    def sizes(self) -> tuple[np.ndarray, ...]:
+        """Number of rows of each group, per factor."""
+        return tuple(
+            np.bincount(factor.codes, minlength=factor.n_groups) for factor in self.factors
+        )
+
+    def random_columns(self, factor: int, take: slice | np.ndarray) -> np.ndarray:
+        """Working columns of a factor, unweighted, for some rows, (q_f, rows)."""
+        here = self.slices[factor]
+        Z = np.concatenate([block[take].T for block in self.factors[factor].blocks])
+        return np.asarray(self.A_inverse[here, here].T @ Z)
+
+    def response(self, y: np.ndarray, beta: np.ndarray, take: slice | np.ndarray) -> np.ndarray:
+        """Working ``[X, y - X beta]``, unweighted, for some rows, (p + 1, rows)."""
+        kept = self.fixed.kept
+        X = self.X[take]
+        if len(kept) < X.shape[1]:
+            X = X[:, kept]
+        data = np.empty((len(kept) + 1, len(X)))
+        data[:-1] = self.fixed.inverse.T @ X.T
+        data[-1] = y[take] - beta @ data[:-1]
+        return data
+
+    def least_squares(self, y: np.ndarray) -> np.ndarray:
+        """Weighted least-squares coefficients of y in working coordinates, (p,)."""
+        weighted = y if self.weights is None else y * self.weights
+        return np.asarray(self.fixed.inverse.T @ (self.X.T @ weighted)[self.fixed.kept])
+
+
+def layout(
+    X: np.ndarray,
+    factors: Sequence[FactorColumns],
+    weights: np.ndarray | None = None,
+    engine: str = "auto",
+) -> Layout:
+    """Analyse the designs once.
+
+    Args:
+        X: fixed-effects design, shape (n, p).
+        factors: grouping factors with their columns.
+        weights: prior weights (inverse variances), shape (n,).
+        engine: one of ``ENGINES``.
+
+    Raises:
+        EngineError: if the engine asked for does not fit the structure.
+    """
+    factors = tuple(factors)
+    chosen, chain = choose_engine(factors, engine)
+    q = sum(factor.n_effects for factor in factors)
+    A, at = np.zeros((q, q)), 0
+    for factor in factors:
+        here = slice(at, at + factor.n_effects)
+        A[here, here] = random_factor(factor.blocks, factor.mix, weights)
+        at = here.stop
+    return Layout(X, factors, column_factor(X, weights), A, weights, chosen, chain)
+
+
+def choose_engine(
+    factors: tuple[FactorColumns, ...], asked: str = "auto"
+) -> tuple[Engine, tuple[int, ...]]:
+    """Return the form of the likelihood for a structure, and the order of elimination."""
+    if asked not in ENGINES:
+        known = ", ".join(map(repr, ENGINES))
+        raise EngineError(f"engine={asked!r} is unknown; use one of {known}")
+    # Largest first; among equals the one with more columns, so that the tail is small.
+    by_size = sorted(range(len(factors)), key=lambda i: -factors[i].n_groups * factors[i].n_effects)
+    related = [factor.name for factor in factors if factor.root is not None]
+    chain = tuple(sorted(by_size, key=lambda i: -factors[i].n_groups))
+    nested = not related and all(
+        parent_codes(factors[a], factors[b]) is not None for a, b in pairwise(chain)
+    )
+    names = [factor.name for factor in factors]
+    if len(factors) == 1 and not related and asked in ("auto", "grouped"):
+        return Engine("grouped", f"one grouping factor, {names[0]}"), chain
+    if asked == "grouped":
+        raise EngineError(
+            "engine='grouped' needs one grouping factor with independent levels; this model has "
+            f"{', '.join(names)}"
+        )
+    if nested and asked in ("auto", "nested") and len(factors) > 1:
+        steps = " in ".join(names[i] for i in chain)
+        return Engine("nested", f"{steps}: eliminated level by level"), chain
+    if asked == "nested":
+        raise EngineError(
+            "engine='nested' needs two or more factors, each nested in the next; "
+            f"{', '.join(names)} are not"
+        )
+    order = tuple([i for i in by_size if factors[i].root is None][:1])
+    order += tuple(i for i in by_size if i not in order)
+    headless = factors[order[0]].root is not None
+    tail = sum(factors[i].n_groups * factors[i].n_effects for i in order[0 if headless else 1 :])
+    if asked == "iterative" or (asked == "auto" and tail > DENSE_TAIL_LIMIT and not related):
+        why = (
+            f"{tail} effects beside {names[order[0]]}, more than a dense factor should hold "
+            f"({DENSE_TAIL_LIMIT})"
+        )
+        if related:
+            raise EngineError(
+                f"engine='iterative' does not take relationship matrices (of {', '.join(related)})"
+            )
+        return Engine("iterative", why if tail > DENSE_TAIL_LIMIT else "as asked for"), order
+    if headless:
+        return Engine("crossed", f"a dense factor for the {tail} related effects"), order
+    why = f"{names[order[0]]} eliminated first, a dense factor for the other {tail} effects"
+    return Engine("crossed", why), order
+
+
+def parent_codes(fine: FactorColumns, coarse: FactorColumns) -> np.ndarray | None:
+    """Return the coarse group of each fine group, or None if a fine group lies in several."""
+    parent = np.zeros(fine.n_groups, dtype=coarse.codes.dtype)
+    parent[fine.codes] = coarse.codes
+    return parent if np.array_equal(parent[fine.codes], coarse.codes) else None

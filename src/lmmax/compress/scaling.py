@@ -1,0 +1,106 @@
+"""Centre and unit of the response, and the padding of the number of fixed effects."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .layout import Layout
+
+
+class Scaling(NamedTuple):
+    """Where the working response has its origin, and its unit.
+
+    Attributes:
+        beta: coefficients (working coordinates) taken out of y, (p,).
+        y_scale: root of the sum of squares that was left.
+        total: that sum of squares relative to the one of y.
+    """
+
+    beta: np.ndarray
+    y_scale: float
+    total: float
+
+    def coordinates(self, layout: Layout, extra: int = 0) -> dict[str, Any]:
+        """Return the fields of a :class:`lmmax.likelihood.Problem`, ``extra`` columns padded."""
+        weights = layout.weights
+        x_inverse, origin = pad_coordinates(layout.fixed.inverse, self.beta / self.y_scale, extra)
+        return {
+            "n_obs": float(len(layout.X)),
+            "n_fixed": float(len(self.beta)),
+            "n_groups": layout.n_groups,
+            "z_factor": layout.A,
+            "z_inverse": layout.A_inverse,
+            "x_inverse": x_inverse,
+            "x_logdet": float(np.sum(np.log(np.diag(layout.fixed.R)))),
+            "beta_origin": origin,
+            "y_scale": self.y_scale,
+            "log_weights": 0.0 if weights is None else float(np.sum(np.log(weights))),
+        }
+
+
+def scaled(y: np.ndarray, layout: Layout, beta: np.ndarray, total: float) -> Scaling:
+    """Return the scaling for a response whose residuals have the sum of squares ``total``."""
+    weighted = y if layout.weights is None else y * layout.weights
+    squares = max(float(weighted @ y), np.finfo(float).tiny)
+    return Scaling(beta, float(np.sqrt(total)) if total > 0.0 else 1.0, float(total) / squares)
+
+
+def padding(n_fixed: int) -> int:
+    """Return how many columns to add to X: data with a few more then share compiled code."""
+    return -n_fixed % 4 if n_fixed > 2 else 2 - n_fixed
+
+
+def pad_fixed(C: np.ndarray, extra: int) -> np.ndarray:
+    """Put ``extra`` columns that are nothing but themselves between X and y in ``C``."""
+    p = len(C) - 1
+    padded = np.eye(p + 1 + extra)
+    padded[:p, :p], padded[:p, -1], padded[-1, :p], padded[-1, -1] = (
+        C[:p, :p],
+        C[:p, p],
+        C[p, :p],
+        C[p, p],
+    )
+    return padded
+
+
+def pad_columns(data: np.ndarray, extra: int, axis: int) -> np.ndarray:
+    """Put ``extra`` zero columns before the last one, y, along an axis."""
+    if not extra:
+        return data
+    shape = list(data.shape)
+    shape[axis] = extra
+    before, y = np.split(data, [data.shape[axis] - 1], axis=axis)
+    return np.concatenate([before, np.zeros(shape), y], axis=axis)
+
+
+def pad_coordinates(
+    x_inverse: np.ndarray, beta_origin: np.ndarray, extra: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pad what a problem holds per fixed effect."""
+    p = len(x_inverse)
+    padded = np.zeros((p + extra, p + extra))
+    padded[:p, :p] = x_inverse
+    return padded, np.concatenate([beta_origin, np.zeros(extra)])
+
+
+def rough_variances(y: np.ndarray, layout: Layout, scaling: Scaling) -> np.ndarray:
+    """Return a rough relative variance of each random effect, in working coordinates, (q,).
+
+    Factor by factor as if it were the only one: the sums ``z'r`` of a group over the residuals r
+    have expected square ``scale z'z + scale D (z'z)^2``.  Half of the residual sum of squares
+    stands for the scale.  Never below a tenth of the noise, so that EM does not start at a
+    boundary.
+    """
+    residual = layout.response(y, scaling.beta, slice(None))[-1] / scaling.y_scale
+    weights = np.ones(len(residual)) if layout.weights is None else layout.weights
+    scale = 0.5 / len(residual)
+    variances = []
+    for position, factor in enumerate(layout.factors):
+        for z in layout.random_columns(position, slice(None)):
+            squares = np.bincount(factor.codes, weights * z * z, factor.n_groups)
+            sums = np.bincount(factor.codes, weights * z * residual, factor.n_groups)
+            noise, signal = squares.sum(), squares @ squares
+            variances.append(max((sums @ sums / scale - noise) / signal, 0.1 * noise / signal))
+    return np.array(variances)

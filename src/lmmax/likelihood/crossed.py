@@ -1,0 +1,392 @@
+"""The criterion of a model with several grouping factors that cross: a head and a dense tail.
+
+The *head* is one factor, with effects ``b_i`` of its groups i; the *tail* is the effects ``u`` of
+all levels of all other factors together, N of them.  Given head and tail, rows are independent::
+
+    y = X beta + Z_1 b + Z_t u + e,    b_i ~ N(0, scale D_1),   u ~ N(0, scale D_t)
+
+The head is eliminated group by group as in :mod:`lmmax.likelihood.grouped`, with the columns of the
+tail beside those of X and y.  With ``Z_1i = Q_i U_i``, ``Y_i = Q_i' [Z_t X y]_i``, and C the
+cross-product of what is outside the column spaces of the head::
+
+    H_i = I + U_i D_1 U_i'        S = C + sum_i Y_i' H_i^-1 Y_i        logdet_1 = sum_i log|H_i|
+
+Then the tail, through one dense Cholesky factor of order N, with ``D_t = L L'`` (possibly
+singular)::
+
+    T = I + L' S_tt L     S <- S_ww - S_wt G S_tw     logdet = logdet_1 + log|T|,    w = [X y]
+
+where ``G = (D_t^-1 + S_tt)^-1 = D_t - D_t K D_t`` is the covariance of u given y relative to the
+scale, and ``K = Z_t' V^-1 Z_t = S_tt - S_tt L T^-1 L' S_tt``.  All derivatives follow from ``K``,
+``P = Z' V^-1 [X y]`` and the blocks that belong to the head; see :func:`derivatives`.  The order of
+elimination is that of Bates et al. (2015), section 5; see also Henderson's mixed-model equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ..linalg import ldl, solve_lower, solve_unit_lower
+from . import problem as form
+from .cells import Cells
+from .problem import Derivatives, Problem, Reduction, assemble, duplication, spread
+
+
+class Tail(NamedTuple):
+    """A factor in the tail: its effects are columns ``start + effect * levels + level``."""
+
+    start: int
+    effects: int
+    levels: int
+
+    @property
+    def columns(self) -> slice:
+        """Columns of the tail."""
+        return slice(self.start, self.start + self.effects * self.levels)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CrossedProblem(Problem):
+    """Compressed data of a crossed model; a pytree whose leaves are NumPy or JAX arrays.
+
+    Padding groups and cells are zero, and so are padding levels of the tail.
+
+    Attributes:
+        U: triangular factors of the head's columns, (q1, q1, m); m = 0 without a head.
+        cells: projections of the tail's columns on the head's, ``Y_i[t]``.
+        Y: projected ``[X y]``, (q1, p + 1, m).
+        C_tail: the tail's cross-product outside the head's column spaces, (N, N).
+        C_cross: that of the tail and ``[X y]``, (N, p + 1).
+        C: that of ``[X y]``, (p + 1, p + 1).
+        roots: per factor of the tail the factor ``L`` of a relationship matrix ``L L'`` between its
+            levels, (levels, levels), or None where levels are independent.
+        tails: the factors in the tail.
+        blocks: columns of D that belong to the head (empty without one), then to each tail factor.
+    """
+
+    U: Any
+    cells: Any
+    Y: Any
+    C_tail: Any
+    C_cross: Any
+    C: Any
+    roots: tuple[Any, ...]
+    tails: tuple[Tail, ...] = field(metadata={"static": True})
+    blocks: tuple[tuple[int, int], ...] = field(metadata={"static": True})
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """``blocks`` as slices."""
+        return tuple(slice(*block) for block in self.blocks)
+
+    @property
+    def effect_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Effects and groups of the head, if any, and of each factor of the tail."""
+        head = ((self.U.shape[0], self.U.shape[2]),) if self.U.shape[0] else ()
+        return (*head, *((tail.effects, tail.levels) for tail in self.tails))
+
+
+class Posterior(NamedTuple):
+    """What one evaluation finds, for derivatives and for the conditional effects.
+
+    Attributes:
+        head_P: ``Z_1' V_1^-1 Z_t`` by groups, with V_1 the variance without the tail.
+        head_K: ``Z_1' V_1^-1 Z_1``, (q1, q1, m).
+        head_w: ``Z_1' V_1^-1 [X y]``, (q1, p + 1, m).
+        logdet: ``log|V|``.
+        S: whitened cross-product of ``[X y]``, (p + 1, p + 1).
+        K: ``Z_t' V^-1 Z_t`` (in terms of independent effects where levels are related), (N, N).
+        P: ``Z_t' V^-1 [X y]``, likewise, (N, p + 1).
+    """
+
+    head_P: Cells
+    head_K: Array
+    head_w: Array
+    logdet: Array
+    S: Array
+    K: Array
+    P: Array
+
+
+def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
+    """Return the statistics of tail and ``[X y]`` after the head, and the head's own."""
+    here = problem.slices[0]
+    U, Y = jnp.asarray(problem.U), jnp.asarray(problem.Y)
+    q = U.shape[0]
+    if q == 0:
+        nothing = jnp.zeros((0, 0, 0), D.dtype)
+        logdet = jnp.zeros((), D.dtype)
+        S = (problem.C_tail, problem.C_cross, problem.C)
+        return (*map(jnp.asarray, S), logdet, problem.cells, nothing, Y, problem.cells)
+    H = jnp.einsum("abm,bc,dcm->adm", U, D[here, here], U) + jnp.eye(q, dtype=U.dtype)[..., None]
+    L, pivots = ldl(H)
+    root = jnp.sqrt(pivots)
+    white = solve_unit_lower(L, jnp.concatenate([U, Y], axis=1)) / root[:, None]
+    white_U, white_Y = white[:, :q], white[:, q:]
+    cells = problem.cells.whiten(L, root)
+    S_tail = problem.C_tail + sum(cells.gram(a, a) for a in range(q))
+    S_cross = problem.C_cross + cells.transposed(white_Y)
+    S = problem.C + jnp.einsum("axm,aym->xy", white_Y, white_Y)
+    back = jnp.swapaxes(white_U, 0, 1)
+    return (
+        S_tail,
+        S_cross,
+        S,
+        jnp.sum(jnp.log(pivots)),
+        cells.multiply(back),
+        jnp.einsum("abm,bcm->acm", back, white_U),
+        jnp.einsum("abm,bxm->axm", back, white_Y),
+        cells,
+    )
+
+
+def _over_effects(problem: CrossedProblem, D: Array, x: Array) -> Array:
+    """Return ``(D_t (x) I) x`` for ``x (N, r)``: D acts on the effects of each level."""
+    parts = []
+    for tail, here in zip(problem.tails, problem.slices[1:], strict=True):
+        part = x[tail.columns].reshape(tail.effects, tail.levels, -1)
+        block = D[here, here]
+        # Sums of multiples fuse with what follows; a product with so small a matrix would not.
+        for a in range(tail.effects):
+            row = block[a, 0] * part[0]
+            for b in range(1, tail.effects):
+                row = row + block[a, b] * part[b]
+            parts.append(row)
+    return jnp.concatenate(parts)
+
+
+def _over_levels(problem: CrossedProblem, x: Array, transpose: bool) -> Array:
+    """Return ``L x`` or ``L' x`` for ``x (N, r)``, L the factor of the relationship matrices."""
+    if all(root is None for root in problem.roots):
+        return x
+    parts = []
+    for tail, root in zip(problem.tails, problem.roots, strict=True):
+        part = x[tail.columns]
+        if root is not None:
+            root = jnp.asarray(root).T if transpose else jnp.asarray(root)
+            part = jnp.einsum("lk,akr->alr", root, part.reshape(tail.effects, tail.levels, -1))
+        parts.append(part.reshape(tail.effects * tail.levels, -1))
+    return jnp.concatenate(parts)
+
+
+def _both_levels(problem: CrossedProblem, A: Array, transpose: bool) -> Array:
+    """Return ``L' A L`` (``transpose``) or ``L A L'`` for ``A (N, N)``."""
+    return _over_levels(problem, _over_levels(problem, A, transpose).T, transpose).T
+
+
+def tail_root(problem: CrossedProblem, D: Array) -> Array:
+    """Return ``L`` with ``L L' = D``, lower triangular, for semidefinite block-diagonal D."""
+    L, pivots = ldl(D)
+    return L * jnp.sqrt(pivots)[None, :]
+
+
+def evaluate(problem: CrossedProblem, D: Array) -> Posterior:
+    """Eliminate head and tail at ``D`` (working coordinates)."""
+    S_tail, S_cross, S, logdet, head_P, head_K, head_w, _ = _eliminate_head(problem, D)
+    S_tail = _both_levels(problem, S_tail, True)
+    S_cross = _over_levels(problem, S_cross, True)
+    L = tail_root(problem, D)
+    left = _over_effects(problem, L.T, S_tail)  # L' S_tt
+    T = _over_effects(problem, L.T, left.T)
+    T = T + jnp.eye(len(T), dtype=T.dtype)
+    factor = lax.linalg.cholesky(T, symmetrize_input=False)
+    both = jnp.concatenate([left, _over_effects(problem, L.T, S_cross)], axis=1)
+    white = solve_lower(factor, both)
+    n = len(T)
+    white_tail, white_w = white[:, :n], white[:, n:]
+    return Posterior(
+        head_P=head_P,
+        head_K=head_K,
+        head_w=head_w,
+        logdet=logdet + 2.0 * jnp.sum(jnp.log(jnp.diagonal(factor))),
+        S=S - white_w.T @ white_w,
+        K=S_tail - white_tail.T @ white_tail,
+        P=S_cross - white_tail.T @ white_w,
+    )
+
+
+@form.reduce.register
+def reduce(problem: CrossedProblem, D: Array) -> tuple[Array, Array]:
+    """Return the whitened cross-product ``S (p+1, p+1)`` and ``log|V|``.
+
+    Differentiable by plain autodiff, at singular D too: through an LU factor of ``I + S_tt D_t``.
+    """
+    S_tail, S_cross, S, logdet, *_ = _eliminate_head(problem, D)
+    S_tail = _both_levels(problem, S_tail, True)
+    S_cross = _over_levels(problem, S_cross, True)
+    T = jnp.eye(len(S_tail), dtype=D.dtype) + _over_effects(problem, D, S_tail).T
+    solved = _over_effects(problem, D, jnp.linalg.solve(T, S_cross))
+    return S - S_cross.T @ solved, logdet + jnp.linalg.slogdet(T)[1]
+
+
+@form.derivatives.register
+def derivatives(
+    problem: CrossedProblem, D: Array, reml: Array, log_scale: Array, profile: Array
+) -> Derivatives:
+    """Evaluate the criterion with its exact gradient and Hessian.
+
+    For all effects together, with ``K = Z' V^-1 Z``, ``P = Z' V^-1 [X y]``, and ``E_c`` the
+    derivative of ``D (x) I`` in its c-th entry::
+
+        S_c = -P' E_c P        S_cd = P' (E_c K E_d + E_d K E_c) P
+        logdet_c = tr(E_c K)   logdet_cd = -tr(E_c K E_d K)
+
+    The tail's own block of K is dense.  Those of the head are never formed: with
+    ``R = I - D_t K``, ``G = R D_t``, ``P_i`` the head's ``Z_1' V_1^-1 Z_t`` and ``K_i`` its own::
+
+        K_1t = P_i R           K_11 = diag(K_i) - P_i G P_j'
+
+    so sums over pairs of groups become products of tail-sized matrices, ``sum_i P_i' E_c P_i``.
+    """
+    at = evaluate(problem, D)
+    K, P, head_P, head_K = at.K, at.P, at.head_P, at.head_K
+    n, q1 = len(K), head_K.shape[0]
+    width = P.shape[1]
+    dtype = K.dtype
+
+    # Everything below is in terms of independent effects u; DR' = G.
+    DK = _over_effects(problem, D, K)
+    R = jnp.eye(n, dtype=dtype) - DK
+    DP = _over_effects(problem, D, P)
+    head_w = at.head_w - head_P.apply(_over_levels(problem, DP, False)) if q1 else at.head_w
+
+    # Per block of D: slopes, and the directions E_c P of the quadratic forms.
+    S_slope, logdet_slope, moved = [], [], []
+    own: Any = None
+    u_head: Any = None
+    G = _over_effects(problem, D, R.T).T
+    G_levels = _both_levels(problem, G, False)
+    if q1:
+        own = head_K - head_P.quadratic(G_levels)  # K_11's diagonal blocks
+        E = jnp.asarray(duplication(q1), dtype)
+        u_head = jnp.einsum("abc,bxm->acxm", E, head_w)
+        S_slope.append(-jnp.einsum("axm,acym->cxy", head_w, u_head))
+        logdet_slope.append(jnp.einsum("abm,abc->c", own, E))
+    for tail in problem.tails:
+        E = jnp.asarray(duplication(tail.effects), dtype)
+        here = P[tail.columns].reshape(tail.effects, tail.levels, width)
+        u = jnp.einsum("abc,bmx->amcx", E, here)
+        S_slope.append(-jnp.einsum("amx,amcy->cxy", here, u))
+        trace = jnp.einsum("amcm->ac", _block(K, tail, tail))
+        logdet_slope.append(jnp.einsum("ab,abc->c", trace, E))
+        moved.append(u.reshape(tail.effects * tail.levels, -1, width))
+    logdet_hessian = _logdet_hessian(problem, at, D, R, G, own)
+
+    def curvature(outer: Array) -> Array:
+        grid: list[list[Any]] = []
+        offset = min(q1, 1)
+        if q1:
+            u = jnp.einsum("acxm,xy->acym", u_head, outer)
+            flat = u.reshape(q1, -1, u.shape[-1])
+            z = _over_levels(problem, head_P.transposed(flat), True)
+            out = head_P.apply(_over_levels(problem, -G @ z, False)).reshape(u.shape)
+            out = out + jnp.einsum("abm,bcxm->acxm", head_K, u)
+            grid.append([jnp.einsum("acxm,adxm->cd", u_head, out)])
+        for i, (f, u) in enumerate(zip(problem.tails, moved, strict=True)):
+            outward = (u @ outer).reshape(len(u), -1)
+            row = []
+            if q1:
+                inner = _over_levels(problem, R[:, f.columns] @ outward, False)
+                out = head_P.apply(inner).reshape(q1, -1, width, u_head.shape[-1])
+                across = jnp.einsum("acxm,adxm->cd", u_head, out)
+                grid[0].append(across)
+                row.append(across.T)
+            for j, (g, v) in enumerate(zip(problem.tails, moved, strict=True)):
+                if j < i:
+                    row.append(grid[offset + j][offset + i].T)
+                else:
+                    out = (K[g.columns, f.columns] @ outward).reshape(len(v), -1, width)
+                    row.append(jnp.einsum("ndx,ncx->cd", v, out))
+            grid.append(row)
+        return 2.0 * jnp.block(grid) + logdet_hessian
+
+    reduction = Reduction(at.S, at.logdet, jnp.concatenate(S_slope), jnp.concatenate(logdet_slope))
+    result = assemble(problem, reduction, curvature, reml, log_scale, profile)
+    result = result._replace(effects=_effects(problem, at, D, G_levels, own, result.beta, head_w))
+    return spread(result, problem.slices[0 if q1 else 1 :], len(D))
+
+
+def _effects(
+    problem: CrossedProblem,
+    at: Posterior,
+    D: Array,
+    G: Array,
+    own: Any,
+    beta: Array,
+    head_w: Array,
+) -> tuple[tuple[Array, Array], ...]:
+    """Return modes and relative covariances of the effects of head and tail."""
+    v = jnp.concatenate([-beta, jnp.ones(1, beta.dtype)])
+    found = []
+    if own is not None:
+        here = problem.slices[0]
+        block = D[here, here]
+        modes = jnp.einsum("ab,bxm,x->am", block, head_w, v)
+        spread_out = jnp.einsum("ab,bcm,cd->adm", block, own, block)
+        found.append((modes, block[..., None] - spread_out))
+    u = _over_levels(problem, _over_effects(problem, D, (at.P @ v)[:, None]), False)[:, 0]
+    for tail in problem.tails:
+        modes = u[tail.columns].reshape(tail.effects, tail.levels)
+        found.append((modes, jnp.einsum("ambm->abm", _block(G, tail, tail))))
+    return tuple(found)
+
+
+def _block(A: Array, f: Tail, g: Tail) -> Array:
+    """Return ``A (N, N)`` between two factors as (effects, levels, effects, levels)."""
+    return A[f.columns, g.columns].reshape(f.effects, f.levels, g.effects, g.levels)
+
+
+def _logdet_hessian(
+    problem: CrossedProblem, at: Posterior, D: Array, R: Array, G: Any, own: Any
+) -> Array:
+    """Return ``-tr(E_c K E_d K)`` over the entries of head and tail, (k, k)."""
+    K, head_P, head_K = at.K, at.head_P, at.head_K
+    dtype, q1 = K.dtype, head_K.shape[0]
+    grid: list[list[Any]] = []
+
+    if q1:
+        E = jnp.asarray(duplication(q1), dtype)
+        quadratic = head_K - own
+        entries = [(a, b) for a in range(q1) for b in range(a + 1)]
+        # sum_i P_i' E_c P_i, then times R.
+        products = [
+            _both_levels(problem, head_P.gram(a, b) * (1.0 if a == b else 2.0), True) @ R
+            for a, b in entries
+        ]
+        with_G = [_over_effects(problem, D, product.T).T for product in products]
+        # diag(K_i) - P_i G P_j': squares of the first, twice its product with the second, ...
+        EK = jnp.einsum("abc,bdm->cadm", E, head_K)
+        EQ = jnp.einsum("abc,bdm->cadm", E, quadratic)
+        mixed = jnp.einsum("cabm,dbam->cd", EK, EQ)
+        corner = jnp.einsum("cabm,dbam->cd", EK, EK) - mixed - mixed.T
+        corner = corner + jnp.stack([jnp.stack([jnp.sum(x * y.T) for y in with_G]) for x in with_G])
+        row = [corner]
+        for g in problem.tails:
+            left = R[:, g.columns].reshape(-1, g.effects, g.levels)
+            pieces = []
+            for product in products:
+                # The levels' own blocks of R' gram R, which is symmetric.
+                right = product[:, g.columns].reshape(-1, g.effects, g.levels)
+                pieces += [
+                    (1.0 if a == b else 2.0) * jnp.sum(left[:, a] * right[:, b])
+                    for a, b in zip(*np.tril_indices(g.effects), strict=True)
+                ]
+            row.append(jnp.stack(pieces).reshape(len(products), -1))
+        grid.append(row)
+    for i, f in enumerate(problem.tails):
+        Ef = jnp.asarray(duplication(f.effects), dtype)
+        row = [grid[0][1 + i].T] if q1 else []
+        for g in problem.tails:
+            Eg = jnp.asarray(duplication(g.effects), dtype)
+            here = _block(K, f, g)
+            squares = jnp.einsum("aibj,cidj->abcd", here, here)
+            row.append(jnp.einsum("abcd,acx,bdy->xy", squares, Ef, Eg))
+        grid.append(row)
+    return -jnp.block(grid)

@@ -1,0 +1,248 @@
+"""What every form of the likelihood shares: coordinates, criterion, and its derivatives.
+
+A form of the likelihood reduces the data, at relative covariance ``D`` of the random effects, to
+``S (p + 1, p + 1)``, the cross-product of the whitened ``[X y]``, and to ``logdet = log|V|``.  Then
+
+    -2 logL = logdet + [REML: log|S_XX|] + d (log 2 pi + s) + rss exp(-s)
+
+where ``s = log scale``, ``rss`` is the Schur complement of ``S_XX`` in ``S``, and ``d = n - p``
+(REML) or ``n`` (ML).  Profiling out the scale sets ``s = log(rss / d)`` (Lindstrom and Bates, 1988;
+Bates et al., 2015).
+
+Each form is a problem type with its own ``reduce`` and ``derivatives``, which are generic
+functions here: the solver and everything behind it do not know which form they work with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ..linalg import gls
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Working coordinates of a model; the data are in the subclasses, which are pytrees.
+
+    D is block diagonal over the grouping factors, with q effects in all.  Its working coordinates
+    make the random-effects columns of a factor orthonormal in the mean; X and y are orthonormal.
+
+    Attributes:
+        n_obs: number of observations, n.
+        n_fixed: number of fixed-effects coefficients, p (without padding).
+        n_groups: number of groups that each random effect has, (q,).
+        z_factor: ``A`` with ``Z = Z_working A``; ``D_working = A D A'``, shape (q, q).
+        z_inverse: ``A^-1``, shape (q, q).
+        x_inverse: ``R^-1`` with ``X = X_working R``, shape (p, p).
+        x_logdet: ``log|R|``.
+        beta_origin: coefficients (working coordinates and units) already taken out of y, (p,).
+        y_scale: ``y = y_scale * y_working`` (after removing ``beta_origin``).
+        log_weights: sum of the logarithms of the prior weights.
+    """
+
+    n_obs: Any
+    n_fixed: Any
+    n_groups: Any
+    z_factor: Any
+    z_inverse: Any
+    x_inverse: Any
+    x_logdet: Any
+    beta_origin: Any
+    y_scale: Any
+    log_weights: Any
+
+    @property
+    def effect_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Effects and groups of each factor whose modes :class:`Derivatives` holds."""
+        return ()
+
+
+class Derivatives(NamedTuple):
+    """The criterion at one ``(D, s)`` in working coordinates, with exact derivatives.
+
+    ``gradient`` (q2 + 1,) and ``hessian`` (q2 + 1, q2 + 1) are with respect to the lower triangle
+    of D row by row (a step moves both symmetric entries), then ``s = log scale``; q2 = q (q + 1)/2.
+    Entries between two grouping factors, where D is always zero, have zero derivatives.
+
+    ``effects`` holds, where they come for free, per factor of the elimination the conditional modes
+    (q, m) of the random effects, and their covariance relative to the scale (q, q, m).
+    """
+
+    value: Array
+    gradient: Array
+    hessian: Array
+    log_scale: Array
+    beta: Array
+    beta_inverse: Array
+    effects: tuple[tuple[Array, Array], ...] = ()
+
+
+@singledispatch
+def reduce(problem: Any, D: Array) -> tuple[Array, Array]:
+    """Return ``S (p + 1, p + 1)`` and ``log|V|`` at ``D`` in working coordinates.
+
+    Differentiable to any order in ``D``; the derivative rules are those of each form.
+    """
+    raise TypeError(f"{type(problem).__name__} is not a form of the likelihood")
+
+
+@singledispatch
+def derivatives(
+    problem: Any, D: Array, reml: Array, log_scale: Array, profile: Array
+) -> Derivatives:
+    """Evaluate the criterion with its exact gradient and Hessian.
+
+    Args:
+        problem: compressed data.
+        D: relative covariance in working coordinates, shape (q, q).
+        reml: 1.0 for REML, 0.0 for ML.
+        log_scale: value of ``s`` where it is not profiled out.
+        profile: whether ``s`` is set to its minimiser given D.
+    """
+    raise TypeError(f"{type(problem).__name__} is not a form of the likelihood")
+
+
+def degrees_of_freedom(problem: Problem, reml: Array | float) -> Array:
+    """Return ``d``: n for ML, n - p for REML."""
+    return jnp.asarray(problem.n_obs - reml * problem.n_fixed)
+
+
+def constant(problem: Problem, reml: Array | float) -> Array:
+    """Return what the change from data to working coordinates adds to the criterion."""
+    d = degrees_of_freedom(problem, reml)
+    return 2.0 * (d * jnp.log(problem.y_scale) + reml * problem.x_logdet) - problem.log_weights
+
+
+def objective(S: Array, logdet: Array, s: Array, d: Array, reml: Array | float) -> Array:
+    """Return -2 log-likelihood from the reduction ``(S, logdet)`` and ``s = log scale``."""
+    _, _, rss, logdet_x = gls(S)
+    return logdet + reml * logdet_x + d * (jnp.log(2.0 * jnp.pi) + s) + rss * jnp.exp(-s)
+
+
+def profiled_log_scale(rss: Array, d: Array) -> Array:
+    """Return the logarithm of the scale that minimises the criterion, ``log(rss / d)``."""
+    tiny = jnp.finfo(rss.dtype).tiny
+    return jnp.log(jnp.maximum(rss, tiny) / d)
+
+
+def criterion(problem: Problem, D: Array, reml: Array | float = 1.0) -> Array:
+    """Return -2 profile log-likelihood at relative covariance ``D (q, q)`` in the user's units."""
+    A = jnp.asarray(problem.z_factor)
+    S, logdet = reduce(problem, A @ D @ A.T)
+    d = degrees_of_freedom(problem, reml)
+    s = profiled_log_scale(gls(S)[2], d)
+    return objective(S, logdet, s, d, reml) + constant(problem, reml)
+
+
+class Reduction(NamedTuple):
+    """The reduction at one D, with its first derivatives in k entries of D.
+
+    Attributes:
+        S: whitened cross-product of ``[X y]``, (p + 1, p + 1).
+        logdet: ``log|V|``.
+        S_slope: derivatives of S, (k, p + 1, p + 1).
+        logdet_slope: derivatives of logdet, (k,).
+    """
+
+    S: Array
+    logdet: Array
+    S_slope: Array
+    logdet_slope: Array
+
+
+def assemble(
+    problem: Problem,
+    at: Reduction,
+    curvature: Callable[[Array], Array],
+    reml: Array,
+    log_scale: Array,
+    profile: Array,
+) -> Derivatives:
+    """Assemble the criterion's derivatives from those of the reduction.
+
+    With ``v = [-beta; 1]``, ``A = S_XX`` and ``S_c`` the derivative of S in the c-th entry of D::
+
+        g_c  = logdet_c + reml tr(A^-1 S_c) + exp(-s) v' S_c v
+        h_cd = logdet_cd + tr(outer S_cd) - reml tr(A^-1 S_c A^-1 S_d)
+               - 2 exp(-s) (S_c v)_X' A^-1 (S_d v)_X,    outer = reml A^-1 + exp(-s) v v'
+
+    Args:
+        problem: the problem.
+        at: value and slope of the reduction in k entries of D.
+        curvature: maps ``outer (p + 1, p + 1)`` to ``logdet_cd + tr(outer S_cd)``, (k, k).
+        reml: 1.0 for REML, 0.0 for ML.
+        log_scale: value of ``s`` where it is not profiled out.
+        profile: whether ``s`` is set to its minimiser given D.
+
+    Returns:
+        The derivatives in these k entries and s.
+    """
+    S, p = at.S, at.S.shape[0] - 1
+    beta, inverse, rss, logdet_x = gls(S)
+    d = degrees_of_freedom(problem, reml).astype(S.dtype)
+    s = jnp.where(profile, profiled_log_scale(rss, d), log_scale)
+    precision = jnp.exp(-s)
+    value = at.logdet + reml * logdet_x + d * (jnp.log(2.0 * jnp.pi) + s) + rss * precision
+
+    v = jnp.concatenate([-beta, jnp.ones(1, S.dtype)])
+    slope_v = at.S_slope @ v
+    rho = slope_v @ v
+    solved = jnp.einsum("ij,cjk->cik", inverse, at.S_slope[:, :p, :p])
+    gradient = at.logdet_slope + reml * jnp.einsum("cii->c", solved) + precision * rho
+
+    outer = precision * jnp.outer(v, v)
+    outer = outer.at[:p, :p].add(reml * inverse)
+    hessian = curvature(outer) - reml * jnp.einsum("cij,dji->cd", solved, solved)
+    hessian = hessian - 2.0 * precision * (slope_v[:, :p] @ inverse @ slope_v[:, :p].T)
+    cross = -precision * rho
+    return Derivatives(
+        value=value,
+        gradient=jnp.append(gradient, d - rss * precision),
+        hessian=jnp.block(
+            [[hessian, cross[:, None]], [cross[None, :], (rss * precision)[None, None]]]
+        ),
+        log_scale=s,
+        beta=beta,
+        beta_inverse=inverse,
+    )
+
+
+def duplication(q: int) -> np.ndarray:
+    """Return the 0/1 matrix (q, q, k) that maps a lower triangle (row by row) to a full matrix."""
+    rows, columns = np.tril_indices(q)
+    matrix = np.zeros((q, q, len(rows)))
+    matrix[rows, columns, np.arange(len(rows))] = 1.0
+    matrix[columns, rows, np.arange(len(rows))] = 1.0
+    return matrix
+
+
+def spread(at: Derivatives, blocks: tuple[slice, ...], q: int) -> Derivatives:
+    """Put derivatives in the triangles of D's diagonal blocks in their places in that of D.
+
+    Args:
+        at: derivatives in the triangles of the blocks, one after the other, and s.
+        blocks: columns of each block, in that order.
+        q: order of D.
+    """
+    positions = {pair: i for i, pair in enumerate(zip(*np.tril_indices(q), strict=True))}
+    place = [
+        positions[here.start + row, here.start + column]
+        for here in blocks
+        for row, column in zip(*np.tril_indices(here.stop - here.start), strict=True)
+    ]
+    place.append(len(positions))
+    size = len(positions) + 1
+    to = np.asarray(place, dtype=np.int32)
+    return at._replace(
+        gradient=jnp.zeros(size, at.gradient.dtype).at[to].set(at.gradient),
+        hessian=jnp.zeros((size, size), at.hessian.dtype)
+        .at[to[:, None], to[None, :]]
+        .set(at.hessian),
+    )

@@ -1,0 +1,135 @@
+"""Known relationship matrices of the levels of a grouping factor -> their Cholesky factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .frames import DataError, listing, plural
+from .levels import Grouping, other_type
+
+__all__ = ["with_relationships"]
+
+# Relative to the largest entry: what rounding leaves in a matrix that is symmetric otherwise.
+_ASYMMETRY = 1e-8
+
+
+def with_relationships(groupings: Sequence[Grouping], relmat: Any) -> tuple[Grouping, ...]:
+    """Grouping factors, with the root of the relationship matrix where one is given.
+
+    The effects of a factor with levels 1 to m and relationship matrix A have covariance
+    ``A[i, j] D`` between levels i and j; without a matrix, ``A = I``.
+
+    Args:
+        groupings: the grouping factors of a design.
+        relmat: by name of a factor, a DataFrame with the levels as index and as columns: symmetric
+            and positive definite for the levels that occur. It may have more levels than those,
+            and in another order. None for no matrix.
+
+    Returns:
+        The same factors; `root` is the Cholesky factor of the matrix for the levels that occur, in
+        their order. Factors without a matrix are the same objects.
+
+    Raises:
+        DataError: for a matrix that does not fit; the message names the factor.
+        TypeError: if `relmat` is not a mapping.
+
+    Example:
+        >>> sires = Grouping("sire", np.array([0, 0, 1]), pd.Index(["a", "b"]))
+        >>> A = pd.DataFrame([[4.0, 2.0], [2.0, 2.0]], ["a", "b"], ["a", "b"])
+        >>> with_relationships([sires], {"sire": A})[0].root.tolist()
+        [[2.0, 0.0], [1.0, 1.0]]
+    """
+    if relmat is None:
+        return tuple(groupings)
+    if not isinstance(relmat, Mapping):
+        raise TypeError(
+            "relmat must be a dict from the names of grouping factors to DataFrames, not "
+            f"{type(relmat).__name__}"
+        )
+    names = [grouping.name for grouping in groupings]
+    for name in relmat:
+        if name not in names:
+            raise DataError(
+                f"relmat has the name {name!r}, which is no grouping factor of the model; its "
+                f"grouping factors: {listing(map(repr, names)) or 'none'}"
+            )
+    return tuple(
+        replace(grouping, root=_root(grouping, relmat[grouping.name]))
+        if grouping.name in relmat
+        else grouping
+        for grouping in groupings
+    )
+
+
+def _root(grouping: Grouping, matrix: Any) -> np.ndarray:
+    """The lower Cholesky factor (m, m) of a matrix for the levels that occur, in their order."""
+    what = f"the relationship matrix of {grouping.name!r}"
+    if not isinstance(matrix, pd.DataFrame):
+        raise DataError(
+            f"{what} must be a pandas DataFrame whose index and columns are the levels, not "
+            f"{type(matrix).__name__}: write pd.DataFrame(A, index=levels, columns=levels)"
+        )
+    rows = _positions(grouping.levels, matrix.index, f"the index of {what}")
+    columns = _positions(grouping.levels, matrix.columns, f"the columns of {what}")
+    try:
+        A = matrix.iloc[rows, columns].to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        raise DataError(f"{what} must be numeric") from None
+    if not np.isfinite(A).all():
+        i, j = np.argwhere(~np.isfinite(A))[0]
+        raise DataError(
+            f"{what} is {A[i, j]} for {_pair(grouping, i, j)}: every entry must be a finite number"
+        )
+    difference = np.abs(A - A.T)
+    if difference.max() > _ASYMMETRY * np.abs(A).max():
+        i, j = np.unravel_index(np.argmax(difference), A.shape)
+        raise DataError(
+            f"{what} is not symmetric: {A[i, j]:g} for {_pair(grouping, i, j)}, but {A[j, i]:g} "
+            "the other way round; if only one triangle was filled, copy it to the other"
+        )
+    A = (A + A.T) / 2.0
+    try:
+        root = np.linalg.cholesky(A)
+    except np.linalg.LinAlgError:
+        root = np.zeros_like(A)
+    # A pivot that is zero to rounding may come out positive.
+    if np.diag(root).min() ** 2 <= len(A) * np.finfo(float).eps * np.abs(A).max():
+        lowest = np.linalg.eigvalsh(A)[0]
+        raise DataError(
+            f"{what} is not positive definite: for the levels that occur its smallest eigenvalue "
+            f"is {lowest:.3g}; give levels that are alike, such as identical twins, one label, or "
+            "add a little to the diagonal if the matrix was estimated"
+        )
+    return root
+
+
+def _positions(levels: pd.Index, labels: pd.Index, where: str) -> np.ndarray:
+    """Where each level is among the labels, (m,)."""
+    repeated = labels[labels.duplicated()].unique()
+    if len(repeated):
+        raise DataError(f"{where} has labels more than once: {listing(map(repr, repeated), 5)}")
+    positions = labels.get_indexer(levels)
+    lacking = levels[positions < 0]
+    if len(lacking):
+        alike = other_type(labels, levels)
+        hint = (
+            f"; its labels are of another type ({alike!r}) than those of the data "
+            f"({next(iter(levels))!r}): convert them"
+            if alike is not None
+            else ""
+        )
+        raise DataError(
+            f"{where} lacks {plural(len(lacking), 'level')} of the data: "
+            f"{listing(map(repr, lacking), 5)}{hint}"
+        )
+    return positions
+
+
+def _pair(grouping: Grouping, i: Any, j: Any) -> str:
+    levels = grouping.levels.tolist()
+    return f"({levels[int(i)]!r}, {levels[int(j)]!r})"
