@@ -50,6 +50,11 @@ FACTS: dict[str, tuple[int, dict[str, tuple[float, float, float]], dict[str, int
     ),
     "rail": (18, {"travel": (26, 100, 1197)}, {"Rail": 6}),
     "ergostool": (36, {"effort": (7, 15, 369)}, {"Type": 4, "Subject": 9}),
+    "insteval": (
+        73421,
+        {"y": (1, 5, 235369)},
+        {"s": 2972, "d": 1128, "service": 2, "dept": 14, "studage": 4, "lectage": 6},
+    ),
 }
 
 
@@ -103,6 +108,29 @@ def test_published_group_means():
     assert days[9] == pytest.approx(350.8512, abs=5e-5)
 
 
+def test_labels_of_insteval_are_those_of_the_package():
+    """Lecturers go up to 2160 and departments lack 13, both as in R."""
+    frame = datasets.load("insteval")
+    assert frame["d"].astype(int).max() == 2160
+    assert set(frame["dept"].cat.categories) == {str(i) for i in range(1, 16)} - {"13"}
+    assert frame["studage"].cat.categories.tolist() == ["2", "4", "6", "8"]
+    assert frame["service"].value_counts().to_dict() == {"0": 41638, "1": 31783}
+
+
+def test_designs_of_the_examples():
+    """Every plate meets every sample once; casks lie in batches, two assays each; students cross
+    lecturers, each of whom lies in one department."""
+    penicillin = datasets.load("penicillin")
+    assert (penicillin.groupby(["plate", "sample"], observed=True).size() == 1).all()
+    pastes = datasets.load("pastes")
+    assert (pastes.groupby(["batch", "cask"], observed=True).size() == 2).all()
+    assert (pastes.groupby("sample", observed=True)["batch"].nunique() == 1).all()
+    insteval = datasets.load("insteval")
+    assert not insteval.duplicated(["s", "d"]).any()
+    assert (insteval.groupby("d", observed=True)["s"].nunique() >= 10).all()
+    assert (insteval.groupby("d", observed=True)["dept"].nunique() == 1).all()
+
+
 def test_sleepstudy_has_no_made_up_columns():
     assert list(datasets.load("sleepstudy").columns) == ["Reaction", "Days", "Subject"]
 
@@ -147,6 +175,6 @@ def test_names_that_are_paths_are_refused():
 
 def test_no_file_without_a_catalogue_entry():
     folder = files("lmmax.datasets") / "data"
-    stems = sorted(item.name.removesuffix(".csv") for item in folder.iterdir())
+    stems = sorted(item.name.removesuffix(".gz").removesuffix(".csv") for item in folder.iterdir())
     assert tuple(stems) == datasets.names()
     json.loads((files("lmmax.datasets") / "catalogue.json").read_text(encoding="utf-8"))

@@ -35,6 +35,20 @@ CASES = [
 ]
 
 
+def joint(problem: Any, x: jax.Array, reml: float) -> jax.Array:
+    """The criterion of (vech D, log scale), by the route that plain autodiff can follow."""
+    S, logdet = likelihood.reduce(problem, unpack_symmetric(x[:-1]))
+    d = likelihood.degrees_of_freedom(problem, reml)
+    return likelihood.objective(S, logdet, x[-1], d, reml)
+
+
+# Compiled once for each shape, for all tests.
+CRITERION = jax.jit(likelihood.criterion)
+EVALUATE = jax.jit(likelihood.derivatives)
+VALUE, SLOPE = jax.jit(joint), jax.jit(jax.jacfwd(joint, argnums=1))
+BEND = jax.jit(jax.jacfwd(jax.jacfwd(joint, argnums=1), argnums=1))
+
+
 @pytest.fixture(autouse=True)
 def double() -> Any:
     with jax.enable_x64(True):
@@ -74,7 +88,7 @@ def test_criterion_is_that_of_the_dense_model(kind: str, engine: str, reml: bool
     for seed in range(2):
         D = covariance(inside, seed)
         expected = case.model.criterion(case.by_factor(case.by_term(D)), reml)
-        ours = float(jax.jit(likelihood.criterion)(problem, D, float(reml)))
+        ours = float(CRITERION(problem, D, float(reml)))
         assert ours == pytest.approx(expected, rel=1e-11)
 
 
@@ -89,18 +103,12 @@ def test_derivatives_equal_autodiff(kind: str, engine: str, rank: int | None) ->
     free = np.append(pack_triangle(inside) > 0.0, True)
     x = jnp.append(pack_triangle(D), s)
 
-    def value(x: jax.Array, reml: float) -> jax.Array:
-        S, logdet = likelihood.reduce(problem, unpack_symmetric(x[:-1]))
-        d = likelihood.degrees_of_freedom(problem, reml)
-        return likelihood.objective(S, logdet, x[-1], d, reml)
-
-    slope, bend = jax.jit(jax.jacfwd(value)), jax.jit(jax.jacfwd(jax.jacfwd(value)))
     for reml in (1.0, 0.0):
-        at = jax.jit(likelihood.derivatives)(problem, D, reml, s, False)
-        gradient = slope(x, reml)[free]
-        hessian = bend(x, reml)[np.ix_(free, free)]
+        at = EVALUATE(problem, D, reml, s, False)
+        gradient = SLOPE(problem, x, reml)[free]
+        hessian = BEND(problem, x, reml)[np.ix_(free, free)]
         size = float(np.max(np.abs(hessian)))
-        assert float(at.value) == pytest.approx(float(value(x, reml)), rel=1e-12)
+        assert float(at.value) == pytest.approx(float(VALUE(problem, x, reml)), rel=1e-12)
         np.testing.assert_allclose(at.gradient[free], gradient, rtol=1e-9, atol=1e-11 * size)
         ours = at.hessian[np.ix_(free, free)]
         np.testing.assert_allclose(ours, hessian, rtol=1e-8, atol=1e-10 * size)
@@ -111,10 +119,9 @@ def test_derivatives_equal_autodiff(kind: str, engine: str, rank: int | None) ->
 def test_gradient_equals_central_differences(kind: str, engine: str) -> None:
     problem, case, inside = made(kind, engine)
     D = covariance(inside, 4)
-    evaluate = jax.jit(likelihood.derivatives)
     A = np.asarray(problem.z_factor)
     one = jnp.ones(())
-    at = evaluate(problem, A @ D @ A.T, one, one, True)
+    at = EVALUATE(problem, A @ D @ A.T, one, one, True)
 
     def dense(D: np.ndarray) -> float:
         return float(case.model.criterion(case.by_factor(case.by_term(D)), True))
@@ -143,7 +150,7 @@ def test_cells_as_lists_and_as_an_array(kind: str, monkeypatch: pytest.MonkeyPat
         assert isinstance(problem.cells, expected)
         A = np.asarray(problem.z_factor)
         D = A @ np.diag(np.linspace(0.5, 1.5, len(A))) @ A.T
-        results.append(jax.jit(likelihood.derivatives)(problem, D, 1.0, 0.0, True))
+        results.append(EVALUATE(problem, D, 1.0, 0.0, True))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11 * np.max(np.abs(b)))
 
@@ -156,8 +163,7 @@ def test_padding_changes_nothing(kind: str, engine: str) -> None:
     arranged = layout(design.X, factors, design.weights, engine)
     D = np.diag(np.linspace(0.5, 1.5, len(arranged.A)))
     values = [
-        float(likelihood.criterion(compress(design.y, arranged, pad=pad).problem, D))
-        for pad in (True, False)
+        float(CRITERION(compress(design.y, arranged, pad=pad).problem, D)) for pad in (True, False)
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-13)
 
@@ -179,11 +185,11 @@ def test_similar_data_share_compiled_code(kind: str, engine: str) -> None:
 def test_float32_is_close() -> None:
     problem, _, inside = made("crossed", "crossed")
     D = covariance(inside, 5)
-    exact = float(likelihood.criterion(problem, D))
+    exact = float(CRITERION(problem, D))
     single = jax.tree.map(
         lambda x: np.asarray(x, np.float32) if np.asarray(x).dtype == np.float64 else x, problem
     )
     with jax.enable_x64(False):
-        assert float(likelihood.criterion(single, D.astype(np.float32))) == pytest.approx(
+        assert float(CRITERION(single, D.astype(np.float32))) == pytest.approx(
             exact, rel=1e-5
         )

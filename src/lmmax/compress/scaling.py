@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from .layout import Layout
 
@@ -88,19 +89,43 @@ def pad_coordinates(
 def rough_variances(y: np.ndarray, layout: Layout, scaling: Scaling) -> np.ndarray:
     """Return a rough relative variance of each random effect, in working coordinates, (q,).
 
-    Factor by factor as if it were the only one: the sums ``z'r`` of a group over the residuals r
-    have expected square ``scale z'z + scale D (z'z)^2``.  Half of the residual sum of squares
-    stands for the scale.  Never below a tenth of the noise, so that EM does not start at a
-    boundary.
+    The sums ``Z_f'r`` over the residuals r have an expected sum of squares that is linear in all
+    variances: ``sum_g |Z_f'Z_g|^2 scale D_g + tr(Z_f'Z_f) scale``, but for the few coefficients
+    that were estimated.  With ``r'r`` these are as many equations as variances (the quadratic
+    forms of Henderson's method, or MINQUE at zero; Rao, 1971).  Never below a tenth of the sampling
+    noise of one effect, so that no search starts at a boundary.
     """
     residual = layout.response(y, scaling.beta, slice(None))[-1] / scaling.y_scale
-    weights = np.ones(len(residual)) if layout.weights is None else layout.weights
-    scale = 0.5 / len(residual)
-    variances = []
+    n = len(residual)
+    weights = np.ones(n) if layout.weights is None else layout.weights
+    columns, codes, sizes = [], [], []
     for position, factor in enumerate(layout.factors):
         for z in layout.random_columns(position, slice(None)):
-            squares = np.bincount(factor.codes, weights * z * z, factor.n_groups)
-            sums = np.bincount(factor.codes, weights * z * residual, factor.n_groups)
-            noise, signal = squares.sum(), squares @ squares
-            variances.append(max((sums @ sums / scale - noise) / signal, 0.1 * noise / signal))
-    return np.array(variances)
+            columns.append(z)
+            codes.append(factor.codes)
+            sizes.append(factor.n_groups)
+    q = len(columns)
+    left, right = np.zeros((q + 1, q + 1)), np.zeros(q + 1)
+    for i in range(q):
+        squares = np.bincount(codes[i], weights * columns[i] ** 2, sizes[i])
+        sums = np.bincount(codes[i], weights * columns[i] * residual, sizes[i])
+        left[i, q] = left[q, i] = squares.sum()
+        right[i] = sums @ sums
+        for j in range(i + 1):
+            products = weights * columns[i] * columns[j]
+            if codes[i] is codes[j]:
+                meet = np.bincount(codes[i], products, sizes[i])
+            else:
+                key = codes[i] * sizes[j] + codes[j]
+                cells = sizes[i] * sizes[j]
+                if cells > 8 * n:
+                    key, cells = pd.factorize(key)[0], n
+                meet = np.bincount(key, products, cells)
+            left[i, j] = left[j, i] = meet @ meet
+    left[q, q], right[q] = n, 1.0
+    unit = np.sqrt(np.diag(left))
+    scaled_left = left / np.outer(unit, unit)
+    variances = np.linalg.lstsq(scaled_left, right / unit, rcond=1e-10)[0] / unit
+    scale = max(variances[q], 0.1 / n)
+    floor = 0.1 * left[:q, q] / np.diag(left)[:q]
+    return np.asarray(np.maximum(variances[:q] / scale, floor))

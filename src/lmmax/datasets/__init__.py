@@ -1,7 +1,7 @@
 """Small published data sets, bundled with their sources.
 
-Each table is a CSV file in ``data/``; ``catalogue.json`` holds title, source, citation and the
-meaning of every column. Nothing is downloaded.
+Each table is a CSV file in ``data/``, the largest gzipped; ``catalogue.json`` holds title, source,
+citation and the meaning of every column. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -159,8 +159,12 @@ def load(name: str) -> pd.DataFrame:
 
     info = describe(name)
     labels = {column.name: str for column in info.columns if column.kind == "categorical"}
-    with (files(__name__) / "data" / f"{name}.csv").open("r", encoding="utf-8") as stream:
-        frame = pd.read_csv(stream, dtype=labels)
+    path = files(__name__) / "data" / f"{name}.csv"
+    compression: Literal["gzip"] | None = None
+    if not path.is_file():
+        path, compression = files(__name__) / "data" / f"{name}.csv.gz", "gzip"
+    with path.open("rb") as stream:
+        frame = pd.read_csv(stream, dtype=labels, compression=compression)
     for label in labels:
         levels = sorted(frame[label].unique())
         frame[label] = pd.Categorical(frame[label], categories=levels)

@@ -149,6 +149,8 @@ def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
 
 def _over_effects(problem: CrossedProblem, D: Array, x: Array) -> Array:
     """Return ``(D_t (x) I) x`` for ``x (N, r)``: D acts on the effects of each level."""
+    if all(tail.effects == 1 for tail in problem.tails):
+        return _diagonal(problem, D)[:, None] * x
     parts = []
     for tail, here in zip(problem.tails, problem.slices[1:], strict=True):
         part = x[tail.columns].reshape(tail.effects, tail.levels, -1)
@@ -160,6 +162,16 @@ def _over_effects(problem: CrossedProblem, D: Array, x: Array) -> Array:
                 row = row + block[a, b] * part[b]
             parts.append(row)
     return jnp.concatenate(parts)
+
+
+def _diagonal(problem: CrossedProblem, D: Array) -> Array:
+    """Return D's diagonal for each of the tail's effects, (N,), where each factor has one."""
+    return jnp.concatenate(
+        [
+            jnp.broadcast_to(D[here.start, here.start], (tail.levels,))
+            for tail, here in zip(problem.tails, problem.slices[1:], strict=True)
+        ]
+    )
 
 
 def _over_levels(problem: CrossedProblem, x: Array, transpose: bool) -> Array:

@@ -405,6 +405,7 @@ def conjugate_gradients(
         )
 
     history = jnp.zeros((max_steps, k), b.dtype)
+    state: tuple[Any, ...]
     state = (jnp.int32(0), jnp.zeros_like(b), b, b, size, history, history, jnp.zeros(k, jnp.int32))
     _, x, _, _, rr, alpha, beta, steps = lax.while_loop(unfinished, step, state)
     return Krylov(x=x, alpha=alpha, beta=beta, steps=steps, converged=rr <= goal)
