@@ -111,7 +111,10 @@ def test_derivatives_equal_autodiff(kind: str, engine: str, rank: int | None) ->
         assert float(at.value) == pytest.approx(float(VALUE(problem, x, reml)), rel=1e-12)
         np.testing.assert_allclose(at.gradient[free], gradient, rtol=1e-9, atol=1e-11 * size)
         ours = at.hessian[np.ix_(free, free)]
-        np.testing.assert_allclose(ours, hessian, rtol=1e-8, atol=1e-10 * size)
+        # Value and gradient at a singular D are exact to rounding; its Hessian is the one a
+        # millionth of the sampling variance inside.
+        inside_by = 1e-5 if engine == "crossed" and rank is not None else 1e-10
+        np.testing.assert_allclose(ours, hessian, rtol=1e-8, atol=inside_by * size)
         assert ours.shape == (free.sum(),) * 2 and q == len(problem.n_groups)
 
 
@@ -190,6 +193,4 @@ def test_float32_is_close() -> None:
         lambda x: np.asarray(x, np.float32) if np.asarray(x).dtype == np.float64 else x, problem
     )
     with jax.enable_x64(False):
-        assert float(CRITERION(single, D.astype(np.float32))) == pytest.approx(
-            exact, rel=1e-5
-        )
+        assert float(CRITERION(single, D.astype(np.float32))) == pytest.approx(exact, rel=1e-5)

@@ -35,6 +35,7 @@ class Skeleton:
         U: triangular factors of the head's columns, (q1, q1, m).
         cells: projected columns of the tail, padded.
         C_tail: the tail's cross-product outside the head's column spaces, padded, (N, N).
+        precision: largest diagonal entry of Z'Z, per factor of the tail.
         tails: the factors of the tail with padding, and ``positions``, their places in the layout.
     """
 
@@ -44,6 +45,7 @@ class Skeleton:
     U: np.ndarray
     cells: SparseCells | DenseCells
     C_tail: np.ndarray
+    precision: np.ndarray
     tails: tuple[Tail, ...]
     positions: tuple[int, ...]
     head: int | None
@@ -75,12 +77,22 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
         columns = [z * root for z in columns]
     codes = [layout.factors[position].codes[order] for position in positions]
     C_tail = _cross_products(columns, codes, tails, at)
+    precision = _precision(layout, C_tail, tails, positions)
     if head is None:
         none = np.zeros((0, 0, 0))
         sizes = starts = np.zeros(0, dtype=np.int64)
         cells: Any = DenseCells(np.zeros((0, 0, at)))
         return Skeleton(
-            order, starts, sizes, none, cells, C_tail, tuple(tails), tuple(positions), None
+            order,
+            starts,
+            sizes,
+            none,
+            cells,
+            C_tail,
+            precision,
+            tuple(tails),
+            tuple(positions),
+            None,
         )
 
     sizes = layout.sizes[head]
@@ -115,7 +127,7 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
     padded = np.zeros((q1, q1, size))
     padded[:, :, :m] = U
     return Skeleton(
-        order, starts, sizes, padded, cells, C_tail, tuple(tails), tuple(positions), head
+        order, starts, sizes, padded, cells, C_tail, precision, tuple(tails), tuple(positions), head
     )
 
 
@@ -165,11 +177,26 @@ def compress(
             _pad_root(layout.factors[position], tail)
             for position, tail in zip(frame.positions, frame.tails, strict=True)
         ),
+        precision=frame.precision,
         tails=frame.tails,
         blocks=tuple(blocks),
         **scaling.coordinates(layout, extra),
     )
     return problem, scaling
+
+
+def _precision(
+    layout: Layout, C_tail: np.ndarray, tails: list[Tail], positions: tuple[int, ...]
+) -> np.ndarray:
+    """Return the largest diagonal entry of ``Z'Z``, in terms of independent effects, per factor."""
+    largest = []
+    for tail, position in zip(tails, positions, strict=True):
+        own = np.diag(C_tail)[tail.columns].reshape(tail.effects, tail.levels)
+        factor = layout.factors[position]
+        if factor.root is not None:
+            own = own[:, : factor.n_groups] @ factor.root**2
+        largest.append(own.max())
+    return np.array(largest)
 
 
 def _check_memory(layout: Layout, n_tail: int) -> None:

@@ -16,10 +16,9 @@ singular)::
 
     T = I + L' S_tt L     S <- S_ww - S_wt G S_tw     logdet = logdet_1 + log|T|,    w = [X y]
 
-where ``G = (D_t^-1 + S_tt)^-1 = D_t - D_t K D_t`` is the covariance of u given y relative to the
-scale, and ``K = Z_t' V^-1 Z_t = S_tt - S_tt L T^-1 L' S_tt``.  All derivatives follow from ``K``,
-``P = Z' V^-1 [X y]`` and the blocks that belong to the head; see :func:`derivatives`.  The order of
-elimination is that of Bates et al. (2015), section 5; see also Henderson's mixed-model equations.
+where ``G = (D_t^-1 + S_tt)^-1 = L T^-1 L'`` is the covariance of u given y relative to the scale.
+All derivatives follow from ``M = T^-1`` and the blocks that belong to the head; see
+:func:`derivatives`.  The order of elimination is that of Bates et al. (2015), section 5.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..linalg import ldl, solve_lower, solve_unit_lower
+from ..linalg import gls, gram_lower, inverse_lower, ldl, solve_unit_lower
 from . import problem as form
 from .cells import Cells
 from .problem import Derivatives, Problem, Reduction, assemble, duplication, spread
@@ -67,6 +66,8 @@ class CrossedProblem(Problem):
         C: that of ``[X y]``, (p + 1, p + 1).
         roots: per factor of the tail the factor ``L`` of a relationship matrix ``L L'`` between its
             levels, (levels, levels), or None where levels are independent.
+        precision: per factor of the tail the largest entry of ``Z'Z``'s diagonal (of ``L'Z'Z L``
+            with a relationship matrix), (factors,).
         tails: the factors in the tail.
         blocks: columns of D that belong to the head (empty without one), then to each tail factor.
     """
@@ -78,6 +79,7 @@ class CrossedProblem(Problem):
     C_cross: Any
     C: Any
     roots: tuple[Any, ...]
+    precision: Any
     tails: tuple[Tail, ...] = field(metadata={"static": True})
     blocks: tuple[tuple[int, int], ...] = field(metadata={"static": True})
 
@@ -96,14 +98,19 @@ class CrossedProblem(Problem):
 class Posterior(NamedTuple):
     """What one evaluation finds, for derivatives and for the conditional effects.
 
+    The tail's effects are *standard* ones here: independent with the residual's variance, before
+    ``L`` gives them their covariance, and relationship matrices their correlation between levels.
+
     Attributes:
         head_P: ``Z_1' V_1^-1 Z_t`` by groups, with V_1 the variance without the tail.
         head_K: ``Z_1' V_1^-1 Z_1``, (q1, q1, m).
         head_w: ``Z_1' V_1^-1 [X y]``, (q1, p + 1, m).
         logdet: ``log|V|``.
         S: whitened cross-product of ``[X y]``, (p + 1, p + 1).
-        K: ``Z_t' V^-1 Z_t`` (in terms of independent effects where levels are related), (N, N).
-        P: ``Z_t' V^-1 [X y]``, likewise, (N, p + 1).
+        M: ``T^-1``, covariance of the standard effects given y, relative to the scale, (N, N).
+        P: ``(Z_t L)' V^-1 [X y]``, which are their conditional modes too, (N, p + 1).
+        root: ``L`` with ``D = L L'``, lower triangular, (q, q).
+        root_inverse: its inverse.
     """
 
     head_P: Cells
@@ -111,8 +118,10 @@ class Posterior(NamedTuple):
     head_w: Array
     logdet: Array
     S: Array
-    K: Array
+    M: Array
     P: Array
+    root: Array
+    root_inverse: Array
 
 
 def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
@@ -149,7 +158,7 @@ def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
 
 def _over_effects(problem: CrossedProblem, D: Array, x: Array) -> Array:
     """Return ``(D_t (x) I) x`` for ``x (N, r)``: D acts on the effects of each level."""
-    if all(tail.effects == 1 for tail in problem.tails):
+    if _plain(problem):
         return _diagonal(problem, D)[:, None] * x
     parts = []
     for tail, here in zip(problem.tails, problem.slices[1:], strict=True):
@@ -162,6 +171,11 @@ def _over_effects(problem: CrossedProblem, D: Array, x: Array) -> Array:
                 row = row + block[a, b] * part[b]
             parts.append(row)
     return jnp.concatenate(parts)
+
+
+def _plain(problem: CrossedProblem) -> bool:
+    """Return whether each factor of the tail has one effect, so that D acts by multiples."""
+    return all(tail.effects == 1 for tail in problem.tails)
 
 
 def _diagonal(problem: CrossedProblem, D: Array) -> Array:
@@ -193,35 +207,37 @@ def _both_levels(problem: CrossedProblem, A: Array, transpose: bool) -> Array:
     return _over_levels(problem, _over_levels(problem, A, transpose).T, transpose).T
 
 
-def tail_root(problem: CrossedProblem, D: Array) -> Array:
-    """Return ``L`` with ``L L' = D``, lower triangular, for semidefinite block-diagonal D."""
-    L, pivots = ldl(D)
-    return L * jnp.sqrt(pivots)[None, :]
-
-
 def evaluate(problem: CrossedProblem, D: Array) -> Posterior:
-    """Eliminate head and tail at ``D`` (working coordinates)."""
+    """Eliminate head and tail at ``D`` (working coordinates), regular in the tail's blocks."""
     S_tail, S_cross, S, logdet, head_P, head_K, head_w, _ = _eliminate_head(problem, D)
-    S_tail = _both_levels(problem, S_tail, True)
-    S_cross = _over_levels(problem, S_cross, True)
-    L = tail_root(problem, D)
-    left = _over_effects(problem, L.T, S_tail)  # L' S_tt
-    T = _over_effects(problem, L.T, left.T)
+    unit, pivots = ldl(D)
+    root = unit * jnp.sqrt(pivots)[None, :]
+    T = _standard(problem, root, _both_levels(problem, S_tail, True))
     T = T + jnp.eye(len(T), dtype=T.dtype)
     factor = lax.linalg.cholesky(T, symmetrize_input=False)
-    both = jnp.concatenate([left, _over_effects(problem, L.T, S_cross)], axis=1)
-    white = solve_lower(factor, both)
-    n = len(T)
-    white_tail, white_w = white[:, :n], white[:, n:]
+    M = gram_lower(inverse_lower(factor))
+    S_cross = _over_effects(problem, root.T, _over_levels(problem, S_cross, True))
+    P = M @ S_cross
+    eye = jnp.eye(len(D), dtype=D.dtype)
     return Posterior(
         head_P=head_P,
         head_K=head_K,
         head_w=head_w,
         logdet=logdet + 2.0 * jnp.sum(jnp.log(jnp.diagonal(factor))),
-        S=S - white_w.T @ white_w,
-        K=S_tail - white_tail.T @ white_tail,
-        P=S_cross - white_tail.T @ white_w,
+        S=S - S_cross.T @ P,
+        M=M,
+        P=P,
+        root=root,
+        root_inverse=solve_unit_lower(unit, eye) / jnp.sqrt(pivots)[:, None],
     )
+
+
+def _standard(problem: CrossedProblem, root: Array, A: Array) -> Array:
+    """Return ``L' A L`` for symmetric ``A (N, N)``, L acting on the effects of each level."""
+    if _plain(problem):
+        scale = _diagonal(problem, root)
+        return A * scale[:, None] * scale[None, :]
+    return _over_effects(problem, root.T, _over_effects(problem, root.T, A).T)
 
 
 @form.reduce.register
@@ -250,89 +266,151 @@ def derivatives(
         S_c = -P' E_c P        S_cd = P' (E_c K E_d + E_d K E_c) P
         logdet_c = tr(E_c K)   logdet_cd = -tr(E_c K E_d K)
 
-    The tail's own block of K is dense.  Those of the head are never formed: with
-    ``R = I - D_t K``, ``G = R D_t``, ``P_i`` the head's ``Z_1' V_1^-1 Z_t`` and ``K_i`` its own::
+    For the tail in terms of standard effects, ``Z_t L``, whose entries are ``L^-1 E_c L^-T``, the
+    dense block of K is ``I - M``.  The blocks of the head follow from ``P_i``, its
+    ``Z_1' V_1^-1 Z_t L``, and its own ``K_i``::
 
-        K_1t = P_i R           K_11 = diag(K_i) - P_i G P_j'
+        K_1t = P_i M           K_11 = diag(K_i) - P_i M P_j'
 
     so sums over pairs of groups become products of tail-sized matrices, ``sum_i P_i' E_c P_i``.
+    Singular blocks of the tail are evaluated a little inside, see :func:`_inside`.
     """
-    at = evaluate(problem, D)
-    K, P, head_P, head_K = at.K, at.P, at.head_P, at.head_K
-    n, q1 = len(K), head_K.shape[0]
-    width = P.shape[1]
-    dtype = K.dtype
+    q1 = problem.U.shape[0]
+    moved = _inside(problem, D)
+    at = evaluate(problem, D + jnp.diag(moved))
+    M, P, head_P, head_K = at.M, at.P, at.head_P, at.head_K
+    width, dtype = P.shape[1], D.dtype
 
-    # Everything below is in terms of independent effects u; DR' = G.
-    DK = _over_effects(problem, D, K)
-    R = jnp.eye(n, dtype=dtype) - DK
-    DP = _over_effects(problem, D, P)
-    head_w = at.head_w - head_P.apply(_over_levels(problem, DP, False)) if q1 else at.head_w
+    def to_head(x: Array) -> Array:
+        """Return ``P_i x`` for ``x (N, r)``."""
+        return head_P.apply(_over_levels(problem, _over_effects(problem, at.root, x), False))
+
+    def from_head(u: Array) -> Array:
+        """Return ``sum_i P_i' u_i`` for ``u (q1, r, m)``."""
+        z = _over_levels(problem, head_P.transposed(u), True)
+        return _over_effects(problem, at.root.T, z)
 
     # Per block of D: slopes, and the directions E_c P of the quadratic forms.
-    S_slope, logdet_slope, moved = [], [], []
+    S_slope, logdet_slope, directions = [], [], []
     own: Any = None
+    head_w: Any = None
     u_head: Any = None
-    G = _over_effects(problem, D, R.T).T
-    G_levels = _both_levels(problem, G, False)
     if q1:
-        own = head_K - head_P.quadratic(G_levels)  # K_11's diagonal blocks
+        head_w = at.head_w - to_head(P)
+        own = head_K - head_P.quadratic(_covariance(problem, at))  # K_11's diagonal
         E = jnp.asarray(duplication(q1), dtype)
         u_head = jnp.einsum("abc,bxm->acxm", E, head_w)
         S_slope.append(-jnp.einsum("axm,acym->cxy", head_w, u_head))
         logdet_slope.append(jnp.einsum("abm,abc->c", own, E))
-    for tail in problem.tails:
-        E = jnp.asarray(duplication(tail.effects), dtype)
+    for tail, E in zip(problem.tails, _entries(problem, at), strict=True):
         here = P[tail.columns].reshape(tail.effects, tail.levels, width)
         u = jnp.einsum("abc,bmx->amcx", E, here)
         S_slope.append(-jnp.einsum("amx,amcy->cxy", here, u))
-        trace = jnp.einsum("amcm->ac", _block(K, tail, tail))
-        logdet_slope.append(jnp.einsum("ab,abc->c", trace, E))
-        moved.append(u.reshape(tail.effects * tail.levels, -1, width))
-    logdet_hessian = _logdet_hessian(problem, at, D, R, G, own)
+        eye = jnp.eye(tail.effects, dtype=dtype)[..., None]
+        gap = jnp.sum(eye - jnp.einsum("ambm->abm", _block(M, tail, tail)), axis=-1)
+        logdet_slope.append(jnp.einsum("ab,abc->c", gap, E))
+        directions.append(u.reshape(tail.effects * tail.levels, -1, width))
+    logdet_hessian = _logdet_hessian(problem, at, own)
 
     def curvature(outer: Array) -> Array:
         grid: list[list[Any]] = []
         offset = min(q1, 1)
         if q1:
             u = jnp.einsum("acxm,xy->acym", u_head, outer)
-            flat = u.reshape(q1, -1, u.shape[-1])
-            z = _over_levels(problem, head_P.transposed(flat), True)
-            out = head_P.apply(_over_levels(problem, -G @ z, False)).reshape(u.shape)
-            out = out + jnp.einsum("abm,bcxm->acxm", head_K, u)
+            z = from_head(u.reshape(q1, -1, u.shape[-1]))
+            out = jnp.einsum("abm,bcxm->acxm", head_K, u) - to_head(M @ z).reshape(u.shape)
             grid.append([jnp.einsum("acxm,adxm->cd", u_head, out)])
-        for i, (f, u) in enumerate(zip(problem.tails, moved, strict=True)):
+        for i, (f, u) in enumerate(zip(problem.tails, directions, strict=True)):
             outward = (u @ outer).reshape(len(u), -1)
+            product = M[:, f.columns] @ outward
             row = []
             if q1:
-                inner = _over_levels(problem, R[:, f.columns] @ outward, False)
-                out = head_P.apply(inner).reshape(q1, -1, width, u_head.shape[-1])
+                out = to_head(product).reshape(q1, -1, width, u_head.shape[-1])
                 across = jnp.einsum("acxm,adxm->cd", u_head, out)
                 grid[0].append(across)
                 row.append(across.T)
-            for j, (g, v) in enumerate(zip(problem.tails, moved, strict=True)):
+            product = (-product).at[f.columns].add(outward)  # K = I - M
+            for j, (g, v) in enumerate(zip(problem.tails, directions, strict=True)):
                 if j < i:
                     row.append(grid[offset + j][offset + i].T)
                 else:
-                    out = (K[g.columns, f.columns] @ outward).reshape(len(v), -1, width)
+                    out = product[g.columns].reshape(len(v), -1, width)
                     row.append(jnp.einsum("ndx,ncx->cd", v, out))
             grid.append(row)
         return 2.0 * jnp.block(grid) + logdet_hessian
 
     reduction = Reduction(at.S, at.logdet, jnp.concatenate(S_slope), jnp.concatenate(logdet_slope))
-    result = assemble(problem, reduction, curvature, reml, log_scale, profile)
-    result = result._replace(effects=_effects(problem, at, D, G_levels, own, result.beta, head_w))
-    return spread(result, problem.slices[0 if q1 else 1 :], len(D))
+    found = assemble(problem, reduction, curvature, reml, log_scale, profile)
+    found = _back(problem, found, reduction, moved, profile)
+    found = found._replace(effects=_effects(problem, at, D, own, found.beta, head_w))
+    return spread(found, problem.slices[0 if q1 else 1 :], len(D))
+
+
+def _entries(problem: CrossedProblem, at: Posterior) -> list[Array]:
+    """Return, per factor of the tail, the derivatives of D in standard terms, (q_f, q_f, k_f)."""
+    entries = []
+    for tail, here in zip(problem.tails, problem.slices[1:], strict=True):
+        inverse = at.root_inverse[here, here]
+        E = jnp.asarray(duplication(tail.effects), inverse.dtype)
+        entries.append(jnp.einsum("ab,bdc,ed->aec", inverse, E, inverse))
+    return entries
+
+
+def _covariance(problem: CrossedProblem, at: Posterior) -> Array:
+    """Return the covariance of the tail's effects given y, relative to the scale, (N, N)."""
+    return _both_levels(problem, _standard(problem, at.root.T, at.M), False)
+
+
+def _inside(problem: CrossedProblem, D: Array) -> Array:
+    """Return what to add to D's diagonal for regular blocks of the tail, (q,); mostly zeros.
+
+    A block that is singular, or nearly, is moved by a millionth of the sampling variance of its
+    best known level.  A second-order expansion leads back from there, with errors of the third
+    power of that; and ``I - M``, of the order of a millionth there, keeps ten digits.
+    """
+    moved = jnp.zeros(len(D), D.dtype)
+    for size, here in zip(problem.precision, problem.slices[1:], strict=True):
+        step = 1e-6 / size
+        _, pivots = ldl(D[here, here])
+        moved = moved.at[here].set(jnp.where(jnp.min(pivots) < step, step, 0.0))
+    return moved
+
+
+def _back(
+    problem: CrossedProblem,
+    found: Derivatives,
+    at: Reduction,
+    moved: Array,
+    profile: Array,
+) -> Derivatives:
+    """Expand derivatives at ``D + diag(moved)`` back to D, to second order."""
+    steps = []
+    for here in problem.slices:
+        q = here.stop - here.start
+        rows, columns = np.tril_indices(q)
+        step = jnp.where(rows == columns, moved[here][rows] if q else 0.0, 0.0)
+        steps.append(-step)
+    change = jnp.concatenate(steps).astype(found.gradient.dtype)
+    change = jnp.append(change, 0.0)
+    value = found.value + found.gradient @ change + 0.5 * change @ found.hessian @ change
+    gradient = found.gradient + found.hessian @ change
+    # The scale, profiled out there, has its minimum elsewhere here.
+    shift = jnp.where(profile, -gradient[-1] / found.hessian[-1, -1], 0.0)
+    value = value + 0.5 * gradient[-1] * shift
+    gradient = gradient + found.hessian[-1] * shift
+    gradient = gradient.at[-1].set(jnp.where(profile, 0.0, gradient[-1]))
+    beta, inverse, _, _ = gls(at.S + jnp.tensordot(change[:-1], at.S_slope, 1))
+    return found._replace(
+        value=value,
+        gradient=gradient,
+        log_scale=found.log_scale + shift,
+        beta=beta,
+        beta_inverse=inverse,
+    )
 
 
 def _effects(
-    problem: CrossedProblem,
-    at: Posterior,
-    D: Array,
-    G: Array,
-    own: Any,
-    beta: Array,
-    head_w: Array,
+    problem: CrossedProblem, at: Posterior, D: Array, own: Any, beta: Array, head_w: Any
 ) -> tuple[tuple[Array, Array], ...]:
     """Return modes and relative covariances of the effects of head and tail."""
     v = jnp.concatenate([-beta, jnp.ones(1, beta.dtype)])
@@ -343,7 +421,8 @@ def _effects(
         modes = jnp.einsum("ab,bxm,x->am", block, head_w, v)
         spread_out = jnp.einsum("ab,bcm,cd->adm", block, own, block)
         found.append((modes, block[..., None] - spread_out))
-    u = _over_levels(problem, _over_effects(problem, D, (at.P @ v)[:, None]), False)[:, 0]
+    u = _over_levels(problem, _over_effects(problem, at.root, (at.P @ v)[:, None]), False)[:, 0]
+    G = _covariance(problem, at)
     for tail in problem.tails:
         modes = u[tail.columns].reshape(tail.effects, tail.levels)
         found.append((modes, jnp.einsum("ambm->abm", _block(G, tail, tail))))
@@ -355,50 +434,52 @@ def _block(A: Array, f: Tail, g: Tail) -> Array:
     return A[f.columns, g.columns].reshape(f.effects, f.levels, g.effects, g.levels)
 
 
-def _logdet_hessian(
-    problem: CrossedProblem, at: Posterior, D: Array, R: Array, G: Any, own: Any
-) -> Array:
+def _logdet_hessian(problem: CrossedProblem, at: Posterior, own: Any) -> Array:
     """Return ``-tr(E_c K E_d K)`` over the entries of head and tail, (k, k)."""
-    K, head_P, head_K = at.K, at.head_P, at.head_K
-    dtype, q1 = K.dtype, head_K.shape[0]
+    M, head_P, head_K = at.M, at.head_P, at.head_K
+    dtype, q1 = M.dtype, head_K.shape[0]
+    K = jnp.eye(len(M), dtype=dtype) - M
+    entries = _entries(problem, at)
     grid: list[list[Any]] = []
 
     if q1:
         E = jnp.asarray(duplication(q1), dtype)
-        quadratic = head_K - own
-        entries = [(a, b) for a in range(q1) for b in range(a + 1)]
-        # sum_i P_i' E_c P_i, then times R.
-        products = [
-            _both_levels(problem, head_P.gram(a, b) * (1.0 if a == b else 2.0), True) @ R
-            for a, b in entries
+        # sum_i P_i' E_c P_i M
+        grams = [
+            head_P.gram(a, b) * (1.0 if a == b else 2.0) for a in range(q1) for b in range(a + 1)
         ]
-        with_G = [_over_effects(problem, D, product.T).T for product in products]
-        # diag(K_i) - P_i G P_j': squares of the first, twice its product with the second, ...
+        products = [
+            _standard(problem, at.root, _both_levels(problem, gram, True)) @ M for gram in grams
+        ]
+        # diag(K_i) - P_i M P_j': squares of the first, twice its product with the second, ...
         EK = jnp.einsum("abc,bdm->cadm", E, head_K)
-        EQ = jnp.einsum("abc,bdm->cadm", E, quadratic)
+        EQ = jnp.einsum("abc,bdm->cadm", E, head_K - own)
         mixed = jnp.einsum("cabm,dbam->cd", EK, EQ)
         corner = jnp.einsum("cabm,dbam->cd", EK, EK) - mixed - mixed.T
-        corner = corner + jnp.stack([jnp.stack([jnp.sum(x * y.T) for y in with_G]) for x in with_G])
-        row = [corner]
-        for g in problem.tails:
-            left = R[:, g.columns].reshape(-1, g.effects, g.levels)
+        row = [
+            corner + jnp.stack([jnp.stack([jnp.sum(x * y.T) for y in products]) for x in products])
+        ]
+        for g, Eg in zip(problem.tails, entries, strict=True):
+            left = M[:, g.columns].reshape(-1, g.effects, g.levels)
             pieces = []
             for product in products:
-                # The levels' own blocks of R' gram R, which is symmetric.
+                # The levels' own blocks of M (sum_i P_i' E_c P_i) M.
                 right = product[:, g.columns].reshape(-1, g.effects, g.levels)
-                pieces += [
-                    (1.0 if a == b else 2.0) * jnp.sum(left[:, a] * right[:, b])
-                    for a, b in zip(*np.tril_indices(g.effects), strict=True)
+                squares = [
+                    [jnp.sum(left[:, a] * right[:, b]) for b in range(g.effects)]
+                    for a in range(g.effects)
                 ]
-            row.append(jnp.stack(pieces).reshape(len(products), -1))
+                pieces.append(jnp.einsum("ab,abc->c", jnp.array(squares), Eg))
+            row.append(jnp.stack(pieces))
         grid.append(row)
-    for i, f in enumerate(problem.tails):
-        Ef = jnp.asarray(duplication(f.effects), dtype)
+    for i, (f, Ef) in enumerate(zip(problem.tails, entries, strict=True)):
         row = [grid[0][1 + i].T] if q1 else []
-        for g in problem.tails:
-            Eg = jnp.asarray(duplication(g.effects), dtype)
+        for g, Eg in zip(problem.tails, entries, strict=True):
             here = _block(K, f, g)
-            squares = jnp.einsum("aibj,cidj->abcd", here, here)
-            row.append(jnp.einsum("abcd,acx,bdy->xy", squares, Ef, Eg))
+            if f.effects == g.effects == 1:
+                row.append(jnp.sum(here**2) * Ef[0] * Eg[0])
+            else:
+                squares = jnp.einsum("aibj,cidj->abcd", here, here)
+                row.append(jnp.einsum("abcd,acx,bdy->xy", squares, Ef, Eg))
         grid.append(row)
     return -jnp.block(grid)

@@ -380,10 +380,10 @@ def conjugate_gradients(
     size = jnp.sum(b * b, axis=0)
     goal = jnp.asarray(tol, b.dtype) ** 2 * size
 
-    def unfinished(state: tuple[Array, ...]) -> Array:
+    def unfinished(state: tuple[Any, ...]) -> Array:
         return (state[0] < max_steps) & jnp.any(state[4] > goal)
 
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         i, x, r, p, rr, alpha, beta, steps = state
         active = rr > goal
         Tp = multiply(p)
