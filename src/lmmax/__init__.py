@@ -2,6 +2,7 @@
 
 from . import datasets as datasets
 from . import functional as functional
+from .compress import EngineError as EngineError
 from .constraints import ConstraintError as ConstraintError
 from .design import DataError as DataError
 from .fit import ConvergenceWarning as ConvergenceWarning

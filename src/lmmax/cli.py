@@ -9,13 +9,14 @@ JSON output, in which ``null`` stands for a value that does not exist or is not 
     version           of lmmax
     formula, data     as given
     method            "REML" or "ML"
-    nobs, n_groups    number of rows used, of groups
+    nobs, n_groups    number of rows used; of groups, by grouping factor
+    engine            form of the likelihood
     scale             residual variance
     criterion         {llf, deviance, aic, bic}
     level             of the confidence intervals
     coefficients      [{term, estimate, std_error, statistic, p, lower, upper}, ...]
     varcorr           rows of Fit.varcorr(), with its column names
-    random_effects    with --ranef: [{group, effects: {NAME: value, ...}}, ...]
+    random_effects    with --ranef: [{factor, group, effects: {NAME: value, ...}}, ...]
     convergence       {converged, status, message, singular}
 """
 
@@ -203,7 +204,13 @@ def _alpha(level: float) -> float:
 
 
 def _random_effects(fit: Any) -> pd.DataFrame:
-    table: pd.DataFrame = fit.random_effects.rename_axis(index="group")
+    """Return a row per group; with several factors the index has the factor's name in front."""
+    effects = fit.random_effects
+    if isinstance(effects, dict):
+        import pandas as pd
+
+        return pd.concat(effects, names=["factor", "group"])
+    table: pd.DataFrame = effects.rename_axis(index="group")
     return table
 
 
@@ -234,7 +241,10 @@ def _json(fit: Any, arguments: argparse.Namespace) -> str:
         "data": arguments.data,
         "method": "ML" if arguments.ml else "REML",
         "nobs": fit.nobs,
-        "n_groups": fit.n_groups,
+        "n_groups": fit.n_groups
+        if isinstance(fit.n_groups, dict)
+        else {fit.group_names[0]: fit.n_groups},
+        "engine": fit.engine.name,
         "scale": fit.scale,
         "criterion": {name: getattr(fit, name) for name in ("llf", "deviance", "aic", "bic")},
         "level": arguments.level,
@@ -242,9 +252,12 @@ def _json(fit: Any, arguments: argparse.Namespace) -> str:
         "varcorr": fit.varcorr().to_dict("records"),
     }
     if arguments.ranef:
+        effects = fit.random_effects
+        by_factor = effects if isinstance(effects, dict) else {fit.group_names[0]: effects}
         content["random_effects"] = [
-            {"group": label, "effects": effects}
-            for label, effects in fit.random_effects.to_dict("index").items()
+            {"factor": name, "group": label, "effects": row}
+            for name, frame in by_factor.items()
+            for label, row in frame.to_dict("index").items()
         ]
     content["convergence"] = {
         "converged": bool(fit.converged),

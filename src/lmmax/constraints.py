@@ -33,7 +33,8 @@ class Settings:
         start: covariance matrix, mapping or earlier fit to start from; None for a moment estimate.
         fix: mapping with "cov_re" (natural units) and/or "scale" to hold fixed.
         solver: "auto", "newton" or "lbfgs".
-        tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged.
+        tol: largest Newton decrement (units of -2 log-likelihood) that counts as converged; None
+            for 1e-16, or 1e-13 where an evaluation is expensive (crossed factors).
         max_steps: most steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before them.
         engine: form of the likelihood, "auto" by the structure of the model.
@@ -44,7 +45,7 @@ class Settings:
     start: Any = None
     fix: Mapping[str, Any] | None = None
     solver: str = "auto"
-    tol: float = 1e-16
+    tol: float | None = None
     max_steps: int | None = None
     em_steps: int = 3
     engine: str = "auto"
@@ -55,7 +56,8 @@ class Settings:
             raise ValueError(
                 f"solver={self.solver!r} is unknown; use one of {', '.join(map(repr, SOLVERS))}"
             )
-        _check_positive(self.tol, f"tol={self.tol!r}", ValueError)
+        if self.tol is not None:
+            _check_positive(self.tol, f"tol={self.tol!r}", ValueError)
         for name in ("max_steps", "em_steps"):
             value = getattr(self, name)
             if name == "max_steps" and value is None:

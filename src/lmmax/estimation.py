@@ -41,7 +41,12 @@ from .solve import (
 
 Solver = Callable[..., Solution]
 MAX_STEPS = {"newton": 100, "lbfgs": 3000}
+TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
+"""Newton decrements that count as converged; squared distances to the optimum in standard errors.
+Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
 RESTARTS = 5
+STRONGER = 1.0
+"""What a second start adds to parameters of correlations, which live on the scale of atanh."""
 BOUNDARY = 1e-4
 """A direction of the random effects is at the boundary if its standard deviation is below this
 fraction of the sampling noise of one average group (working columns have mean square one)."""
@@ -215,7 +220,11 @@ def estimate(
     if isinstance(compression.detail, Rows):
         solution, found = probed(problem, compression.detail, constraints, guess, settings, terms)
         estimates = _in_user_units(compression, terms, settings, constraints, solution, "newton")
-        return replace(estimates, criterion_error=found.criterion_error, probes=found.probes)
+        return replace(
+            estimates,
+            criterion_error=float(np.hypot(found.criterion_error, found.decrement)),
+            probes=found.probes,
+        )
     noise = _noise(problem)
     solver = settings.solver
     if solver == "auto":
@@ -227,11 +236,17 @@ def estimate(
     else:
         # A start is a hint: from absurdly large variances rounding hides the way down.
         D = D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(compression.start)))
+    others: list[np.ndarray] = []
     if theta is None:
-        theta = _theta_start(constraints, z_inverse, compression.start)
+        theta, *others = _theta_starts(constraints, z_inverse, compression.start)
     # EM moves what is in the root; of a model with structures only it has nothing to move.
     em_steps = settings.em_steps if constraints.rooted.any() else 0
     solution = _solve(problem, constraints, settings, solver, em_steps, D, s, theta)
+    for other in others:
+        # A structure may have several maxima.
+        again = _solve(problem, constraints, settings, solver, em_steps, D, s, other)
+        if _better(again, solution):
+            solution = again
     for _ in range(RESTARTS):
         interior = _is_interior(solution.point.D, noise)
         if solution.status != Status.CONVERGED or interior:
@@ -342,11 +357,16 @@ def _solve(
         reml=float(settings.reml),
         em_steps=em_steps,
         max_steps=settings.max_steps or MAX_STEPS[solver],
-        tol=settings.tol,
+        tol=tolerance(problem) if settings.tol is None else settings.tol,
     )
     with jax.enable_x64(True), compilation_cache():
         flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s), theta))
     return _unflatten(flat, problem, len(theta))
+
+
+def tolerance(problem: Problem) -> float:
+    """Return the default tolerance: a tenth of a millionth of a standard error, or less."""
+    return TOLERANCE_CROSSED if problem.effect_shapes else TOLERANCE
 
 
 def _noise(problem: Problem) -> np.ndarray:
@@ -354,15 +374,35 @@ def _noise(problem: Problem) -> np.ndarray:
     return np.asarray(np.sqrt(np.asarray(problem.n_groups) / float(problem.n_obs)))
 
 
-def _theta_start(
+def _theta_starts(
     constraints: Constraints, z_inverse: np.ndarray, variances: np.ndarray
-) -> np.ndarray:
-    """Return parameters of the structures from rough relative variances (q,), working units."""
-    starts = []
+) -> list[np.ndarray]:
+    """Return starts for the structures from rough relative variances (q,), working units.
+
+    The first has moderate correlations, the others, where there are any, strong ones, the last with
+    larger variances.
+    """
+    moderate, is_sd = [np.zeros(0)], [np.zeros(0, dtype=bool)]
     for part in constraints.structures:
         here = slice(*part.columns)
-        starts.append(part.covariance.start(variances[here] * np.diag(z_inverse)[here] ** 2))
-    return np.concatenate(starts) if starts else np.zeros(0)
+        moderate.append(part.covariance.start(variances[here] * np.diag(z_inverse)[here] ** 2))
+        is_sd.append(np.asarray(part.covariance.is_sd(here.stop - here.start)))
+    start, fixed = np.concatenate(moderate), np.concatenate(is_sd)
+    if fixed.all():
+        return [start]
+    strong = np.where(fixed, start, start + STRONGER)
+    return [start, strong, np.where(fixed, 2.0 * start, strong)]
+
+
+def _better(one: Solution, other: Solution) -> bool:
+    """Return whether the first solve ended better than the second, converged or not.
+
+    A criterion without a minimum is a result too: a local one above it would hide that.
+    """
+    gain = float(other.point.at.value - one.point.at.value)
+    if (one.status == Status.CONVERGED) != (other.status == Status.CONVERGED):
+        return gain > (-1e-6 if one.status == Status.CONVERGED else 1e-6)
+    return gain > 0.0
 
 
 def _free_terms(

@@ -44,7 +44,7 @@ def fit(
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
-    tol: float = 1e-16,
+    tol: float | None = None,
     max_steps: int | None = None,
     em_steps: int = 3,
     engine: str = "auto",
@@ -71,7 +71,8 @@ def fit(
         fix: hold ``{"cov_re": matrix or {term: matrix}, "scale": number}`` (either or both) at
             values in natural units.
         solver: "newton" (exact Hessian), "lbfgs", or "auto" by the number of parameters.
-        tol: largest Newton decrement, in units of -2 log-likelihood, that counts as converged.
+        tol: largest Newton decrement, in units of -2 log-likelihood, that counts as converged; None
+            for 1e-16, and for 1e-13 with crossed factors.
         max_steps: most solver steps; None for 100 of Newton or 3000 of L-BFGS.
         em_steps: most EM steps before the solver's first.
         engine: form of the likelihood: "grouped" (one factor), "nested", "crossed" (one dense
@@ -145,7 +146,7 @@ def fit_arrays(
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
     solver: str = "auto",
-    tol: float = 1e-16,
+    tol: float | None = None,
     max_steps: int | None = None,
     em_steps: int = 3,
     engine: str = "auto",

@@ -31,8 +31,9 @@ MESSAGES = {
     Status.STALLED: "no step lowers the criterion further, yet its gradient is not zero",
     Status.NOT_FINITE: "the criterion is not finite at the starting values",
     Status.UNBOUNDED: (
-        "the residual variance went to zero: the random effects fit the data exactly, and the "
-        "likelihood has no maximum; use fewer random effects, or fix={'scale': ...}"
+        "the residual variance went to zero: the random effects alone describe the data, and the "
+        "likelihood has no maximum with a residual; use fewer random effects, or "
+        "fix={'scale': ...}"
     ),
 }
 
@@ -291,7 +292,10 @@ class Fit:
 
     @property
     def criterion_error(self) -> float:
-        """Monte Carlo standard error of :attr:`deviance`; zero but for the iterative engine."""
+        """Monte Carlo standard error of :attr:`deviance`; zero but for the iterative engine.
+
+        Includes how far from the optimum the search may have stopped.
+        """
         return self.estimates.criterion_error
 
     @property

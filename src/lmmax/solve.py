@@ -387,6 +387,9 @@ def newton(
     tol = jnp.maximum(options.tol, 10.0 * eps**2 * problem.n_obs)
     # Residuals a thousand roundings in size are none: the response has unit length.
     smallest_scale = 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
+    if constraints.structures:
+        # A structure may describe the data without a residual; the search would go on for ever.
+        smallest_scale = jnp.log(1e-8) - jnp.log(problem.n_obs)
 
     def body(state: _State) -> _State:
         old = state.point

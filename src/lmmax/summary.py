@@ -15,6 +15,9 @@ from .inference.wald import normal_pvalues, normal_quantile
 from .rendering import html, text
 from .results import MESSAGES, Fit
 
+MANY_PARAMETERS = 4
+"""Most parameters of a structure that a note spells out."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Summary:
@@ -159,6 +162,13 @@ def _structure_rows(fit: Fit, term: TermColumns) -> list[list[Any]]:
     ):
         name = label.removeprefix("sd(").removesuffix(")") if "(" in label else "each effect"
         rows.append([name, False, sd**2, 2.0 * sd * se, sd])
+    if not rows:
+        # A structure of the user's own, without standard deviations among its parameters.
+        variances = np.diag(fit.cov_re.to_numpy())[term.columns]
+        errors = np.diag(fit.cov_re_se.to_numpy())[term.columns]
+        names = fit.effect_names[term.columns]
+        for name, variance, error in zip(names, variances, errors, strict=True):
+            rows.append([name, False, variance, error, math.sqrt(variance)])
     return rows
 
 
@@ -216,6 +226,9 @@ def _notes(fit: Fit) -> tuple[str, ...]:
         notes.append(
             f"Held fixed, so without standard errors: {', '.join(_held(fit.settings.fix))}."
         )
+    related = [g.name for g in fit.design.groupings if g.root is not None]
+    if related:
+        notes.append(f"The levels of {', '.join(related)} are related by a known matrix.")
     if fit.design.weights is not None:
         notes.append("Prior weights were used: the scale is the residual variance at weight 1.")
     if fit.design.offset is not None:
@@ -248,7 +261,11 @@ def _structure_notes(fit: Fit) -> list[str]:
                 index=False
             )
         ]
-        if parts:
+        if len(parts) > MANY_PARAMETERS:
+            notes.append(
+                f"{term.label}: {len(parts)} correlation parameters, see fit.structures()."
+            )
+        elif parts:
             notes.append(f"{term.label}: {', '.join(parts)}.")
     return notes
 

@@ -6,14 +6,13 @@ See :mod:`lmmax.likelihood.crossed`.  What depends on the designs only is made o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from ..likelihood.cells import DenseCells, SparseCells
 from ..likelihood.crossed import CrossedProblem, Tail
-from .layout import EngineError, FactorColumns, Layout
+from .layout import COPIES, EngineError, FactorColumns, Layout, memory
 from .rows import bucket, orthonormalise, project_out
 from .scaling import Scaling, pad_columns, pad_fixed, padding, scaled
 
@@ -21,8 +20,6 @@ PAIR_SECONDS, FLOP_SECONDS = 6e-9, 1e-11
 """Rough cost of a pair of cells and of a multiplication in a dense product, for choosing."""
 DENSE_CELLS_LIMIT = 1 << 27
 """Most entries of a dense array of cells (1 GB)."""
-COPIES = 9
-"""Arrays of the tail's size squared that live at once in an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +113,11 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
             C_tail -= part.T @ part
     else:
         first, second = _pairs(counts)
-        flat = np.zeros(at * at)
         for part in value:
-            target = column[first] * at + column[second]
             both = part[first] * part[second] * np.where(first == second, 0.5, 1.0)
-            flat += np.bincount(target, weights=both, minlength=at * at)
-        half = flat.reshape(at, at)
-        C_tail -= half + half.T
+            for i, j in ((first, second), (second, first)):
+                target = column[i] * at + column[j]
+                C_tail -= np.bincount(target, weights=both, minlength=at * at).reshape(at, at)
         cells = _pad_cells(value, group, column, first, second, size, at, pad)
     padded = np.zeros((q1, q1, size))
     padded[:, :, :m] = U
@@ -213,17 +208,6 @@ def _check_memory(layout: Layout, n_tail: int) -> None:
         )
 
 
-@cache
-def memory() -> float:
-    """Return the physical memory in bytes, infinite where it is unknown."""
-    import os
-
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
-
-
 def _cross_products(
     columns: list[np.ndarray], codes: list[np.ndarray], tails: list[Tail], n_tail: int
 ) -> np.ndarray:
@@ -238,13 +222,14 @@ def _cross_products(
                     cols = slice(g.start + b * g.levels, g.start + (b + 1) * g.levels)
                     weights = z_f[a] * z_g[b]
                     if f is g:
-                        here = np.diag(np.bincount(key, weights=weights, minlength=f.levels))
-                    else:
-                        here = np.bincount(
-                            key, weights=weights, minlength=f.levels * g.levels
-                        ).reshape(f.levels, g.levels)
-                    product[rows, cols] = here
-                    product[cols, rows] = here.T
+                        sums = np.bincount(key, weights=weights, minlength=f.levels)
+                        levels = np.arange(f.levels)
+                        product[rows.start + levels, cols.start + levels] = sums
+                        continue
+                    size = f.levels * g.levels
+                    here = np.bincount(key, weights=weights, minlength=size)
+                    product[rows, cols] = here.reshape(f.levels, g.levels)
+                    product[cols, rows] = product[rows, cols].T
     return product
 
 

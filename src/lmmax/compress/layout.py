@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from .columns import Factor, column_factor, random_factor
 ENGINES = ("auto", "grouped", "nested", "crossed", "iterative")
 DENSE_TAIL_LIMIT = 20_000
 """Most random effects beside the largest factor for which a dense factor is made by default."""
+COPIES = 9
+"""Arrays of the tail's size squared that live at once in an evaluation."""
 
 
 class EngineError(ValueError):
@@ -28,7 +31,7 @@ class Engine(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{self.name} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -190,30 +193,50 @@ def choose_engine(
         )
     if nested and asked in ("auto", "nested") and len(factors) > 1:
         steps = " in ".join(names[i] for i in chain)
-        return Engine("nested", f"{steps}: eliminated level by level"), chain
+        return Engine("nested", f"{steps}, level by level"), chain
     if asked == "nested":
         raise EngineError(
             "engine='nested' needs two or more factors, each nested in the next; "
             f"{', '.join(names)} are not"
         )
+    if len(factors) == 1 and (asked == "iterative" or not related):
+        raise EngineError(
+            f"engine={asked!r} is for several grouping factors; this model has one, {names[0]}"
+        )
     order = tuple([i for i in by_size if factors[i].root is None][:1])
     order += tuple(i for i in by_size if i not in order)
     headless = factors[order[0]].root is not None
     tail = sum(factors[i].n_groups * factors[i].n_effects for i in order[0 if headless else 1 :])
-    if asked == "iterative" or (asked == "auto" and tail > DENSE_TAIL_LIMIT and not related):
+    limit = dense_tail_limit()
+    if asked == "iterative" or (asked == "auto" and tail > limit and not related):
         why = (
-            f"{tail} effects beside {names[order[0]]}, more than a dense factor should hold "
-            f"({DENSE_TAIL_LIMIT})"
+            f"{tail} effects beside {names[order[0]]}, more than a dense factor should hold here, "
+            f"{limit}"
         )
         if related:
             raise EngineError(
                 f"engine='iterative' does not take relationship matrices (of {', '.join(related)})"
             )
-        return Engine("iterative", why if tail > DENSE_TAIL_LIMIT else "as asked for"), order
+        return Engine("iterative", why if tail > limit else "as asked for"), order
     if headless:
         return Engine("crossed", f"a dense factor for the {tail} related effects"), order
     why = f"{names[order[0]]} eliminated first, a dense factor for the other {tail} effects"
     return Engine("crossed", why), order
+
+
+def dense_tail_limit() -> int:
+    """Return the most effects of the tail that a dense factor should hold on this machine."""
+    fitting = np.sqrt(0.8 * memory() / (COPIES * 8.0))
+    return int(min(DENSE_TAIL_LIMIT, fitting))
+
+
+@cache
+def memory() -> float:
+    """Return the physical memory in bytes, infinite where it is unknown."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 def parent_codes(fine: FactorColumns, coarse: FactorColumns) -> np.ndarray | None:

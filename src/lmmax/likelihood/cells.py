@@ -27,8 +27,8 @@ class Cells(Protocol):
     def multiply(self, A: Array) -> Any:
         """Return ``A_i Y_i`` for ``A (q, q, m)``."""
 
-    def gram(self, a: int, b: int) -> Array:
-        """Return ``sum_i Y_i[a]' Y_i[b]``, shape (N, N), symmetrised: half itself and transpose."""
+    def gram(self, a: int, b: int, dtype: Any = None) -> Array:
+        """Return the symmetric part of ``sum_i Y_i[a]' Y_i[b]``, shape (N, N)."""
 
     def transposed(self, u: Array) -> Array:
         """Return ``sum_i Y_i' u_i``, shape (N, r), for ``u (q, r, m)``."""
@@ -73,7 +73,7 @@ class SparseCells:
         at = A[:, :, jnp.asarray(self.head)]
         return replace(self, value=jnp.sum(at * jnp.asarray(self.value)[None], axis=1))
 
-    def gram(self, a: int, b: int) -> Array:
+    def gram(self, a: int, b: int, dtype: Any = None) -> Array:
         """See :class:`Cells`."""
         first, second, n = jnp.asarray(self.first), jnp.asarray(self.second), self.n_columns
         x, y, column = jnp.asarray(self.value[a]), jnp.asarray(self.value[b]), self.column
@@ -81,9 +81,13 @@ class SparseCells:
         if a != b:
             both = 0.5 * (both + y[first] * x[second])
         column = jnp.asarray(column)
-        # A pair of a cell with itself is met once in the sum of both triangles.
-        both = jnp.where(first == second, 0.5 * both, both)
-        half = jnp.zeros(n * n, both.dtype).at[column[first] * n + column[second]].add(both)
+        # A pair of a cell with itself is met twice below.
+        both = jnp.where(first == second, 0.5 * both, both).astype(dtype or both.dtype)
+        i, j = column[first], column[second]
+        half = jnp.zeros(n * n, both.dtype).at[i * n + j].add(both)
+        if n * n > 4 * len(first):
+            # The transpose of a large matrix costs more than a few pairs.
+            return half.at[j * n + i].add(both).reshape(n, n)
         half = half.reshape(n, n)
         return half + half.T
 
@@ -144,9 +148,10 @@ class DenseCells:
         """See :class:`Cells`."""
         return DenseCells(jnp.sum(A[..., None] * jnp.asarray(self.value)[None], axis=1))
 
-    def gram(self, a: int, b: int) -> Array:
+    def gram(self, a: int, b: int, dtype: Any = None) -> Array:
         """See :class:`Cells`."""
-        product = jnp.asarray(self.value[a]).T @ self.value[b]
+        value = jnp.asarray(self.value, dtype)
+        product = value[a].T @ value[b]
         return product if a == b else 0.5 * (product + product.T)
 
     def transposed(self, u: Array) -> Array:

@@ -36,6 +36,10 @@ from . import problem as form
 from .cells import Cells
 from .problem import Derivatives, Problem, Reduction, assemble, duplication, spread
 
+SINGLE_PRECISION_ORDER = 512
+"""Order of the tail from which the largest product of the Hessian is in single precision: six of
+its digits serve a Newton step, and standard errors, as well as sixteen."""
+
 
 class Tail(NamedTuple):
     """A factor in the tail: its effects are columns ``start + effect * levels + level``."""
@@ -422,10 +426,14 @@ def _effects(
         spread_out = jnp.einsum("ab,bcm,cd->adm", block, own, block)
         found.append((modes, block[..., None] - spread_out))
     u = _over_levels(problem, _over_effects(problem, at.root, (at.P @ v)[:, None]), False)[:, 0]
-    G = _covariance(problem, at)
-    for tail in problem.tails:
+    related = any(root is not None for root in problem.roots)
+    M = _covariance(problem, at) if related else at.M
+    for tail, here in zip(problem.tails, problem.slices[1:], strict=True):
         modes = u[tail.columns].reshape(tail.effects, tail.levels)
-        found.append((modes, jnp.einsum("ambm->abm", _block(G, tail, tail))))
+        own_M = jnp.einsum("ambm->abm", _block(M, tail, tail))
+        if not related:
+            own_M = jnp.einsum("ab,bcm,dc->adm", at.root[here, here], own_M, at.root[here, here])
+        found.append((modes, own_M))
     return tuple(found)
 
 
@@ -445,11 +453,14 @@ def _logdet_hessian(problem: CrossedProblem, at: Posterior, own: Any) -> Array:
     if q1:
         E = jnp.asarray(duplication(q1), dtype)
         # sum_i P_i' E_c P_i M
-        grams = [
-            head_P.gram(a, b) * (1.0 if a == b else 2.0) for a in range(q1) for b in range(a + 1)
-        ]
+        precision = jnp.float32 if len(M) >= SINGLE_PRECISION_ORDER else dtype
+        root = at.root.astype(precision)
+        middle = M.astype(precision)
         products = [
-            _standard(problem, at.root, _both_levels(problem, gram, True)) @ M for gram in grams
+            _standard(problem, root, _both_levels(problem, head_P.gram(a, b, precision), True))
+            @ (middle if a == b else 2.0 * middle)
+            for a in range(q1)
+            for b in range(a + 1)
         ]
         # diag(K_i) - P_i M P_j': squares of the first, twice its product with the second, ...
         EK = jnp.einsum("abc,bdm->cadm", E, head_K)
@@ -460,16 +471,16 @@ def _logdet_hessian(problem: CrossedProblem, at: Posterior, own: Any) -> Array:
             corner + jnp.stack([jnp.stack([jnp.sum(x * y.T) for y in products]) for x in products])
         ]
         for g, Eg in zip(problem.tails, entries, strict=True):
-            left = M[:, g.columns].reshape(-1, g.effects, g.levels)
+            left = middle[:, g.columns].reshape(-1, g.effects, g.levels)
             pieces = []
             for product in products:
                 # The levels' own blocks of M (sum_i P_i' E_c P_i) M.
                 right = product[:, g.columns].reshape(-1, g.effects, g.levels)
-                squares = [
-                    [jnp.sum(left[:, a] * right[:, b]) for b in range(g.effects)]
+                sums = [
+                    [jnp.sum(left[:, a] * right[:, b], dtype=dtype) for b in range(g.effects)]
                     for a in range(g.effects)
                 ]
-                pieces.append(jnp.einsum("ab,abc->c", jnp.array(squares), Eg))
+                pieces.append(jnp.einsum("ab,abc->c", jnp.array(sums), Eg))
             row.append(jnp.stack(pieces))
         grid.append(row)
     for i, (f, Ef) in enumerate(zip(problem.tails, entries, strict=True)):
