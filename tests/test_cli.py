@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +30,8 @@ FORMULA = "Weight ~ Time + (1 | Pig)"
 class FakeFit:
     """The part of Fit's interface that the command uses."""
 
-    nobs, n_groups = np.int64(861), 72
+    nobs, n_groups, group_names = np.int64(861), 72, ("Pig",)
+    engine = SimpleNamespace(name="grouped", reason="one grouping factor, Pig")
     llf, deviance, aic, bic, scale = -2404.7753, 4809.5505, 4817.5505, 4836.58, 11.3669
     converged, singular, status, message = True, False, "converged", "gradient is zero"
 
@@ -50,6 +53,29 @@ class FakeFit:
 
     def summary(self, alpha: float = 0.05) -> str:
         return f"the summary at {alpha}\n"
+
+
+class FakeFactors(FakeFit):
+    """The same with two grouping factors, whose effects differ."""
+
+    n_groups, group_names = {"Pig": 2, "Litter": np.int64(3)}, ("Pig", "Litter")
+    engine = SimpleNamespace(name="crossed", reason="Pig eliminated first")
+
+    def __init__(self) -> None:
+        super().__init__()
+        litters = pd.DataFrame(
+            {"Intercept": [0.5, -0.25, 0.0], "Time": [0.125, np.nan, 1.0]},
+            index=pd.Index([9, 10, 11], name="Litter"),
+        )
+        self.random_effects: Any = {"Pig": self.random_effects, "Litter": litters}
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """A result with several grouping factors."""
+    result = FakeFactors()
+    monkeypatch.setattr(lmmax, "fit", lambda *_, **__: result)
+    return result
 
 
 @pytest.fixture
@@ -130,6 +156,7 @@ def test_json(calls, capsys):
         "method",
         "nobs",
         "n_groups",
+        "engine",
         "scale",
         "criterion",
         "level",
@@ -143,6 +170,8 @@ def test_json(calls, capsys):
     assert content["data"] == "dietox"
     assert content["method"] == "ML"
     assert content["nobs"] == 861
+    assert content["n_groups"] == {"Pig": 72}
+    assert content["engine"] == "grouped"
     assert content["criterion"]["llf"] == -2404.7753
     first, second = content["coefficients"]
     assert first["term"] == "Intercept"
@@ -151,13 +180,57 @@ def test_json(calls, capsys):
     assert second["p"] is None
     assert content["varcorr"][0]["variance"] == 40.394
     assert content["varcorr"][0]["corr"] is None
-    assert content["random_effects"][1] == {"group": "4602", "effects": {"Intercept": -2.25}}
+    assert content["random_effects"][1] == {
+        "factor": "Pig",
+        "group": "4602",
+        "effects": {"Intercept": -2.25},
+    }
     assert content["convergence"] == {
         "converged": True,
         "status": "converged",
         "message": "gradient is zero",
         "singular": False,
     }
+
+
+def test_json_with_several_factors(several, capsys):
+    """The keys are those of one factor; each level has its own factor's effects only."""
+    assert main([FORMULA, "dietox", "--json", "--ranef"]) == 0
+    content = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert content["n_groups"] == {"Pig": 2, "Litter": 3}
+    assert content["engine"] == "crossed"
+    assert content["random_effects"] == [
+        {"factor": "Pig", "group": "4601", "effects": {"Intercept": 1.5}},
+        {"factor": "Pig", "group": "4602", "effects": {"Intercept": -2.25}},
+        {"factor": "Litter", "group": 9, "effects": {"Intercept": 0.5, "Time": 0.125}},
+        {"factor": "Litter", "group": 10, "effects": {"Intercept": -0.25, "Time": None}},
+        {"factor": "Litter", "group": 11, "effects": {"Intercept": 0.0, "Time": 1.0}},
+    ]
+
+
+def test_csv_of_random_effects_of_several_factors(several, capsys):
+    """Where a factor lacks an effect, the field is empty."""
+    assert main([FORMULA, "dietox", "--csv", "--ranef"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "factor,group,Intercept,Time",
+        "Pig,4601,1.5,",
+        "Pig,4602,-2.25,",
+        "Litter,9,0.5,0.125",
+        "Litter,10,-0.25,",
+        "Litter,11,0.0,1.0",
+    ]
+
+
+def test_text_with_random_effects_of_several_factors(several, capsys):
+    assert main([FORMULA, "dietox", "--ranef"]) == 0
+    _, _, out = capsys.readouterr().out.partition("Random effects\n")
+    for piece in ("factor", "Pig", "4602", "-2.25", "Litter", "11"):
+        assert piece in out
+
+
+def test_csv_of_coefficients_does_not_depend_on_the_factors(several, capsys):
+    assert main([FORMULA, "dietox", "--csv"]) == 0
+    assert capsys.readouterr().out.startswith("term,estimate,")
 
 
 def test_json_leaves_out_random_effects(calls, capsys):
@@ -376,6 +449,42 @@ def test_documented_dietox_example():
     assert content["scale"] == pytest.approx(11.3669, abs=5e-5)
     estimates = {row["term"]: row["estimate"] for row in content["coefficients"]}
     assert list(estimates.values()) == pytest.approx([15.724, 6.943], abs=5e-4)
+
+
+@needs_fit
+def test_crossed_factors(capsys):
+    formula = "diameter ~ 1 + (1 | plate) + (1 | sample)"
+    assert main([formula, "penicillin", "--json", "--ranef"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["n_groups"] == {"plate": 24, "sample": 6}
+    assert content["engine"] == "crossed"
+    # The REML criterion of lme4's documentation.
+    assert content["criterion"]["deviance"] == pytest.approx(330.86, abs=5e-3)
+    factors = [row["factor"] for row in content["random_effects"]]
+    assert factors == ["plate"] * 24 + ["sample"] * 6
+    assert content["random_effects"][-1]["group"] == "F"
+    assert [row["group"] for row in content["varcorr"]] == ["plate", "sample", "Residual"]
+
+    assert main([formula, "penicillin", "--csv", "--ranef"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(table.columns) == ["factor", "group", "Intercept"]
+    effects = [row["effects"]["Intercept"] for row in content["random_effects"]]
+    assert list(table["Intercept"]) == pytest.approx(effects, rel=1e-12)
+
+    assert main([formula, "penicillin"]) == 0
+    out = capsys.readouterr().out
+    assert "No. groups (plate):" in out
+    assert "No. groups (sample):" in out
+
+
+@needs_fit
+def test_nested_factors(capsys):
+    assert main(["strength ~ 1 + (1 | batch/cask)", "pastes", "--json", "--ranef"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["engine"] == "nested"
+    assert content["n_groups"] == {"batch": 10, "batch:cask": 30}
+    last = content["random_effects"][-1]
+    assert (last["factor"], last["group"]) == ("batch:cask", "J:c")
 
 
 @needs_fit

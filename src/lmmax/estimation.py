@@ -294,7 +294,7 @@ def _in_user_units(
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
         root=root,
-        structure_theta=np.asarray(point.theta),
+        structure_theta=_canonical(constraints, np.asarray(point.theta)),
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
         status=status,
@@ -392,6 +392,18 @@ def _theta_starts(
         return [start]
     strong = np.where(fixed, start, start + STRONGER)
     return [start, strong, np.where(fixed, 2.0 * start, strong)]
+
+
+def _canonical(constraints: Constraints, theta: np.ndarray) -> np.ndarray:
+    """Return theta with standard deviations that are not negative, where signs do not matter."""
+    theta = theta.copy()
+    for part in constraints.structures:
+        at, q = slice(*part.parameters), part.columns[1] - part.columns[0]
+        own = np.where(part.covariance.is_sd(q), np.abs(theta[at]), theta[at])
+        before, after = (matrix_at(part.covariance, x, q) for x in (theta[at], own))
+        if np.array_equal(before, after):
+            theta[at] = own
+    return theta
 
 
 def _better(one: Solution, other: Solution) -> bool:

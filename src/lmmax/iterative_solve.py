@@ -1008,8 +1008,14 @@ def probed(
         EngineError: for what this engine does not do.
     """
     if settings.fix or constraints.structures:
-        what = "fix=" if settings.fix else "covariance structures"
-        raise EngineError(f"engine='iterative' does not take {what}; use engine='crossed'")
+        what = "fix= argument" if settings.fix else "covariance structures"
+        chosen = (
+            "" if settings.engine == "iterative" else ", which this model is too large without,"
+        )
+        raise EngineError(
+            f"the iterative engine{chosen} does not take {what}; use engine='crossed' on a machine "
+            "with the memory for it, or leave it out"
+        )
     factors = sorted({term.factor for term in terms})
     blocks = []
     for factor in factors:

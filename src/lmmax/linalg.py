@@ -18,7 +18,7 @@ UNROLL_LIMIT = 6
 """Largest order whose factorisation is unrolled; beyond it a loop keeps the graph small."""
 
 LEAF = 256
-"""Order of a triangle that LAPACK solves as a whole."""
+"""Least order of a triangle that LAPACK solves as a whole."""
 
 
 def symmetrize(A: Array) -> Array:
@@ -118,18 +118,19 @@ def solve_unit_upper(L: Array, B: Array) -> Array:
     return jnp.flip(solve_unit_lower(flipped, jnp.flip(B, 0)), 0)
 
 
-def inverse_lower(L: Array) -> Array:
+def inverse_lower(L: Array, leaf: int | None = None) -> Array:
     """Return the inverse of one large lower triangular ``L (n, n)``.
 
-    By halves, so that nearly all the work is in matrix products; LAPACK's triangular solve with the
-    identity takes three times as long.
+    By halves down to blocks of order ``leaf``, so that nearly all the work is in matrix products;
+    LAPACK's triangular solve with the identity takes three times as long.
     """
     n = L.shape[0]
-    if n <= LEAF:
+    leaf = _leaf(n) if leaf is None else leaf
+    if n <= leaf:
         eye = jnp.eye(n, dtype=L.dtype)
         return lax.linalg.triangular_solve(L, eye, left_side=True, lower=True)
     half = _half(n)
-    upper, lower = inverse_lower(L[:half, :half]), inverse_lower(L[half:, half:])
+    upper, lower = inverse_lower(L[:half, :half], leaf), inverse_lower(L[half:, half:], leaf)
     corner = -lower @ (L[half:, :half] @ upper)
     right = jnp.zeros((half, n - half), L.dtype)
     return jnp.concatenate(
@@ -137,21 +138,27 @@ def inverse_lower(L: Array) -> Array:
     )
 
 
-def gram_lower(X: Array) -> Array:
+def gram_lower(X: Array, leaf: int | None = None) -> Array:
     """Return ``X' X`` for one large lower triangular ``X (n, n)``, without most of its zeros."""
     n = X.shape[0]
-    if n <= 2 * LEAF:
+    leaf = 2 * _leaf(n) if leaf is None else leaf
+    if n <= leaf:
         return X.T @ X
     half = _half(n)
     corner, lower = X[half:, :half], X[half:, half:]
-    first = gram_lower(X[:half, :half]) + corner.T @ corner
+    first = gram_lower(X[:half, :half], leaf) + corner.T @ corner
     across = lower.T @ corner
     return jnp.concatenate(
         [
             jnp.concatenate([first, across.T], axis=1),
-            jnp.concatenate([across, gram_lower(lower)], axis=1),
+            jnp.concatenate([across, gram_lower(lower, leaf)], axis=1),
         ]
     )
+
+
+def _leaf(n: int) -> int:
+    """Return the order of blocks at which halving ends: three halvings, or fewer for a small n."""
+    return max(LEAF, n // 7)
 
 
 def _half(n: int) -> int:

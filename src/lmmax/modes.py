@@ -13,15 +13,20 @@ both; the iterative engine finds the modes only.  NumPy: it runs once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from .compilation import Compiled
+from .compilation_cache import compilation_cache
 from .compress import Compression, Layout
+from .compress.crossed import Skeleton
 from .compress.grouped import Statistics
 from .compress.iterative import Rows
 from .compress.nested import Tree
 from .estimation import Estimates
+from .likelihood import crossed
 from .likelihood.nested import NestedProblem
 
 
@@ -48,8 +53,11 @@ def conditional_effects(
     elif isinstance(detail, Tree):
         found = _nested(compression.problem, detail, layout, estimates)
     else:
-        at = estimates.solution.point.at.effects
+        at: Any = estimates.solution.point.at.effects
         unknown = isinstance(detail, Rows)
+        if isinstance(detail, Skeleton) and _is_singular(layout, estimates):
+            # The last evaluation was a little inside the boundary, the estimates are on it.
+            at = _at_boundary(compression.problem, estimates)
         found = {
             position: (
                 np.asarray(modes).T,
@@ -65,19 +73,34 @@ def conditional_effects(
         to_user = estimates.z_inverse[here, here]
         modes, covariance = found[position]
         m = layout.factors[position].n_groups
-        if estimates.boundary and not isinstance(detail, Statistics | Tree):
-            # The last evaluation was next to the boundary, the estimates are on it.
-            root = np.linalg.solve(to_user, estimates.root[here, here])
-            inside = root @ np.linalg.pinv(root)
-            modes = modes @ inside.T
-            if covariance is not None:
-                covariance = inside @ covariance @ inside.T
         if covariance is not None:
             covariance = estimates.scale * np.einsum(
                 "ij,mjk,lk->mil", to_user, covariance[:m], to_user, optimize=True
             )
         effects.append(Effects(modes[:m] @ to_user.T * y_scale, covariance))
     return tuple(effects)
+
+
+_crossed = Compiled(crossed.conditional_effects)
+
+
+def _is_singular(layout: Layout, estimates: Estimates) -> bool:
+    """Return whether a block of D is singular, estimated or fixed so."""
+    for here in layout.slices:
+        values = np.linalg.eigvalsh(estimates.D[here, here])
+        if values[0] <= 1e-8 * values[-1] or values[-1] == 0.0:
+            return True
+    return bool(estimates.boundary)
+
+
+def _at_boundary(
+    problem: crossed.CrossedProblem, estimates: Estimates
+) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Return the conditional effects at the estimates themselves, working coordinates."""
+    root = np.linalg.solve(estimates.z_inverse, estimates.root)
+    with jax.enable_x64(True), compilation_cache():
+        found = _crossed(problem, root @ root.T, estimates.solution.point.at.beta)
+        return tuple((np.asarray(modes), np.asarray(cov)) for modes, cov in found)
 
 
 def _residual(estimates: Estimates, p: int) -> np.ndarray:

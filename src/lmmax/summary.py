@@ -216,9 +216,8 @@ def _notes(fit: Fit) -> tuple[str, ...]:
     if not fit.converged:
         record = fit.convergence
         notes.append(
-            f"Not converged (status {record.status}): Newton decrement {record.decrement:.3g} "
-            f"where tol is {fit.settings.tol:.3g}, gradient norm {record.gradient_norm:.3g}; see "
-            "fit.convergence."
+            f"Not converged (status {record.status}): Newton decrement {record.decrement:.3g}, "
+            f"gradient norm {record.gradient_norm:.3g}; see fit.convergence."
         )
     notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
     notes += _structure_notes(fit)

@@ -25,13 +25,10 @@ is told to leave out its degrees of freedom, which the others do not compute.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
-import importlib.util
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -46,13 +43,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tests.benchmarks.harness import (
+    HERE,
+    LIBRARIES,
+    ROOT,
+    check_criteria,
+    criterion,
+    installed,
+    interleaved,
+    memory,
+    reset_peak,
+    rscript,
+    table,
+)
 from tests.reference import load_data
 
-HERE = Path(__file__).parent
 MODULE = "tests.benchmarks.bench_fit"
-ROOT = HERE.parents[1]
 DIETOX = HERE.parent / "reference" / "data" / "dietox.csv"
-LIBRARIES = ("lmmax", "statsmodels", "glmm", "lme4")
 
 
 @dataclass(frozen=True)
@@ -113,30 +120,6 @@ def fitter(library: str, formula: str, data: pd.DataFrame) -> Callable[[], Any]:
     warnings.simplefilter("ignore")  # importing statsmodels switches its own warnings on
     fixed, random, group = _statsmodels_terms(formula)
     return lambda: smf.mixedlm(fixed, data, groups=group, re_formula=random).fit()
-
-
-def criterion(fit: Any) -> float:
-    """-2 log-likelihood of any Python library's result."""
-    return -2.0 * float(fit.llf if hasattr(fit, "llf") else fit.loglik)
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; every call once untimed, then in turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        began = time.perf_counter()
-        call()
-        # Short calls are repeated, so that a turn takes about 20 ms.
-        repeats[name] = max(1, min(50, int(0.02 / (time.perf_counter() - began))))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append((time.perf_counter() - began) / repeats[name])
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def warm_rows(present: list[str], rounds: int) -> dict[str, dict[str, float]]:
@@ -212,33 +195,6 @@ def solve_alone(data: pd.DataFrame) -> Callable[[], Any]:
     return call
 
 
-def rscript(*arguments: str) -> dict[str, float]:
-    """The measurements that bench_lme4.R prints."""
-    command = ["Rscript", "--vanilla", str(HERE / "bench_lme4.R"), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {k: float(v) for k, v in (line.split() for line in done.stdout.splitlines())}
-
-
-def _memory(field: str) -> float:
-    """A field of Linux's /proc/self/status in bytes; NaN elsewhere."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass
-    return float("nan")
-
-
-def _reset_peak() -> None:
-    """Return freed memory to the system and forget the peak so far (Linux)."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
 def measure_large(name: str, library: str) -> dict[str, float]:
     """Run in a fresh process: first and second call in seconds, memory over data size."""
     large = LARGE[name]
@@ -252,7 +208,7 @@ def measure_large(name: str, library: str) -> dict[str, float]:
             return rscript("large", folder, large.formula)
     tiny = Large(10, 2, large.covariates, large.effects, ()).data()
     fitter(library, large.formula, tiny)
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     data = large.data()
     size = float(data.memory_usage(index=False).sum())
     call = fitter(library, large.formula, data)
@@ -261,13 +217,13 @@ def measure_large(name: str, library: str) -> dict[str, float]:
     for which in ("first", "second"):
         fit = None
         gc.collect()
-        _reset_peak()
+        reset_peak()
         began = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fit = call()
         result[which] = time.perf_counter() - began
-        result[f"memory_{which}"] = (_memory("VmHWM") - before) / size
+        result[f"memory_{which}"] = (memory("VmHWM") - before) / size
     result["criterion"] = criterion(fit)
     return result
 
@@ -379,44 +335,6 @@ ROWS = {
 }
 
 
-def table(rows: dict[str, dict[str, float]], present: list[str]) -> str:
-    """One line per row: bar, each library's figure, and ours over each peer's."""
-    peers = [name for name in present if name != "lmmax"]
-    header = ["", "bar", *present, *(f"/ {name}" for name in peers if "lmmax" in present)]
-    lines = [header]
-    for name, (title, unit, factor, bar) in ROWS.items():
-        if name not in rows:
-            continue
-        row = rows[name]
-        line = [title, bar]
-        for library in present:
-            line.append(f"{row[library] * factor:.3g} {unit}" if library in row else "-")
-        if "lmmax" in present:
-            for peer in peers:
-                both = "lmmax" in row and peer in row
-                line.append(f"{row['lmmax'] / row[peer]:.2f}" if both else "-")
-        lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
-def check_criteria(rows: dict[str, dict[str, float]]) -> str:
-    """How far above the lowest criterion each library stopped, model by model."""
-    notes = []
-    for name, found in rows.items():
-        if name.endswith("_criterion") and len(found) > 1:
-            best = min(found.values())
-            gaps = ", ".join(f"{k} +{v - best:.1e}" for k, v in found.items())
-            notes.append(f"{name.removesuffix('_criterion')}: criterion {best:.6f}, {gaps}")
-    return "\n".join(notes)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -432,11 +350,7 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     parts = arguments.only or (["warm", "cold"] if arguments.quick else ["warm", "large", "cold"])
-    present = [
-        name
-        for name in arguments.libraries
-        if (shutil.which("Rscript") if name == "lme4" else importlib.util.find_spec(name))
-    ]
+    present = installed(arguments.libraries)
     rows: dict[str, dict[str, float]] = {}
     if "warm" in parts:
         rows.update(warm_rows(present, 5 if arguments.quick else 15))
@@ -445,7 +359,7 @@ def main() -> None:
     if "cold" in parts:
         rows.update(cold_rows(present, 3 if arguments.quick else 5))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(table(rows, present))
+    print(table(ROWS, rows, present))
     print(check_criteria(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

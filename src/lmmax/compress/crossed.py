@@ -199,12 +199,14 @@ def _check_memory(layout: Layout, n_tail: int) -> None:
     needed = COPIES * 8.0 * n_tail**2
     available = memory()
     if needed > 0.9 * available:
-        names = ", ".join(layout.factors[at].name for at in layout.chain)
+        related = any(factor.root is not None for factor in layout.factors)
+        tail = layout.chain[0 if layout.factors[layout.chain[0]].root is not None else 1 :]
+        names = ", ".join(layout.factors[at].name for at in tail)
+        remedy = "fewer levels" if related else "engine='iterative', or fewer levels"
         raise EngineError(
-            f"the crossed form needs a dense matrix of order {n_tail} for the effects of all "
-            f"factors ({names}) but the largest, about {needed / 2**30:.1f} GB with its copies, "
-            f"and this machine has {available / 2**30:.1f} GB; use engine='iterative', or fewer "
-            "levels"
+            f"the crossed form needs a dense matrix of order {n_tail} for the effects of {names}, "
+            f"about {needed / 2**30:.2g} GB with its copies, and this machine has "
+            f"{available / 2**30:.2g} GB; use {remedy}"
         )
 
 

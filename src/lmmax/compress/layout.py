@@ -189,15 +189,15 @@ def choose_engine(
     if asked == "grouped":
         raise EngineError(
             "engine='grouped' needs one grouping factor with independent levels; this model has "
-            f"{', '.join(names)}"
+            f"{_named(factors)}"
         )
     if nested and asked in ("auto", "nested") and len(factors) > 1:
         steps = " in ".join(names[i] for i in chain)
         return Engine("nested", f"{steps}, level by level"), chain
     if asked == "nested":
         raise EngineError(
-            "engine='nested' needs two or more factors, each nested in the next; "
-            f"{', '.join(names)} are not"
+            "engine='nested' needs two or more factors, each nested in the next, with independent "
+            f"levels; this model has {_named(factors)}"
         )
     if len(factors) == 1 and (asked == "iterative" or not related):
         raise EngineError(
@@ -222,6 +222,14 @@ def choose_engine(
         return Engine("crossed", f"a dense factor for the {tail} related effects"), order
     why = f"{names[order[0]]} eliminated first, a dense factor for the other {tail} effects"
     return Engine("crossed", why), order
+
+
+def _named(factors: Sequence[FactorColumns]) -> str:
+    """Return the factors by name, and which have related levels."""
+    return ", ".join(
+        factor.name + (" (with a relationship matrix)" if factor.root is not None else "")
+        for factor in factors
+    )
 
 
 def dense_tail_limit() -> int:

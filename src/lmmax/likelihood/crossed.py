@@ -114,7 +114,7 @@ class Posterior(NamedTuple):
         M: ``T^-1``, covariance of the standard effects given y, relative to the scale, (N, N).
         P: ``(Z_t L)' V^-1 [X y]``, which are their conditional modes too, (N, p + 1).
         root: ``L`` with ``D = L L'``, lower triangular, (q, q).
-        root_inverse: its inverse.
+        root_inverse: its inverse, not finite where D is singular.
     """
 
     head_P: Cells
@@ -411,6 +411,24 @@ def _back(
         beta=beta,
         beta_inverse=inverse,
     )
+
+
+def conditional_effects(
+    problem: CrossedProblem, D: Array, beta: Array
+) -> tuple[tuple[Array, Array], ...]:
+    """Return ``Derivatives.effects`` at ``D``, singular or not, and coefficients (p,).
+
+    Args:
+        problem: compressed data.
+        D: relative covariance in working coordinates, (q, q).
+        beta: coefficients in working coordinates.
+    """
+    at = evaluate(problem, D)
+    if not problem.U.shape[0]:
+        return _effects(problem, at, D, None, beta, None)
+    u = _over_levels(problem, _over_effects(problem, at.root, at.P), False)
+    own = at.head_K - at.head_P.quadratic(_covariance(problem, at))
+    return _effects(problem, at, D, own, beta, at.head_w - at.head_P.apply(u))
 
 
 def _effects(
