@@ -1009,13 +1009,10 @@ def probed(
     """
     if settings.fix or constraints.structures:
         what = "fix= argument" if settings.fix else "covariance structures"
-        chosen = (
-            "" if settings.engine == "iterative" else ", which this model is too large without,"
-        )
-        raise EngineError(
-            f"the iterative engine{chosen} does not take {what}; use engine='crossed' on a machine "
-            "with the memory for it, or leave it out"
-        )
+        remedy = "use engine='crossed'"
+        if settings.engine != "iterative":
+            remedy = f"this model is too large for any other, so leave out the {what}"
+        raise EngineError(f"engine='iterative' does not take {what}; {remedy}")
     factors = sorted({term.factor for term in terms})
     blocks = []
     for factor in factors:

@@ -73,9 +73,10 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
     if root is not None:
         columns = [z * root for z in columns]
     codes = [layout.factors[position].codes[order] for position in positions]
-    C_tail = _cross_products(columns, codes, tails, at)
-    precision = _precision(layout, C_tail, tails, positions)
+    where, what = _cross_products(columns, codes, tails, at)
+    precision = _precision(layout, columns, codes, positions)
     if head is None:
+        C_tail = _sum_at(where, what, at)
         none = np.zeros((0, 0, 0))
         sizes = starts = np.zeros(0, dtype=np.int64)
         cells: Any = DenseCells(np.zeros((0, 0, at)))
@@ -109,6 +110,7 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
         array = np.zeros((q1, size, at))
         array[:, group, column] = value
         cells = DenseCells(array)
+        C_tail = _sum_at(where, what, at)
         for part in array:
             C_tail -= part.T @ part
     else:
@@ -116,8 +118,9 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
         for part in value:
             both = part[first] * part[second] * np.where(first == second, 0.5, 1.0)
             for i, j in ((first, second), (second, first)):
-                target = column[i] * at + column[j]
-                C_tail -= np.bincount(target, weights=both, minlength=at * at).reshape(at, at)
+                where.append(column[i] * at + column[j])
+                what.append(-both)
+        C_tail = _sum_at(where, what, at)
         cells = _pad_cells(value, group, column, first, second, size, at, pad)
     padded = np.zeros((q1, q1, size))
     padded[:, :, :m] = U
@@ -181,15 +184,18 @@ def compress(
 
 
 def _precision(
-    layout: Layout, C_tail: np.ndarray, tails: list[Tail], positions: tuple[int, ...]
+    layout: Layout,
+    columns: list[np.ndarray],
+    codes: list[np.ndarray],
+    positions: tuple[int, ...],
 ) -> np.ndarray:
     """Return the largest diagonal entry of ``Z'Z``, in terms of independent effects, per factor."""
     largest = []
-    for tail, position in zip(tails, positions, strict=True):
-        own = np.diag(C_tail)[tail.columns].reshape(tail.effects, tail.levels)
+    for position, Z, code in zip(positions, columns, codes, strict=True):
         factor = layout.factors[position]
+        own = np.array([np.bincount(code, z * z, factor.n_groups) for z in Z])
         if factor.root is not None:
-            own = own[:, : factor.n_groups] @ factor.root**2
+            own = own @ factor.root**2
         largest.append(own.max())
     return np.array(largest)
 
@@ -212,27 +218,23 @@ def _check_memory(layout: Layout, n_tail: int) -> None:
 
 def _cross_products(
     columns: list[np.ndarray], codes: list[np.ndarray], tails: list[Tail], n_tail: int
-) -> np.ndarray:
-    """Return ``Z_t' Z_t``, (N, N)."""
-    product = np.zeros((n_tail, n_tail))
-    for i, (f, z_f, code_f) in enumerate(zip(tails, columns, codes, strict=True)):
-        for g, z_g, code_g in list(zip(tails, columns, codes, strict=True))[: i + 1]:
-            key = code_f * g.levels + code_g if f is not g else code_f
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the terms of ``Z_t' Z_t`` as positions in the flat matrix (N N,) and values."""
+    positions, values = [], []
+    for f, z_f, code_f in zip(tails, columns, codes, strict=True):
+        for g, z_g, code_g in zip(tails, columns, codes, strict=True):
             for a in range(f.effects):
                 for b in range(g.effects):
-                    rows = slice(f.start + a * f.levels, f.start + (a + 1) * f.levels)
-                    cols = slice(g.start + b * g.levels, g.start + (b + 1) * g.levels)
-                    weights = z_f[a] * z_g[b]
-                    if f is g:
-                        sums = np.bincount(key, weights=weights, minlength=f.levels)
-                        levels = np.arange(f.levels)
-                        product[rows.start + levels, cols.start + levels] = sums
-                        continue
-                    size = f.levels * g.levels
-                    here = np.bincount(key, weights=weights, minlength=size)
-                    product[rows, cols] = here.reshape(f.levels, g.levels)
-                    product[cols, rows] = product[rows, cols].T
-    return product
+                    row = f.start + a * f.levels + code_f
+                    positions.append(row * n_tail + (g.start + b * g.levels + code_g))
+                    values.append(z_f[a] * z_g[b])
+    return positions, values
+
+
+def _sum_at(positions: list[np.ndarray], values: list[np.ndarray], n: int) -> np.ndarray:
+    """Return the (n, n) matrix of the sums of values at positions, in one pass over it."""
+    flat = np.bincount(np.concatenate(positions), np.concatenate(values), n * n)
+    return np.asarray(flat.reshape(n, n))
 
 
 def _cells(
