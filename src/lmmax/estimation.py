@@ -22,7 +22,6 @@ from .compress import Compression
 from .compress.iterative import Rows
 from .constraints import Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
-from .iterative_solve import probed
 from .likelihood import Problem
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
@@ -218,6 +217,8 @@ def estimate(
     z_inverse = np.asarray(problem.z_inverse)
     constraints, guess = read_constraints(problem, terms, settings)
     if isinstance(compression.detail, Rows):
+        from .iterative_solve import probed  # here, since few models need it and SciPy
+
         solution, found = probed(problem, compression.detail, constraints, guess, settings, terms)
         estimates = _in_user_units(compression, terms, settings, constraints, solution, "newton")
         return replace(

@@ -8,8 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ..compilation import Compiled
+from ..compilation_cache import compilation_cache
 from ..likelihood.cells import DenseCells, SparseCells
 from ..likelihood.crossed import CrossedProblem, Tail
 from .layout import COPIES, EngineError, FactorColumns, Layout, memory
@@ -115,13 +119,13 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
             C_tail -= part.T @ part
     else:
         first, second = _pairs(counts)
-        for part in value:
-            both = part[first] * part[second] * np.where(first == second, 0.5, 1.0)
-            for i, j in ((first, second), (second, first)):
-                where.append(column[i] * at + column[j])
-                what.append(-both)
-        C_tail = _sum_at(where, what, at)
         cells = _pad_cells(value, group, column, first, second, size, at, pad)
+        rows = bucket(sum(map(len, where))) if pad else sum(map(len, where))
+        place, value = np.zeros(rows, dtype=np.int32), np.zeros(rows)
+        np.concatenate(where, out=place[: sum(map(len, where))], casting="unsafe")
+        np.concatenate(what, out=value[: sum(map(len, where))])
+        with jax.enable_x64(True), compilation_cache():
+            C_tail = _outside(cells, place, value)
     padded = np.zeros((q1, q1, size))
     padded[:, :, :m] = U
     return Skeleton(
@@ -181,6 +185,17 @@ def compress(
         **scaling.coordinates(layout, extra),
     )
     return problem, scaling
+
+
+def _outside_head(cells: SparseCells, place: Any, value: Any) -> jax.Array:
+    """Return ``Z_t'Z_t`` from its terms, less what the head's columns explain."""
+    n = cells.n_columns
+    whole = jnp.zeros(n * n, cells.value.dtype).at[place].add(value).reshape(n, n)
+    return whole - sum(cells.gram(a, a) for a in range(len(cells.value)))
+
+
+# On the device, where the same pairs are summed in every evaluation.
+_outside = Compiled(_outside_head)
 
 
 def _precision(
