@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmmax.linalg import UNROLL_LIMIT, gls, ldl, solve_unit_lower, solve_unit_upper
+from lmmax.linalg import (
+    LEAF,
+    UNROLL_LIMIT,
+    gls,
+    gram_lower,
+    inverse_lower,
+    ldl,
+    solve_unit_lower,
+    solve_unit_upper,
+)
 
 ORDERS = (1, 2, 3, UNROLL_LIMIT, UNROLL_LIMIT + 1, 12)
 
@@ -89,3 +98,15 @@ def test_gls_rule_against_plain_autodiff_to_second_order() -> None:
     for f, g in ((lambda t: with_rule(S + t * E), lambda t: plain(S + t * E)),):
         assert np.isclose(jax.grad(f)(0.0), jax.grad(g)(0.0), rtol=1e-10)
         assert np.isclose(jax.grad(jax.grad(f))(0.0), jax.grad(jax.grad(g))(0.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [5, LEAF, LEAF + 1, 4 * LEAF + 3])
+def test_large_triangles_by_halves(n: int) -> None:
+    """Orders that are one block, and that are cut into blocks of unequal order."""
+    rng = np.random.default_rng(n)
+    L = np.tril(rng.normal(size=(n, n))) / np.sqrt(n) + 2.0 * np.eye(n)
+    inverse = np.asarray(jax.jit(inverse_lower)(jnp.asarray(L)))
+    assert np.allclose(inverse @ L, np.eye(n), rtol=0.0, atol=1e-12)
+    assert not np.triu(inverse, 1).any()
+    gram = np.asarray(jax.jit(gram_lower)(jnp.asarray(L)))
+    assert np.allclose(gram, L.T @ L, rtol=1e-13, atol=1e-13)
