@@ -38,7 +38,7 @@ from .em import moment_start
 from .likelihood.grouped import GroupedProblem
 from .linalg import gls, ldl
 from .parameters import pack_triangle, unpack_lower
-from .solve import Options, Status, newton, newton_step, unstructured
+from .solve import Options, Solution, Status, newton, newton_step, unstructured
 
 Problem = GroupedProblem
 __all__ = ["Optimum", "Problem", "Status", "criterion", "padded_problem", "problem", "solve"]
@@ -226,32 +226,23 @@ def _cholesky(D: Array) -> Array:
     return L * jnp.where(positive, jnp.sqrt(jnp.where(positive, d, 1.0)), 0.0)[None, :]
 
 
+def _newton(problem: Problem, reml: Array, options: Options, start: Array) -> Solution:
+    none = jnp.zeros(0, start.dtype)
+    return newton(problem, unstructured(len(start)), options, start, jnp.zeros_like(reml), none)
+
+
 @jax.custom_jvp
 def _minimiser(
     problem: Problem, reml: Array, options: Options, start: Array
 ) -> tuple[Array, Array, Array, Array]:
-    solution = newton(
-        problem,
-        unstructured(len(start)),
-        options,
-        start,
-        jnp.zeros_like(reml),
-        jnp.zeros(0, start.dtype),
-    )
+    solution = _newton(problem, reml, options, start)
     return solution.point.D, solution.status, solution.steps, solution.decrement
 
 
 @_minimiser.defjvp
 def _minimiser_jvp(primals: Any, tangents: Any) -> Any:
     problem, reml, options, start = primals
-    solution = newton(
-        problem,
-        unstructured(len(start)),
-        options,
-        start,
-        jnp.zeros_like(reml),
-        jnp.zeros(0, start.dtype),
-    )
+    solution = _newton(problem, reml, options, start)
     point = solution.point
 
     def gradient(problem: Problem, reml: Array) -> Array:

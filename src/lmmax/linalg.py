@@ -26,6 +26,25 @@ def symmetrize(A: Array) -> Array:
     return 0.5 * (A + jnp.swapaxes(A, 0, 1))
 
 
+def multiply(A: Array, B: Array) -> Array:
+    """Product over the first two axes, ``(a, b, ...)`` by ``(b, c, ...)``.
+
+    One of the factors may lack the one batch axis of the other.
+    """
+    A = A if A.ndim == 3 else A[..., None]
+    B = B if B.ndim == 3 else B[..., None]
+    # A sum of outer products fuses into one loop over the batch; a batched dot does not.
+    product = A[:, 0, None] * B[0][None]
+    for j in range(1, A.shape[1]):
+        product = product + A[:, j, None] * B[j][None]
+    return product
+
+
+def turn(A: Array) -> Array:
+    """Return the transpose over the first two axes."""
+    return jnp.swapaxes(A, 0, 1)
+
+
 def ldl(A: Array, floor: Array | float | None = None) -> tuple[Array, Array]:
     """Factor symmetric ``A = L diag(d) L'`` with unit lower triangular ``L``.
 

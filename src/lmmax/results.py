@@ -260,6 +260,10 @@ class Fit:
             A row per parameter: ``term``, ``parameter`` (a standard deviation, a correlation, a
             rate), ``estimate``, and its ``std err`` by the delta method.  Empty without such terms.
         """
+        return self._structures.copy()
+
+    @cached_property
+    def _structures(self) -> pd.DataFrame:
         return variance.structure_table(self.estimates, self.terms, self.effect_names)
 
     @cached_property

@@ -4,7 +4,7 @@ X and each random term are first brought to working coordinates in which their c
 orthonormal, so that units, offsets and near collinearity cost no digits; see
 :class:`lmmax.likelihood.Problem` for the maps.  There is one file for each form of the likelihood.
 
-Everything here is NumPy on the host, in chunks of rows that stay in the processor's cache.
+NumPy on the host, but for the dense matrix of a crossed model.
 """
 
 from __future__ import annotations

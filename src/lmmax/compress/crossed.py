@@ -37,7 +37,9 @@ class Skeleton:
         cells: projected columns of the tail, padded.
         C_tail: the tail's cross-product outside the head's column spaces, padded, (N, N).
         precision: largest diagonal entry of Z'Z, per factor of the tail.
-        tails: the factors of the tail with padding, and ``positions``, their places in the layout.
+        tails: the factors of the tail with padding.
+        positions: their places in the layout.
+        head: that of the head, None without one.
     """
 
     order: np.ndarray
@@ -45,7 +47,7 @@ class Skeleton:
     sizes: np.ndarray
     U: np.ndarray
     cells: SparseCells | DenseCells
-    C_tail: np.ndarray
+    C_tail: Any
     precision: np.ndarray
     tails: tuple[Tail, ...]
     positions: tuple[int, ...]
@@ -120,12 +122,13 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
     else:
         first, second = _pairs(counts)
         cells = _pad_cells(value, group, column, first, second, size, at, pad)
-        rows = bucket(sum(map(len, where))) if pad else sum(map(len, where))
-        place, value = np.zeros(rows, dtype=np.int32), np.zeros(rows)
-        np.concatenate(where, out=place[: sum(map(len, where))], casting="unsafe")
-        np.concatenate(what, out=value[: sum(map(len, where))])
+        n_terms = sum(map(len, where))
+        padded_terms = bucket(n_terms) if pad else n_terms
+        place, term = np.zeros(padded_terms, dtype=np.int32), np.zeros(padded_terms)
+        np.concatenate(where, out=place[:n_terms], casting="unsafe")
+        np.concatenate(what, out=term[:n_terms])
         with jax.enable_x64(True), compilation_cache():
-            C_tail = _outside(cells, place, value)
+            C_tail = _outside(cells, place, term)
     padded = np.zeros((q1, q1, size))
     padded[:, :, :m] = U
     return Skeleton(

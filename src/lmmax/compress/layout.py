@@ -102,14 +102,9 @@ class Layout:
 
     @cached_property
     def order(self) -> np.ndarray | None:
-        """Positions of the rows sorted by the factors of the chain, None if in order already."""
-        if self.engine.name == "nested":
-            keys = [self.factors[at].codes for at in self.chain]
-        else:
-            keys = [self.factors[self.chain[0]].codes] if self.chain else []
-        if not keys or (len(keys) == 1 and np.all(keys[0][1:] >= keys[0][:-1])):
-            return None
-        return np.lexsort(keys) if len(keys) > 1 else np.argsort(keys[0], kind="stable")
+        """Positions of the rows sorted by the first factor of the chain, None if in order."""
+        codes = self.factors[self.chain[0]].codes
+        return None if np.all(codes[1:] >= codes[:-1]) else np.argsort(codes, kind="stable")
 
     @cached_property
     def sizes(self) -> tuple[np.ndarray, ...]:

@@ -1,6 +1,6 @@
 """The forms of the likelihood, one file each, and what they share."""
 
-from . import crossed, grouped, iterative, nested
+from . import crossed, grouped, nested
 from .problem import (
     Derivatives,
     Problem,
@@ -22,7 +22,6 @@ __all__ = [
     "degrees_of_freedom",
     "derivatives",
     "grouped",
-    "iterative",
     "nested",
     "objective",
     "profiled_log_scale",

@@ -137,7 +137,7 @@ def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
         nothing = jnp.zeros((0, 0, 0), D.dtype)
         logdet = jnp.zeros((), D.dtype)
         S = (problem.C_tail, problem.C_cross, problem.C)
-        return (*map(jnp.asarray, S), logdet, problem.cells, nothing, Y, problem.cells)
+        return (*map(jnp.asarray, S), logdet, problem.cells, nothing, Y)
     H = jnp.einsum("abm,bc,dcm->adm", U, D[here, here], U) + jnp.eye(q, dtype=U.dtype)[..., None]
     L, pivots = ldl(H)
     root = jnp.sqrt(pivots)
@@ -156,7 +156,6 @@ def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
         cells.multiply(back),
         jnp.einsum("abm,bcm->acm", back, white_U),
         jnp.einsum("abm,bxm->axm", back, white_Y),
-        cells,
     )
 
 
@@ -213,7 +212,7 @@ def _both_levels(problem: CrossedProblem, A: Array, transpose: bool) -> Array:
 
 def evaluate(problem: CrossedProblem, D: Array) -> Posterior:
     """Eliminate head and tail at ``D`` (working coordinates), regular in the tail's blocks."""
-    S_tail, S_cross, S, logdet, head_P, head_K, head_w, _ = _eliminate_head(problem, D)
+    S_tail, S_cross, S, logdet, head_P, head_K, head_w = _eliminate_head(problem, D)
     unit, pivots = ldl(D)
     root = unit * jnp.sqrt(pivots)[None, :]
     T = _standard(problem, root, _both_levels(problem, S_tail, True))

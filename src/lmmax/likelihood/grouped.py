@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..linalg import ldl, solve_unit_lower, symmetrize
+from ..linalg import ldl, multiply, solve_unit_lower, symmetrize, turn
 from . import problem as form
 from .problem import Derivatives, Problem, Reduction, assemble, duplication
 
@@ -82,39 +82,28 @@ def _reduce_jvp(primals: Any, tangents: Any) -> Any:
     Y_white = white[:, q:]
     P, K = _moments(white)
     # The residual of the whitened regression on U: H^-1 = I - U (D - D K D) U' without H^-1.
-    DP = _matmul(D, P)
-    fitted = Y - _matmul(U, DP)  # H^-1 Y
-    dDP = _matmul(symmetrize(dD), P)
+    DP = multiply(D, P)
+    fitted = Y - multiply(U, DP)  # H^-1 Y
+    dDP = multiply(symmetrize(dD), P)
     half = jnp.einsum("axm,aym->xy", dY, fitted) - jnp.einsum(
-        "axm,aym->xy", _matmul(dU, DP), fitted
+        "axm,aym->xy", multiply(dU, DP), fitted
     )
     dS = dC + half + half.T - jnp.einsum("axm,aym->xy", P, dDP)
-    UD = _matmul(U, D)
-    H_inverse_U = U - _matmul(UD, K)
+    UD = multiply(U, D)
+    H_inverse_U = U - multiply(UD, K)
     dlogdet = (
         jnp.sum(dweight * logdet)
         + jnp.sum(dD * jnp.einsum("abm,m->ab", K, weight))
-        + 2.0 * jnp.sum(weight * jnp.sum(H_inverse_U * _matmul(dU, D), axis=(0, 1)))
+        + 2.0 * jnp.sum(weight * jnp.sum(H_inverse_U * multiply(dU, D), axis=(0, 1)))
     )
     S = C + jnp.einsum("axm,aym->xy", Y_white, Y_white)
     return (S, jnp.sum(weight * logdet)), (dS, dlogdet)
 
 
-def _matmul(A: Array, B: Array) -> Array:
-    """Product over the first two axes; either factor may lack the batch axis."""
-    A = A if A.ndim == 3 else A[..., None]
-    B = B if B.ndim == 3 else B[..., None]
-    # A sum of outer products fuses into one loop over the groups; a batched dot does not.
-    product = A[:, 0, None] * B[0][None]
-    for j in range(1, A.shape[1]):
-        product = product + A[:, j, None] * B[j][None]
-    return product
-
-
 def _whiten(U: Array, Y: Array, D: Array) -> tuple[Array, Array]:
     """Return ``H_i^(-1/2) [U_i Y_i]``, shape (q, q + p + 1, m), and ``log|H_i|`` (m,)."""
     q = U.shape[0]
-    H = _matmul(_matmul(U, D), jnp.swapaxes(U, 0, 1)) + jnp.eye(q, dtype=U.dtype)[..., None]
+    H = multiply(multiply(U, D), turn(U)) + jnp.eye(q, dtype=U.dtype)[..., None]
     L, pivots = ldl(H)
     white = solve_unit_lower(L, jnp.concatenate([U, Y], axis=1))
     return white / jnp.sqrt(pivots)[:, None], jnp.sum(jnp.log(pivots), axis=0)
@@ -123,7 +112,7 @@ def _whiten(U: Array, Y: Array, D: Array) -> tuple[Array, Array]:
 def _moments(white: Array) -> tuple[Array, Array]:
     """Return ``P_i = U_i' H_i^-1 Y_i`` (q, p + 1, m) and ``K_i = U_i' H_i^-1 U_i`` (q, q, m)."""
     q = white.shape[0]
-    product = _matmul(jnp.swapaxes(white[:, :q], 0, 1), white)
+    product = multiply(turn(white[:, :q]), white)
     return product[:, q:], product[:, :q]
 
 

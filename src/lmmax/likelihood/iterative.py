@@ -35,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..linalg import ldl, solve_unit_lower
+from ..linalg import ldl, solve_unit_lower, turn
+from ..linalg import multiply as multiply_blocks
 
 CHUNK_ROWS = 1024
 """Rows of a sparse matrix whose products are accumulated together, in the processor's cache."""
@@ -242,21 +243,9 @@ class Probe(NamedTuple):
     tail_form: tuple[Array, ...]
 
 
-def _product(A: Array, B: Array) -> Array:
-    """Return the products of the blocks ``A (a, b, m)`` and ``B (b, c, m)``."""
-    product = A[:, 0, None] * B[0][None]
-    for j in range(1, A.shape[1]):
-        product = product + A[:, j, None] * B[j][None]
-    return product
-
-
-def _transpose(A: Array) -> Array:
-    return jnp.swapaxes(A, 0, 1)
-
-
 def _small(root: Array, block: Array) -> Array:
     """Return ``root @ block`` for one matrix (q, q) and blocks (q, r, m)."""
-    return _product(jnp.broadcast_to(root[..., None], (*root.shape, 1)), block)
+    return multiply_blocks(root, block)
 
 
 def _levels(block: Array, v: Array) -> Array:
@@ -283,7 +272,7 @@ def _split(blocks: tuple[Array, ...], v: Array) -> list[Array]:
 def _each(blocks: tuple[Array, ...], v: Array, transpose: bool = False) -> Array:
     """Multiply the tail's effects by block diagonal matrices."""
     parts = [
-        _levels(_transpose(block) if transpose else block, part)
+        _levels(turn(block) if transpose else block, part)
         for block, part in zip(blocks, _split(blocks, v), strict=True)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
@@ -302,11 +291,11 @@ def eliminate(
     A1 = jnp.asarray(problem.diagonal[0])
     identity = jnp.eye(A1.shape[0], dtype=A1.dtype)[..., None]
     root = roots[0]
-    L, pivots = ldl(identity + _product(_small(root.T, A1), _each_column(A1, root)))
+    L, pivots = ldl(identity + multiply_blocks(_small(root.T, A1), _each_column(A1, root)))
     half = solve_unit_lower(L, jnp.broadcast_to(root.T[..., None], A1.shape))
     half = half / jnp.sqrt(pivots)[:, None]
-    M = _product(_transpose(half), half)
-    rest = identity - _product(A1, M)
+    M = multiply_blocks(turn(half), half)
+    rest = identity - multiply_blocks(A1, M)
     logdet = jnp.sum(jnp.log(pivots))
     head_mean = jnp.zeros_like(A1[..., 0])
     scaled, identities, inverse, fills, tail_mean = [], [], [], [], []
@@ -316,26 +305,26 @@ def eliminate(
         block = jnp.asarray(block)
         q, _, m = diagonal.shape
         eye = jnp.broadcast_to(jnp.eye(q, dtype=block.dtype)[..., None], diagonal.shape)
-        part = _product(half[..., head], block)
-        filled = _product(_transpose(part), part).reshape(q * q, -1)
+        part = multiply_blocks(half[..., head], block)
+        filled = multiply_blocks(turn(part), part).reshape(q * q, -1)
         filled = jnp.stack(
             [jax.ops.segment_sum(x, tail, m, indices_are_sorted=True) for x in filled]
         )
         filled = filled.reshape(q, q, m)
         schur = diagonal - filled
-        whole = eye + _product(_small(root.T, schur), _each_column(schur, root))
+        whole = eye + multiply_blocks(_small(root.T, schur), _each_column(schur, root))
         L, pivots = ldl(whole)
         phi = solve_unit_lower(L, eye) / jnp.sqrt(pivots)[:, None]
-        psi = _small(root, _transpose(phi))
+        psi = _small(root, turn(phi))
         logdet = logdet + jnp.sum(jnp.log(pivots))
-        back = _small(root_inverse.T, _transpose(phi))
+        back = _small(root_inverse.T, turn(phi))
         scaled.append(psi)
-        identities.append(_product(phi, _transpose(phi)))
+        identities.append(multiply_blocks(phi, turn(phi)))
         inverse.append(back)
-        fills.append(_product(_transpose(psi), _product(filled, psi)))
-        image = _product(_product(rest[..., head], block), psi[..., tail])
+        fills.append(multiply_blocks(turn(psi), multiply_blocks(filled, psi)))
+        image = multiply_blocks(multiply_blocks(rest[..., head], block), psi[..., tail])
         head_mean = head_mean + jnp.einsum("abc,dbc->ad", image, image)
-        tail_mean.append(jnp.sum(_product(_product(schur, psi), _transpose(back)), axis=2))
+        tail_mean.append(jnp.sum(multiply_blocks(multiply_blocks(schur, psi), turn(back)), axis=2))
     return Elimination(
         M=M,
         half=half,
@@ -345,7 +334,7 @@ def eliminate(
         inverse=tuple(inverse),
         fill=tuple(fills),
         logdet=logdet,
-        head_slope=jnp.sum(_product(rest, A1), axis=2),
+        head_slope=jnp.sum(multiply_blocks(rest, A1), axis=2),
         head_mean=head_mean,
         tail_mean=tuple(tail_mean),
     )

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..linalg import ldl, solve_unit_lower, symmetrize
+from ..linalg import ldl, multiply, solve_unit_lower, symmetrize, turn
 from . import problem as form
 from .problem import Derivatives, Problem, Reduction, assemble, duplication, spread
 
@@ -68,21 +68,6 @@ class NestedProblem(Problem):
     def slices(self) -> tuple[slice, ...]:
         """``blocks`` as slices."""
         return tuple(slice(*block) for block in self.blocks)
-
-
-def multiply(A: Array, B: Array) -> Array:
-    """Product over the first two axes, groups last; either factor may lack the group axis."""
-    A = A if A.ndim == 3 else A[..., None]
-    B = B if B.ndim == 3 else B[..., None]
-    product = A[:, 0, None] * B[0][None]
-    for j in range(1, A.shape[1]):
-        product = product + A[:, j, None] * B[j][None]
-    return product
-
-
-def turn(A: Array) -> Array:
-    """Transpose of each matrix, groups last."""
-    return jnp.swapaxes(A, 0, 1)
 
 
 @jax.custom_jvp
@@ -249,12 +234,11 @@ def derivatives(
 
     def second(c: Array, d: Array) -> Array:
         """Second derivative of the first sums along entries c and d of the finest level."""
-        inside = jnp.asarray((c < k1) & (d < k1), dtype)
         Ec, Ed = (jnp.asarray(E1, dtype)[jnp.minimum(at, k1 - 1)] for at in (c, d))
         bent = multiply(multiply(Ec, K), Ed)
         moved = multiply(bent, P)
         sums = gather(multiply(turn(P), moved), parent, size)
-        return inside * (sums + turn(sums))
+        return sums + turn(sums)
 
     def along(pair: Array) -> tuple[Any, Any, Any]:
         c, d = pair[0], pair[1]
