@@ -3,9 +3,9 @@
 Usage: ``python -m tests.reference.make_reference SOURCE`` where SOURCE holds ``data/``
 (one CSV per data set and ``datasets.json``) and ``fits/`` (one JSON per data set).
 
-Kept are the ``lmm`` records; the ``lme`` records without residual structure, translated to
-formula syntax; and the ``glmmTMB`` records.  Of the last two the refined optimum is kept, not the
-engine's own stopping point.  Large tables are compressed.
+Kept are the ``lmm`` and ``lrt`` records; the ``lme`` records without residual structure,
+translated to formula syntax; and the ``glmmTMB`` records.  Of the last two the refined optimum is
+kept, not the engine's own stopping point.  Large tables are compressed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ CONVERGENCE_FIELDS = (
 RESULT_FIELDS = (
     "n", "n_dropped", "p", "ngroups", "npar", "criterion", "logLik", "AIC", "BIC", "fixef",
     "fixef_dropped", "vcov", "se", "sigma", "theta", "varcorr", "ranef", "fitted",
-    "fitted_population", "residuals", "predict", "objective_at", "wald_ci",
+    "fitted_population", "residuals", "predict", "objective_at", "wald_ci", "ranova",
+    "cluster_robust",
 )  # fmt: skip
 # How a random term of nlme is written here.
 LME_STRUCTURES = {"us": "({} | {})", "diag": "({} || {})", "cs": "homcs({} | {})",
@@ -60,7 +61,8 @@ def trim_lmm(record: Record) -> Record | None:
     """The trimmed record of a mixed model fitted by lme4, else None.
 
     With several grouping factors ``varpar_cov`` is kept, the inverse observed information of
-    (theta, sigma).
+    (theta, sigma).  Of the tests of coefficients the refined Satterthwaite ones, Kenward and
+    Roger's, the tables of ``anova``, and the exact profile limits are kept.
     """
     if record["kind"] != "lmm":
         return None
@@ -68,6 +70,7 @@ def trim_lmm(record: Record) -> Record | None:
     tests = record["results"].get("satterthwaite_refined") or {}
     if len(results["ngroups"]) > 1 and "varpar_cov" in tests:
         results["varpar_cov"] = tests["varpar_cov"]
+    results.update(_inference(record))
     # An empty object of the source is an empty array.
     checks = _pick(record["checks"] or {}, ("dense", "glmmTMB"))
     if "glmmTMB" in checks:
@@ -78,6 +81,30 @@ def trim_lmm(record: Record) -> Record | None:
         "checks": checks,
         "results": results,
     }
+
+
+def _inference(record: Record) -> Record:
+    """Degrees of freedom, tests and profile limits; Satterthwaite columns where they are reliable."""
+    results, kept = record["results"], {}
+    for ours, theirs in (("satterthwaite", "satterthwaite_refined"), ("kenward_roger",) * 2):
+        if tests := results.get(theirs):
+            kept[ours] = _pick(tests, ("names", "se", "df", "t", "p", "vcov_adjusted", "source"))
+    if tables := results.get("anova"):
+        reliable = (record["checks"] or {}).get("satterthwaite_engine_reliable", True)
+        kept["anova"] = {
+            name: table for name, table in tables.items() if reliable or "kenward" in name
+        }
+    if profile := results.get("profile_ci"):
+        kept["profile_ci"] = {"level": profile["level"], **profile["exact"]}
+    return kept
+
+
+def trim_lrt(record: Record) -> Record | None:
+    """The trimmed record of likelihood-ratio tests between nested models, else None."""
+    if record["kind"] != "lrt":
+        return None
+    fields = ("id", "kind", "tags", "note", "formulas", "reml", "weights", "results")
+    return _pick(record, fields)
 
 
 def _refined(results: Record) -> Record:
@@ -113,6 +140,8 @@ def trim_lme(record: Record) -> Record | None:
         formula += f" + {written}"
     engine = record["results"]
     results = {**_results(engine), **_refined(engine)}
+    # nlme's degrees of freedom depend on the design alone.
+    results["inner_outer"] = _pick(engine["coef_tests"], ("names", "df"))
     # nlme's REML BIC uses log(n - p), and its objective_at is in another parameterisation.
     for name in ("BIC", "objective_at"):
         results.pop(name, None)
@@ -208,7 +237,7 @@ def main() -> None:
         records = [
             trimmed
             for record in json.loads(path.read_text())["models"]
-            for trim in (trim_lmm, trim_lme, trim_tmb)
+            for trim in (trim_lmm, trim_lme, trim_tmb, trim_lrt)
             if (trimmed := trim(record)) is not None
         ]
         if not records:
