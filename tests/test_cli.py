@@ -39,20 +39,22 @@ class FakeFit:
         names = ["Intercept", "Time"]
         self.params = pd.Series([15.724, 6.943], names)
         self.bse = pd.Series([0.788, 0.033], names)
-        self.tvalues = self.params / self.bse
-        self.pvalues = pd.Series([0.0, np.nan], names)
         self.random_effects = pd.DataFrame(
             {"Intercept": [1.5, -2.25]}, index=pd.Index(["4601", "4602"], name="Pig")
         )
 
-    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
-        return pd.DataFrame({"lower": self.params - alpha, "upper": self.params + alpha})
+    def coefficients(self, ddf: str, alpha: float) -> pd.DataFrame:
+        columns = {"coef": self.params, "std err": self.bse, "df": [83.0, np.inf]}
+        if ddf == "normal":
+            del columns["df"]
+        columns |= {"t": self.params / self.bse, "P>|t|": [0.0, np.nan]}
+        return pd.DataFrame(columns | {"low": self.params - alpha, "high": self.params + alpha})
 
     def varcorr(self) -> pd.DataFrame:
         return pd.DataFrame({"name": ["Intercept"], "variance": [40.394], "corr": [np.nan]})
 
-    def summary(self, alpha: float = 0.05) -> str:
-        return f"the summary at {alpha}\n"
+    def summary(self, alpha: float, ddf: str) -> str:
+        return f"the summary at {alpha} by {ddf}\n"
 
 
 class FakeFactors(FakeFit):
@@ -101,7 +103,7 @@ def fake(monkeypatch, calls):
 
 def test_summary_by_default(calls, capsys):
     assert main([FORMULA, "dietox"]) == 0
-    assert capsys.readouterr() == ("the summary at 0.05\n", "")
+    assert capsys.readouterr() == ("the summary at 0.05 by satterthwaite\n", "")
     (call,) = calls
     data = call.pop("data")
     pd.testing.assert_frame_equal(data, datasets.load("dietox"))
@@ -117,16 +119,16 @@ def test_summary_by_default(calls, capsys):
 
 def test_options_reach_fit(calls, capsys):
     options = ["--ml", "--weights", "w", "--offset", "o", "--missing", "raise", "--verbose"]
-    assert main([FORMULA, "dietox", *options, "--level", "0.9"]) == 0
+    assert main([FORMULA, "dietox", *options, "--level", "0.9", "--ddf", "residual"]) == 0
     passed = {name: calls[0][name] for name in ("reml", "weights", "offset", "missing", "verbose")}
     assert passed == dict(reml=False, weights="w", offset="o", missing="raise", verbose=True)
-    assert "at 0.1\n" in capsys.readouterr().out
+    assert "at 0.1 by residual\n" in capsys.readouterr().out
 
 
 def test_csv_is_the_coefficient_table(calls, capsys):
     assert main([FORMULA, "dietox", "--csv", "--level", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[0] == "term,estimate,std_error,statistic,p,lower,upper"
+    assert out.splitlines()[0] == "term,estimate,std_error,df,statistic,p,lower,upper"
     table = pd.read_csv(io.StringIO(out), index_col="term")
     assert table.loc["Time", "estimate"] == 6.943
     assert table.loc["Time", "upper"] == pytest.approx(7.443)
@@ -160,6 +162,7 @@ def test_json(calls, capsys):
         "scale",
         "criterion",
         "level",
+        "ddf",
         "coefficients",
         "varcorr",
         "random_effects",
@@ -176,7 +179,9 @@ def test_json(calls, capsys):
     first, second = content["coefficients"]
     assert first["term"] == "Intercept"
     assert first["estimate"] == 15.724
-    assert set(first) == {"term", "estimate", "std_error", "statistic", "p", "lower", "upper"}
+    keys = ["term", "estimate", "std_error", "df", "statistic", "p", "lower", "upper"]
+    assert list(first) == keys
+    assert (first["df"], second["df"]) == (83.0, None)
     assert second["p"] is None
     assert content["varcorr"][0]["variance"] == 40.394
     assert content["varcorr"][0]["corr"] is None

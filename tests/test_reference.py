@@ -115,6 +115,38 @@ def test_record(pair: tuple[dict[str, Any], lmmax.Fit]) -> None:
         assert ours.sum() == pytest.approx(stored[key]["sum"], abs=1e-5 * spread * fit.nobs)
 
 
+def check_degrees_of_freedom(record: dict[str, Any], fit: lmmax.Fit) -> None:
+    """Satterthwaite's and Kenward and Roger's, their standard errors, t and p.
+
+    The stored Satterthwaite values rest on numerical derivatives, good to 1e-6, or 5e-6 for large
+    tables; those of Kenward and Roger are closed forms.
+    """
+    stored = record["results"]
+    tolerance = 5e-6 if {"medium", "big"} & set(record["tags"]) else 1e-6
+    for ddf, exact in (("satterthwaite", tolerance), ("kenward-roger", 1e-9)):
+        target = stored.get(ddf.replace("-", "_"))
+        if target is None:
+            continue
+        table = fit.coefficients(ddf).dropna(how="all")
+        df, t, p = matrix(target["df"]), matrix(target["t"]), matrix(target["p"])
+        assert np.allclose(table["df"], df, rtol=exact, atol=0.0), ddf
+        # Errors of the coefficients are in units of their standard errors; see above.
+        assert np.allclose(table["t"], t, rtol=1e-6, atol=1e-6), ddf
+        # The logarithm of a small p moves by t times the error of t, and with df.
+        log_p, target_p = (np.log(np.maximum(x, 1e-300)) for x in (table["P>|t|"], p))
+        assert np.allclose(log_p, target_p, rtol=1e-5, atol=1e-5), ddf
+        assert np.allclose(table["std err"], matrix(target["se"]), rtol=1e-6, atol=0.0), ddf
+        if "vcov_adjusted" in target:
+            adjusted = matrix(target["vcov_adjusted"])
+            unit = np.sqrt(np.diag(adjusted))
+            ours = fit.denominator(ddf).cov
+            assert np.allclose(ours, adjusted, rtol=0.0, atol=2e-6 * np.outer(unit, unit)), ddf
+
+
+def test_degrees_of_freedom(pair: tuple[dict[str, Any], lmmax.Fit]) -> None:
+    check_degrees_of_freedom(*pair)
+
+
 def test_criterion_at_other_parameters(pair: tuple[dict[str, Any], lmmax.Fit]) -> None:
     """lme4's criterion at stored thetas, its own ordering: column by column, term by term."""
     record, fit = pair
@@ -251,6 +283,10 @@ def test_covariances_of_several_factors(several: tuple[dict[str, Any], lmmax.Fit
     variances = table.iloc[:-1][[name is None for name in table["var2"].iloc[:-1]]]
     assert list(zip(variances["group"], variances["var1"], strict=True)) == labels
     assert np.allclose(variances["sdcor"] ** 2, np.diag(got), rtol=1e-12, atol=0.0)
+
+
+def test_degrees_of_freedom_of_several_factors(several: tuple[dict[str, Any], lmmax.Fit]) -> None:
+    check_degrees_of_freedom(*several)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Cells(HTMLParser):
 
 
 def test_documented_statsmodels_example(intercepts: Fit) -> None:
-    text = str(intercepts)
+    text = str(intercepts.summary(ddf="normal"))
     assert text.splitlines()[0].strip() == "Linear mixed model fit by REML"
     assert "Formula: Weight ~ Time + (1 | Pig)" in text
     for entry in (
@@ -107,6 +107,19 @@ def test_documented_statsmodels_example(intercepts: Fit) -> None:
     assert "WARNING" not in text and "Singular fit:" not in text.split("Notes:")[1]
 
 
+def test_degrees_of_freedom_are_shown(intercepts: Fit) -> None:
+    """Satterthwaite's and Kenward and Roger's for a random intercept, by lmerTest."""
+    text = str(intercepts)
+    assert line(text, "Intercept")[:4] == ["15.724", "0.788", "83.0", "19.952"]
+    assert line(text, "Time")[:4] == ["6.943", "0.033", "788.0", "207.939"]
+    assert "Degrees of freedom by Satterthwaite's method." in text
+    assert "Kenward and Roger" in flat(str(intercepts.summary(ddf="kenward-roger")))
+    for ddf in ("between-within", "residual", "kenward-roger-linear"):
+        assert "egrees of freedom" in intercepts.summary(ddf=ddf).notes[-1]
+    with pytest.raises(ValueError, match=r"ddf='kr' is unknown; use one of 'satterthwaite'"):
+        intercepts.summary(ddf="kr")
+
+
 def test_tables_hold_unrounded_numbers(slopes: Fit) -> None:
     header, random, fixed = slopes.summary().tables
     assert header.loc["Log-likelihood", "value"] == slopes.llf
@@ -123,8 +136,8 @@ def test_tables_hold_unrounded_numbers(slopes: Fit) -> None:
     assert random["corr 1"].isna().tolist() == [True, False, True]
     np.testing.assert_array_equal(fixed["coef"], slopes.params)
     np.testing.assert_array_equal(fixed["std err"], slopes.bse)
-    np.testing.assert_allclose(fixed["z"], slopes.tvalues)
-    np.testing.assert_allclose(fixed["P>|z|"], slopes.pvalues)
+    np.testing.assert_allclose(fixed["t"], slopes.tvalues)
+    np.testing.assert_allclose(fixed["P>|t|"], slopes.pvalues)
     np.testing.assert_allclose(fixed[["[0.025", "0.975]"]], slopes.conf_int())
 
 
@@ -233,7 +246,7 @@ def test_failed_fit_still_prints(intercepts: Fit) -> None:
         criterion=np.nan,
     )
     text = str(replace(intercepts, estimates=estimates))
-    assert line(text, "Time") == ["-"] * 6
+    assert line(text, "Time") == ["-"] * 7
     assert "nan" not in text.lower() and "aliased" not in text
     assert "Log-likelihood: - " in flat(text)
 
@@ -244,7 +257,7 @@ def test_aliased_column_rows_and_offset(dietox: pd.DataFrame) -> None:
     with pytest.warns(RankWarning):
         fit = lmmax.fit("Weight ~ Time + Twice + offset(known) + (1 | Pig)", data)
     text = str(fit)
-    assert line(text, "Twice") == ["aliased", "-", "-", "-", "-", "-"]
+    assert line(text, "Twice") == ["aliased"] + ["-"] * 6
     notes = flat(text.split("Notes:")[1])
     assert "5 rows dropped for missing values (Weight 5)." in notes
     assert re.search(r"[Ff]ixed-effects columns dropped.*: Twice\.", notes)
@@ -301,7 +314,7 @@ def test_a_name_longer_than_the_page() -> None:
     text = str(arrays_fit(2, 1, x_names=["Intercept", long]))
     rows = text.splitlines()
     at = next(i for i, row in enumerate(rows) if row == long)
-    assert len(rows[at + 1].split()) == 6
+    assert len(rows[at + 1].split()) == 7
     assert max(len(row) for row in rows if long not in row) <= 80
 
 

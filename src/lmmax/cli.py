@@ -14,7 +14,8 @@ JSON output, in which ``null`` stands for a value that does not exist or is not 
     scale             residual variance
     criterion         {llf, deviance, aic, bic}
     level             of the confidence intervals
-    coefficients      [{term, estimate, std_error, statistic, p, lower, upper}, ...]
+    ddf               method for the degrees of freedom
+    coefficients      [{term, estimate, std_error, df, statistic, p, lower, upper}, ...]
     varcorr           rows of Fit.varcorr(), with its column names
     random_effects    with --ranef: [{factor, group, effects: {NAME: value, ...}}, ...]
     convergence       {converged, status, message, singular}
@@ -71,6 +72,8 @@ def _level(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .inference.denominator import DEFAULT, METHODS
+
     parser = argparse.ArgumentParser(
         prog="lmmax",
         description="Fit a linear mixed-effects model and print its summary.",
@@ -111,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--level", type=_level, default=0.95, help="of confidence intervals; default: 0.95"
+    )
+    output.add_argument(
+        "--ddf",
+        metavar="METHOD",
+        choices=METHODS,
+        default=DEFAULT,
+        help=f"degrees of freedom of the coefficients: {', '.join(METHODS)}; default: {DEFAULT}",
     )
     output.add_argument("--output", metavar="FILE", type=Path, help="write there, not to stdout")
     output.add_argument(
@@ -179,23 +189,12 @@ def _read_file(data: str, sep: str | None, categorical: Sequence[str]) -> pd.Dat
         ) from error
 
 
-def _coefficients(fit: Any, level: float) -> pd.DataFrame:
-    import pandas as pd
-
-    interval = fit.conf_int(alpha=_alpha(level))
-    table = pd.DataFrame(
-        {
-            "estimate": fit.params,
-            "std_error": fit.bse,
-            "statistic": fit.tvalues,
-            "p": fit.pvalues,
-            "lower": interval.iloc[:, 0],
-            "upper": interval.iloc[:, 1],
-        },
-        index=fit.params.index,
-    )
-    table.index.name = "term"
-    return table
+def _coefficients(fit: Any, arguments: argparse.Namespace) -> pd.DataFrame:
+    table = fit.coefficients(arguments.ddf, _alpha(arguments.level))
+    if "df" not in table:
+        table.insert(2, "df", math.inf)
+    names = ["estimate", "std_error", "df", "statistic", "p", "lower", "upper"]
+    return table.set_axis(names, axis=1).rename_axis("term")
 
 
 def _alpha(level: float) -> float:
@@ -248,7 +247,8 @@ def _json(fit: Any, arguments: argparse.Namespace) -> str:
         "scale": fit.scale,
         "criterion": {name: getattr(fit, name) for name in ("llf", "deviance", "aic", "bic")},
         "level": arguments.level,
-        "coefficients": _coefficients(fit, arguments.level).reset_index().to_dict("records"),
+        "ddf": arguments.ddf,
+        "coefficients": _coefficients(fit, arguments).reset_index().to_dict("records"),
         "varcorr": fit.varcorr().to_dict("records"),
     }
     if arguments.ranef:
@@ -273,9 +273,9 @@ def _text(fit: Any, arguments: argparse.Namespace) -> str:
     if arguments.json:
         return _json(fit, arguments)
     if arguments.csv:
-        table = _random_effects(fit) if arguments.ranef else _coefficients(fit, arguments.level)
+        table = _random_effects(fit) if arguments.ranef else _coefficients(fit, arguments)
         return table.to_csv(lineterminator="\n")
-    text = str(fit.summary(alpha=_alpha(arguments.level))).rstrip("\n") + "\n"
+    text = str(fit.summary(_alpha(arguments.level), arguments.ddf)).rstrip("\n") + "\n"
     if arguments.ranef:
         text += "\nRandom effects\n" + _random_effects(fit).to_string() + "\n"
     return text

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sparse  # type: ignore[import-untyped]
+import scipy.sparse as sparse
 
 from .compilation_cache import compilation_cache
 from .compress import EngineError
@@ -96,6 +96,7 @@ class IterativeSolution(NamedTuple):
         scale: residual variance.
         beta: fixed-effects coefficients, (p,).
         beta_unscaled: ``(X'V^-1X)^-1``, their covariance divided by the scale, (p, p).
+        slopes: derivatives of ``X'V^-1X`` in the parameters, (k, p, p).
         criterion: -2 log-likelihood (REML: restricted), an unbiased estimate.
         criterion_error: its Monte Carlo standard error.
         D_error: Monte Carlo standard error of each entry of D, (q_f, q_f).
@@ -119,6 +120,7 @@ class IterativeSolution(NamedTuple):
     scale: float
     beta: np.ndarray
     beta_unscaled: np.ndarray
+    slopes: np.ndarray
     criterion: float
     criterion_error: float
     D_error: tuple[np.ndarray, ...]
@@ -203,6 +205,7 @@ class _Exact(NamedTuple):
         scale: residual variance.
         beta: fixed effects, (p,).
         beta_unscaled: ``(X'V^-1X)^-1``, (p, p).
+        slopes: derivatives of ``X'V^-1X`` in the entries of D's lower triangle, (k, p, p).
         modes: conditional modes of all effects, (effects,).
         krylov_steps: most iterations of a solve.
         converged: whether all solves converged.
@@ -214,6 +217,7 @@ class _Exact(NamedTuple):
     scale: float
     beta: np.ndarray
     beta_unscaled: np.ndarray
+    slopes: np.ndarray
     modes: np.ndarray
     krylov_steps: int
     converged: bool
@@ -654,21 +658,24 @@ def _quadratic_forms(model: _Model, at: Elimination) -> _Exact:
 
     slope = np.zeros((q, q))
     directions, entries = [], []
+    slopes = np.zeros((q * (q + 1) // 2, p, p))
     for here, effects in zip(model.columns, model.effects, strict=True):
         size = here.stop - here.start
+        seen = score[effects, :p].reshape(-1, size, p)
         own = pi[effects].reshape(-1, size)
         slope[here, here] -= own.T @ own / scale
         if model.reml:
-            fixed = score[effects, :p].reshape(-1, size, p)
-            slope[here, here] -= np.einsum("max,xy,mby->ab", fixed, inverse, fixed, optimize=True)
+            slope[here, here] -= np.einsum("max,xy,mby->ab", seen, inverse, seen, optimize=True)
         for i, j in zip(*np.tril_indices(size), strict=True):
             direction = np.zeros_like(pi)
             part = direction[effects].reshape(-1, size)
             part[:, i] = own[:, j]
             part[:, j] = own[:, i]
             directions.append(direction)
+            product = seen[:, i].T @ seen[:, j]
             i, j = i + here.start, j + here.start
             entries.append(i * (i + 1) // 2 + j)
+            slopes[entries[-1]] = -product if i == j else -(product + product.T)
     G = np.stack(directions, axis=1)
     image = _multiply_columns(model, G)
     solved, more, also = _solve_columns(model, at, image, PROBE_TOL)
@@ -690,6 +697,7 @@ def _quadratic_forms(model: _Model, at: Elimination) -> _Exact:
         scale=scale,
         beta=beta,
         beta_unscaled=inverse,
+        slopes=slopes,
         modes=modes,
         krylov_steps=max(steps, more),
         converged=converged and also,
@@ -973,6 +981,7 @@ def _solution(
         scale=point.exact.scale,
         beta=point.exact.beta,
         beta_unscaled=point.exact.beta_unscaled,
+        slopes=point.exact.slopes[entries] * factor[:, None, None],
         criterion=point.value,
         criterion_error=point.error,
         D_error=tuple(error[model.columns[f], model.columns[f]] for f in back),

@@ -88,6 +88,14 @@ def _format(value: float, code: str) -> str:
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text
 
 
+def _format_df(df: float) -> str:
+    if math.isnan(df):
+        return MISSING
+    if math.isinf(df):
+        return "inf"
+    return f"{df:.1f}" if df < 1e5 else f"{df:.3g}"
+
+
 def _format_z(value: float) -> str:
     return _format(value, ".3f" if abs(value) < 1e5 else ".3e")
 
@@ -160,18 +168,24 @@ def _random_cells(table: pd.DataFrame) -> tuple[_Cells, list[list[str]]]:
 
 def _fixed_cells(table: pd.DataFrame) -> _Cells:
     names = list(table.columns)
-    lower, upper = names[4:]
+    letter = "z" if "z" in names else "t"
+    lower, upper = names[-2:]
     estimates = table[["coef", "std err", lower, upper]].to_numpy(float)
     # Where nothing at all was estimated, it is the fit that failed.
     failed = bool(np.isnan(estimates[:, 0]).all())
     rows = []
-    for block, z, p in zip(
-        _format_block(estimates, estimates[:, 1:2]), table["z"], table["P>|z|"], strict=True
+    degrees = [[_format_df(df)] for df in table["df"]] if "df" in names else [[]] * len(table)
+    for block, df, t, p in zip(
+        _format_block(estimates, estimates[:, 1:2]),
+        degrees,
+        table[letter],
+        table[f"P>|{letter}|"],
+        strict=True,
     ):
         coef, se, low, high = block
         if coef == MISSING and not failed:
             coef = "aliased"
-        rows.append([coef, se, _format_z(z), _format_p(p), low, high])
+        rows.append([coef, se, *df, _format_z(t), _format_p(p), low, high])
     return _Cells([""], [[str(name)] for name in table.index], names, rows)
 
 

@@ -17,6 +17,10 @@ from .constraints import Settings, TermColumns
 from .design import Design
 from .estimation import Estimates
 from .inference import variance, wald
+from .inference.denominator import DEFAULT, Denominator
+from .inference.denominator import denominator as method_of
+from .inference.parameters import VarianceParameters, natural_parameters, theta_parameters
+from .inference.sensitivity import Sensitivity, sensitivity
 from .modes import Effects, conditional_effects
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
@@ -174,18 +178,99 @@ class Fit:
     @cached_property
     def tvalues(self) -> pd.Series:
         """Coefficients over their standard errors."""
-        return (self.params / self.bse).rename("z")
+        return (self.params / self.bse).rename("t")
+
+    @property
+    def df(self) -> pd.Series:
+        """Satterthwaite's degrees of freedom of each coefficient; see :meth:`coefficients`."""
+        return self.coefficients()["df"]
+
+    @property
+    def pvalues(self) -> pd.Series:
+        """Two-sided p-values with Satterthwaite's degrees of freedom; see :meth:`coefficients`."""
+        return self.coefficients()["P>|t|"]
+
+    def coefficients(self, ddf: str | None = None, alpha: float = 0.05) -> pd.DataFrame:
+        """Return the tests of the single coefficients.
+
+        Args:
+            ddf: the degrees of freedom: "satterthwaite" (None), "kenward-roger" (REML; with the
+                adjusted standard errors), "kenward-roger-linear" (without second derivatives of a
+                covariance structure), "between-within" (nested factors, by counting), "residual"
+                (n - p), or "normal".
+            alpha: one minus the level of the confidence limits.
+
+        Returns:
+            A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``P>|t|`` and the limits
+            (``z`` and no ``df`` with "normal"); NaN for aliased columns.
+
+        Raises:
+            ValueError: for an unknown method, or one that the fit does not allow.
+
+        Example:
+            >>> import lmmax
+            >>> pastes = lmmax.datasets.load("pastes")
+            >>> fit = lmmax.fit("strength ~ 1 + (1 | batch/cask)", pastes)
+            >>> fit.coefficients(ddf="kenward-roger")[["coef", "std err", "df"]].round(3)
+                         coef  std err   df
+            Intercept  60.053    0.677  9.0
+        """
+        test = self.denominator(ddf)
+        L = np.eye(len(self.estimates.beta))
+        table = wald.coefficient_table(test, L, self.estimates.beta, np.zeros(len(L)), alpha)
+        names = list(self.design.x_names)
+        table.index = pd.Index([names[j] for j in self.layout.fixed.kept])
+        return table.reindex(names)
+
+    def denominator(self, ddf: str | None = None) -> Denominator:
+        """Return a method for degrees of freedom, ready for any contrasts of the coefficients.
+
+        For tests and confidence limits see :meth:`coefficients`, :meth:`t_test` and
+        :meth:`f_test`; this is what they share, evaluated once for each method.
+        """
+        name = DEFAULT if ddf is None else ddf
+        if name not in self._denominators:
+            self._denominators[name] = method_of(self, name)
+        return self._denominators[name]
 
     @cached_property
-    def pvalues(self) -> pd.Series:
-        """Two-sided p-values from the normal distribution (large-sample)."""
-        values = wald.normal_pvalues(self.tvalues.to_numpy())
-        return pd.Series(values, index=self.params.index, name="P>|z|")
+    def _denominators(self) -> dict[str, Denominator]:
+        return {}
 
-    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
-        """Wald confidence limits of the coefficients, level ``1 - alpha``, normal quantiles."""
-        half = wald.normal_quantile(alpha) * self.bse
-        return pd.DataFrame({"lower": self.params - half, "upper": self.params + half})
+    @cached_property
+    def covariance_slopes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``Phi``, ``P`` of X, and ``to_x`` of a :class:`Sensitivity`: first derivatives only."""
+        if self.estimates.slopes is not None:
+            return self.estimates.slopes
+        at = self.sensitivity
+        return at.Phi, at.P_x, at.to_x
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """How the precision of the data moves with the variance parameters; for inference."""
+        return sensitivity(self.compression, self.estimates)
+
+    @cached_property
+    def natural_parameters(self) -> VarianceParameters:
+        """Variances, covariances and scale that were estimated, by name, with derivatives."""
+        return natural_parameters(self.estimates, self.terms, self.effect_names, self.group_names)
+
+    @cached_property
+    def theta_parameters(self) -> VarianceParameters:
+        """The same for theta and the scale."""
+        return theta_parameters(self.estimates, self.terms, self.effect_names, self.group_names)
+
+    def conf_int(self, alpha: float = 0.05, ddf: str | None = None) -> pd.DataFrame:
+        """Wald confidence limits of the coefficients, level ``1 - alpha``.
+
+        Args:
+            alpha: one minus the level.
+            ddf: the degrees of freedom, as in :meth:`coefficients`.
+
+        For profile and bootstrap limits, of variance parameters too, see :func:`lmmax.confint`.
+        """
+        limits = self.coefficients(ddf, alpha).iloc[:, -2:]
+        return limits.set_axis(["lower", "upper"], axis=1)
 
     @property
     def df_resid(self) -> int:
@@ -439,31 +524,73 @@ class Fit:
             self, newdata, random_effects=random_effects, new_levels=new_levels, offset=offset
         )
 
+    def predict_mean(
+        self,
+        newdata: Any = None,
+        *,
+        ddf: str | None = None,
+        alpha: float = 0.05,
+        offset: Any = None,
+    ) -> pd.DataFrame:
+        """Predict the population mean for new rows, with standard errors and confidence limits.
+
+        The limits are for the mean ``x'beta`` of all groups, random effects left out: not for one
+        group, and not for a new observation.
+
+        Args:
+            newdata: as in :meth:`predict`; the rows of the fit by default.
+            ddf: the degrees of freedom, as in :meth:`coefficients`.
+            alpha: one minus the level of the limits.
+            offset: as in :meth:`predict`.
+
+        Returns:
+            A row per row of newdata: ``predicted``, ``std err``, ``df`` and the limits; NaN where a
+            needed value is missing.
+
+        Example:
+            >>> import lmmax
+            >>> sleep = lmmax.datasets.load("sleepstudy")
+            >>> fit = lmmax.fit("Reaction ~ Days + (1 + Days | Subject)", sleep)
+            >>> fit.predict_mean({"Days": [0, 9]}).round(2)
+               predicted  std err    df  [0.025  0.975]
+            0     251.41     6.82  17.0  237.01  265.80
+            1     345.61    14.63  17.0  314.75  376.47
+        """
+        return wald.mean_predictions(self, newdata, ddf, alpha, offset)
+
     # --- tests ------------------------------------------------------------------------------
 
-    def t_test(self, hypothesis: Any, alpha: float = 0.05) -> wald.ContrastTable:
-        """Test each linear hypothesis on the coefficients on its own (normal distribution).
+    def t_test(
+        self, hypothesis: Any, alpha: float = 0.05, ddf: str | None = None
+    ) -> wald.ContrastTable:
+        """Test each linear hypothesis on the coefficients on its own.
 
         Args:
             hypothesis: ``"Time = 7"``, several joined by commas or in a list, or a matrix with a
                 column per coefficient (tested against zero), or a tuple (matrix, values).
             alpha: one minus the level of the confidence limits.
+            ddf: the degrees of freedom, as in :meth:`coefficients`.
 
         Raises:
             wald.HypothesisError: if a name is not a coefficient, or the shape does not fit.
         """
-        return wald.t_test(self.params, self.cov_params(), hypothesis, alpha)
+        return wald.t_test(self, hypothesis, alpha, ddf)
+
+    def f_test(self, hypothesis: Any, ddf: str | None = None) -> wald.WaldTest:
+        """Test linear hypotheses jointly by F.
+
+        Args:
+            hypothesis: as in :meth:`t_test`.
+            ddf: the denominator degrees of freedom, as in :meth:`coefficients`.
+
+        Raises:
+            wald.HypothesisError: as in :meth:`t_test`, or if the hypotheses are dependent.
+        """
+        return wald.joint_test(self, hypothesis, ddf)
 
     def wald_test(self, hypothesis: Any) -> wald.WaldTest:
-        """Test linear hypotheses jointly by the chi-squared Wald statistic."""
-        return wald.wald_test(self.params, self.cov_params(), hypothesis)
-
-    def f_test(self, hypothesis: Any) -> wald.WaldTest:
-        """Test linear hypotheses jointly by F with ``df_resid`` denominator degrees of freedom.
-
-        As in statsmodels; the denominator ignores the grouping, so it is liberal in small samples.
-        """
-        return wald.wald_test(self.params, self.cov_params(), hypothesis, self.df_resid)
+        """Test linear hypotheses jointly by the chi-squared Wald statistic (large-sample)."""
+        return wald.joint_test(self, hypothesis, "normal")
 
     # --- convergence ------------------------------------------------------------------------
 
@@ -536,11 +663,16 @@ class Fit:
 
     # --- output -----------------------------------------------------------------------------
 
-    def summary(self, alpha: float = 0.05) -> Summary:
-        """Return the printed summary: text by ``print``, HTML in a notebook."""
+    def summary(self, alpha: float = 0.05, ddf: str | None = None) -> Summary:
+        """Return the printed summary: text by ``print``, HTML in a notebook.
+
+        Args:
+            alpha: one minus the level of the confidence limits.
+            ddf: the degrees of freedom of the coefficients, as in :meth:`coefficients`.
+        """
         from .summary import summarize
 
-        return summarize(self, alpha)
+        return summarize(self, alpha, ddf)
 
     def __str__(self) -> str:
         return str(self.summary())

@@ -11,12 +11,32 @@ import numpy as np
 import pandas as pd
 
 from .constraints import TermColumns
-from .inference.wald import normal_pvalues, normal_quantile
+from .inference.denominator import DEFAULT
 from .rendering import html, text
 from .results import MESSAGES, Fit
 
 MANY_PARAMETERS = 4
 """Most parameters of a structure that a note spells out."""
+DDF_NOTES = {
+    "satterthwaite": "Degrees of freedom by Satterthwaite's method.",
+    "kenward-roger": (
+        "Degrees of freedom and standard errors of the coefficients by Kenward and Roger's method."
+    ),
+    "kenward-roger-linear": (
+        "Degrees of freedom and standard errors of the coefficients by Kenward and Roger's method, "
+        "without second derivatives of the covariance."
+    ),
+    "between-within": (
+        "Degrees of freedom by counting groups and rows (between and within groups); they do not "
+        "know how variable the random effects are."
+    ),
+    "residual": (
+        "Degrees of freedom are rows less coefficients, which ignores the grouping: too many for "
+        "effects that vary between groups."
+    ),
+    "normal": "z, P>|z| and the confidence limits are large-sample ones (normal distribution).",
+}
+"""What the summary says of each method of :mod:`lmmax.inference.denominator`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,15 +83,16 @@ class Summary:
         return html(self)
 
 
-def summarize(fit: Fit, alpha: float = 0.05) -> Summary:
+def summarize(fit: Fit, alpha: float = 0.05, ddf: str | None = None) -> Summary:
     """Return the summary of a fit, with confidence limits of level ``1 - alpha``.
 
     Args:
         fit: the fitted model.
         alpha: one minus the confidence level.
+        ddf: the degrees of freedom of the coefficients, as in :meth:`lmmax.Fit.coefficients`.
 
     Raises:
-        ValueError: if alpha does not lie between 0 and 1.
+        ValueError: if alpha does not lie between 0 and 1, or for an unknown ddf.
 
     Example:
         >>> import lmmax
@@ -82,10 +103,10 @@ def summarize(fit: Fit, alpha: float = 0.05) -> Summary:
     return Summary(
         title=f"Linear mixed model fit by {'REML' if fit.reml else 'maximum likelihood'}",
         formula=fit.formula,
-        tables=(_header(fit), _random_effects(fit), _fixed_effects(fit, alpha)),
+        tables=(_header(fit), _random_effects(fit), fit.coefficients(ddf, alpha)),
         residuals=_residual_quantiles(fit),
         warnings=_warnings(fit),
-        notes=_notes(fit),
+        notes=_notes(fit, ddf or DEFAULT),
     )
 
 
@@ -172,25 +193,6 @@ def _structure_rows(fit: Fit, term: TermColumns) -> list[list[Any]]:
     return rows
 
 
-def _fixed_effects(fit: Fit, alpha: float) -> pd.DataFrame:
-    coef = fit.params.to_numpy()
-    se = fit.bse.to_numpy()
-    half = normal_quantile(alpha) * se
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = coef / se
-    return pd.DataFrame(
-        {
-            "coef": coef,
-            "std err": se,
-            "z": z,
-            "P>|z|": normal_pvalues(z),
-            f"[{0.5 * alpha:.10g}": coef - half,
-            f"{1.0 - 0.5 * alpha:.10g}]": coef + half,
-        },
-        index=fit.params.index,
-    )
-
-
 def _residual_quantiles(fit: Fit) -> pd.Series:
     values = fit.design.y - fit.fittedvalues.to_numpy()
     if fit.design.weights is not None:
@@ -211,7 +213,7 @@ def _warnings(fit: Fit) -> tuple[str, ...]:
     )
 
 
-def _notes(fit: Fit) -> tuple[str, ...]:
+def _notes(fit: Fit, ddf: str) -> tuple[str, ...]:
     notes = [_sentence(note) for note in fit.notes]
     if not fit.converged:
         record = fit.convergence
@@ -241,7 +243,7 @@ def _notes(fit: Fit) -> tuple[str, ...]:
         )
     if fit.reml:
         notes.append("Under REML, AIC and BIC compare only models with the same fixed effects.")
-    notes.append("z, P>|z| and the confidence limits are large-sample ones (normal distribution).")
+    notes.append(DDF_NOTES[ddf])
     return tuple(notes)
 
 

@@ -26,6 +26,8 @@ def test_nlme(record: dict[str, Any]) -> None:
     assert fit.n_params == results["npar"]
     np.testing.assert_allclose(fit.params, matrix(results["fixef"]), rtol=1e-6)
     np.testing.assert_allclose(fit.bse, matrix(results["se"]), rtol=1e-6)
+    inner_outer = fit.coefficients("between-within")["df"]
+    np.testing.assert_array_equal(inner_outer, results["inner_outer"]["df"])
     assert math.sqrt(fit.scale) == pytest.approx(results["sigma"], rel=1e-6)
     # The terms stand outer factor first, in the record as in the formula.
     cov = block_diag(*[matrix(term["cov"]) for term in results["varcorr"]])

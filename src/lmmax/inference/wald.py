@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import ast
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.scipy.special as special
 import numpy as np
 import pandas as pd
 
+from .denominator import Denominator, HypothesisError, t_pvalues, t_quantiles
 
-class HypothesisError(ValueError):
-    """A hypothesis that does not fit the model's coefficients."""
-
-
-def normal_pvalues(z: np.ndarray) -> np.ndarray:
-    """Return two-sided p-values of standard normal statistics."""
-    return np.array([math.erfc(abs(value) / math.sqrt(2.0)) for value in z])
-
-
-def normal_quantile(alpha: float) -> float:
-    """Return the upper ``alpha / 2`` quantile of the standard normal distribution."""
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha={alpha!r} must lie between 0 and 1 (0.05 for 95% limits)")
-    return NormalDist().inv_cdf(1.0 - 0.5 * alpha)
+if TYPE_CHECKING:
+    from ..results import Fit
 
 
 def format_pvalue(p: float) -> str:
@@ -39,7 +24,11 @@ def format_pvalue(p: float) -> str:
 
 _FORMATS: dict[str, Any] = {
     "float_format": "{:.4g}".format,
-    "formatters": {"z": "{:.3f}".format, "P>|z|": format_pvalue},
+    "formatters": {
+        "df": "{:.2f}".format,
+        **dict.fromkeys("tz", "{:.3f}".format),
+        **dict.fromkeys(["P>|t|", "P>|z|"], format_pvalue),
+    },
 }
 
 
@@ -48,7 +37,8 @@ class ContrastTable:
     """Tests of single hypotheses.
 
     Attributes:
-        table: a row per hypothesis: estimate, standard error, z, p-value, confidence limits.
+        table: a row per hypothesis: estimate, standard error, degrees of freedom, t, p-value, and
+            confidence limits.
     """
 
     table: pd.DataFrame
@@ -81,68 +71,73 @@ class WaldTest:
         if self.df_denom is None:
             head = f"chi2({self.df_num}) = {self.statistic:.4g}"
         else:
-            head = f"F({self.df_num}, {self.df_denom:g}) = {self.statistic:.4g}"
+            head = f"F({self.df_num}, {self.df_denom:.4g}) = {self.statistic:.4g}"
         p = "p < 0.001" if self.pvalue < 0.0005 else f"p = {self.pvalue:.3f}"
         return f"Wald test: {head}, {p}"
 
 
-def t_test(
-    params: pd.Series, cov: pd.DataFrame, hypothesis: Any, alpha: float = 0.05
-) -> ContrastTable:
+def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: str | None) -> ContrastTable:
     """Test each row of a hypothesis on its own; see :meth:`lmmax.Fit.t_test`."""
-    R, values, names = linear_hypotheses(params, hypothesis)
-    estimate = R @ params.fillna(0.0).to_numpy()
-    error = np.sqrt(np.einsum("ij,jk,ik->i", R, cov.fillna(0.0).to_numpy(), R))
-    z = (estimate - values) / error
-    half = normal_quantile(alpha) * error
-    table = pd.DataFrame(
-        {
-            "coef": estimate,
-            "std err": error,
-            "z": z,
-            "P>|z|": normal_pvalues(z),
-            f"[{alpha / 2:g}": estimate - half,
-            f"{1 - alpha / 2:g}]": estimate + half,
-        },
-        index=names,
-    )
-    return ContrastTable(table)
+    R, values, names = linear_hypotheses(fit.params, hypothesis)
+    test, L = fit.denominator(ddf), R[:, fit.layout.fixed.kept]
+    table = coefficient_table(test, L, L @ fit.estimates.beta, values, alpha)
+    return ContrastTable(table.set_axis(names))
 
 
-def wald_test(
-    params: pd.Series, cov: pd.DataFrame, hypothesis: Any, df_denom: float | None = None
-) -> WaldTest:
-    """Test hypotheses jointly, by chi-squared or, with ``df_denom``, by F."""
-    R, values, _ = linear_hypotheses(params, hypothesis)
-    difference = R @ params.fillna(0.0).to_numpy() - values
-    V = R @ cov.fillna(0.0).to_numpy() @ R.T
-    unit = np.sqrt(np.diag(V))
-    V = V / np.outer(unit, unit)
-    rank = int(np.linalg.matrix_rank(V, hermitian=True))
-    if rank < len(V):
-        raise HypothesisError(
-            f"the {len(V)} hypotheses are linearly dependent (rank {rank}); leave out the "
-            "redundant ones"
-        )
-    difference = difference / unit
-    statistic = float(difference @ np.linalg.solve(V, difference))
-    if df_denom is None:
-        return WaldTest(statistic, rank, None, chi2_upper(statistic, rank))
-    statistic /= rank
-    return WaldTest(statistic, rank, df_denom, f_upper(statistic, rank, df_denom))
+def coefficient_table(
+    test: Denominator, L: np.ndarray, estimate: np.ndarray, values: np.ndarray, alpha: float
+) -> pd.DataFrame:
+    """Return the table of tests of ``L beta = values``, one by one.
+
+    Args:
+        test: the method for the degrees of freedom.
+        L: contrasts of the coefficients that were kept, (r, p).
+        estimate: ``L beta``, (r,).
+        values: hypothetical values, (r,).
+        alpha: one minus the level of the confidence limits.
+    """
+    error, df = test.errors(L), test.degrees(L)
+    half = t_quantiles(alpha, df) * error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (estimate - values) / error
+    letter = "z" if test.method == "normal" else "t"
+    columns = {
+        "coef": estimate,
+        "std err": error,
+        "df": df,
+        letter: t,
+        f"P>|{letter}|": t_pvalues(t, df),
+        f"[{0.5 * alpha:.10g}": estimate - half,
+        f"{1.0 - 0.5 * alpha:.10g}]": estimate + half,
+    }
+    if letter == "z":
+        del columns["df"]
+    return pd.DataFrame(columns)
 
 
-def chi2_upper(statistic: float, df: float) -> float:
-    """Return the upper tail probability of the chi-squared distribution."""
-    with jax.enable_x64(True):
-        return float(special.gammaincc(0.5 * df, 0.5 * statistic))
+def mean_predictions(
+    fit: Fit, newdata: Any, ddf: str | None, alpha: float, offset: Any
+) -> pd.DataFrame:
+    """Return predictions of the mean; see :meth:`lmmax.Fit.predict_mean`."""
+    predicted = fit.predict(newdata, random_effects=False, offset=offset)
+    X = fit.design.X if newdata is None else fit.design.new_data(newdata, need_groups=False).X
+    known = predicted.notna().to_numpy()
+    L, at = X[known][:, fit.layout.fixed.kept], predicted.to_numpy()[known]
+    table = coefficient_table(fit.denominator(ddf), L, at, np.zeros(len(L)), alpha)
+    table = table.drop(columns=[name for name in table if str(name)[0] in "tzP"])
+    table = table.rename(columns={"coef": "predicted"}).set_axis(predicted.index[known])
+    return table.reindex(predicted.index)
 
 
-def f_upper(statistic: float, df_num: float, df_denom: float) -> float:
-    """Return the upper tail probability of the F distribution."""
-    with jax.enable_x64(True):
-        ratio = df_denom / (df_denom + df_num * statistic)
-        return float(special.betainc(0.5 * df_denom, 0.5 * df_num, ratio))
+def joint_test(fit: Fit, hypothesis: Any, ddf: str | None) -> WaldTest:
+    """Test hypotheses jointly; see :meth:`lmmax.Fit.f_test` and :meth:`lmmax.Fit.wald_test`."""
+    R, values, _ = linear_hypotheses(fit.params, hypothesis)
+    L = R[:, fit.layout.fixed.kept]
+    test = fit.denominator(ddf)
+    found = test.joint(L, L @ fit.estimates.beta - values)
+    if test.method == "normal":
+        return WaldTest(found.statistic * found.df_num, found.df_num, None, found.pvalue)
+    return WaldTest(found.statistic, found.df_num, found.df_den, found.pvalue)
 
 
 def linear_hypotheses(

@@ -31,10 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..linalg import gls, gram_lower, inverse_lower, ldl, solve_unit_lower
+from ..linalg import gram_lower, inverse_lower, ldl, solve_unit_lower
 from . import problem as form
 from .cells import Cells
-from .problem import Derivatives, Problem, Reduction, assemble, duplication, spread
+from .problem import (
+    Derivatives,
+    Expansion,
+    Hold,
+    Problem,
+    Reduction,
+    assemble,
+    duplication,
+    spread,
+)
 
 SINGLE_PRECISION_ORDER = 512
 """Order of the tail from which the largest product of the Hessian is in single precision: six of
@@ -259,9 +268,36 @@ def reduce(problem: CrossedProblem, D: Array) -> tuple[Array, Array]:
 
 @form.derivatives.register
 def derivatives(
-    problem: CrossedProblem, D: Array, reml: Array, log_scale: Array, profile: Array
+    problem: CrossedProblem,
+    D: Array,
+    reml: Array,
+    log_scale: Array,
+    profile: Array,
+    hold: Hold | None = None,
 ) -> Derivatives:
-    """Evaluate the criterion with its exact gradient and Hessian.
+    """Evaluate the criterion with its exact gradient and Hessian, and the conditional effects."""
+    inside, moved, at, own, head_w = _expand(problem, D)
+    found = inside.shifted(-moved)
+    result = assemble(problem, found.at, found.curvature, reml, log_scale, profile, hold)
+    # The Hessian as a whole is that a little inside, where its parts belong together.
+    whole = assemble(problem, inside.at, inside.curvature, reml, log_scale, profile, hold)
+    effects = _effects(problem, at, D, own, result.beta, head_w)
+    result = result._replace(hessian=whole.hessian, effects=effects)
+    return spread(result, problem.slices, len(D))
+
+
+@form.expand.register
+def expand(problem: CrossedProblem, D: Array) -> Expansion:
+    """Return the reduction at ``D`` to second order."""
+    inside, moved, *_ = _expand(problem, D)
+    return inside.shifted(-moved)
+
+
+def _expand(problem: CrossedProblem, D: Array) -> tuple[Expansion, Array, Posterior, Any, Any]:
+    """Return the expansion a little inside from ``D``, and how far that is, in its entries (k,).
+
+    Besides, for the conditional effects: the evaluation, the head's own blocks of ``Z'V^-1 Z``,
+    and its ``Z'V^-1 [X y]``.
 
     For all effects together, with ``K = Z' V^-1 Z``, ``P = Z' V^-1 [X y]``, and ``E_c`` the
     derivative of ``D (x) I`` in its c-th entry::
@@ -313,40 +349,39 @@ def derivatives(
         gap = jnp.sum(eye - jnp.einsum("ambm->abm", _block(M, tail, tail)), axis=-1)
         logdet_slope.append(jnp.einsum("ab,abc->c", gap, E))
         directions.append(u.reshape(tail.effects * tail.levels, -1, width))
-    logdet_hessian = _logdet_hessian(problem, at, own)
 
-    def curvature(outer: Array) -> Array:
-        grid: list[list[Any]] = []
-        offset = min(q1, 1)
+    # P' E_c K E_d P between the blocks.
+    grid: list[list[Any]] = []
+    offset = min(q1, 1)
+    if q1:
+        z = from_head(u_head.reshape(q1, -1, u_head.shape[-1]))
+        out = jnp.einsum("abm,bcxm->acxm", head_K, u_head) - to_head(M @ z).reshape(u_head.shape)
+        grid.append([jnp.einsum("acxm,adym->cdxy", u_head, out)])
+    for i, (f, u) in enumerate(zip(problem.tails, directions, strict=True)):
+        outward = u.reshape(len(u), -1)
+        product = M[:, f.columns] @ outward
+        row = []
         if q1:
-            u = jnp.einsum("acxm,xy->acym", u_head, outer)
-            z = from_head(u.reshape(q1, -1, u.shape[-1]))
-            out = jnp.einsum("abm,bcxm->acxm", head_K, u) - to_head(M @ z).reshape(u.shape)
-            grid.append([jnp.einsum("acxm,adxm->cd", u_head, out)])
-        for i, (f, u) in enumerate(zip(problem.tails, directions, strict=True)):
-            outward = (u @ outer).reshape(len(u), -1)
-            product = M[:, f.columns] @ outward
-            row = []
-            if q1:
-                out = to_head(product).reshape(q1, -1, width, u_head.shape[-1])
-                across = jnp.einsum("acxm,adxm->cd", u_head, out)
-                grid[0].append(across)
-                row.append(across.T)
-            product = (-product).at[f.columns].add(outward)  # K = I - M
-            for j, (g, v) in enumerate(zip(problem.tails, directions, strict=True)):
-                if j < i:
-                    row.append(grid[offset + j][offset + i].T)
-                else:
-                    out = product[g.columns].reshape(len(v), -1, width)
-                    row.append(jnp.einsum("ndx,ncx->cd", v, out))
-            grid.append(row)
-        return 2.0 * jnp.block(grid) + logdet_hessian
-
+            out = to_head(product).reshape(q1, -1, width, u_head.shape[-1])
+            across = jnp.einsum("acxm,adym->cdxy", u_head, out)
+            grid[0].append(across)
+            row.append(across.transpose(1, 0, 3, 2))
+        product = (-product).at[f.columns].add(outward)  # K = I - M
+        for j, (g, v) in enumerate(zip(problem.tails, directions, strict=True)):
+            if j < i:
+                row.append(grid[offset + j][offset + i].transpose(1, 0, 3, 2))
+            else:
+                out = product[g.columns].reshape(len(v), -1, width)
+                row.append(jnp.einsum("ncx,ndy->cdxy", out, v))
+        grid.append(row)
+    half = jnp.concatenate([jnp.concatenate(row, axis=1) for row in grid])
     reduction = Reduction(at.S, at.logdet, jnp.concatenate(S_slope), jnp.concatenate(logdet_slope))
-    found = assemble(problem, reduction, curvature, reml, log_scale, profile)
-    found = _back(problem, found, reduction, moved, profile)
-    found = found._replace(effects=_effects(problem, at, D, own, found.beta, head_w))
-    return spread(found, problem.slices[0 if q1 else 1 :], len(D))
+    found = Expansion(
+        at=reduction,
+        S_bend=half + half.transpose(1, 0, 2, 3),
+        logdet_bend=_logdet_hessian(problem, at, own),
+    )
+    return found, _diagonal_entries(problem, moved), at, own, head_w
 
 
 def _entries(problem: CrossedProblem, at: Posterior) -> list[Array]:
@@ -379,37 +414,14 @@ def _inside(problem: CrossedProblem, D: Array) -> Array:
     return moved
 
 
-def _back(
-    problem: CrossedProblem,
-    found: Derivatives,
-    at: Reduction,
-    moved: Array,
-    profile: Array,
-) -> Derivatives:
-    """Expand derivatives at ``D + diag(moved)`` back to D, to second order."""
-    steps = []
+def _diagonal_entries(problem: CrossedProblem, diagonal: Array) -> Array:
+    """Return a diagonal (q,) of D in the triangles of its blocks, (k,)."""
+    parts = []
     for here in problem.slices:
-        q = here.stop - here.start
-        rows, columns = np.tril_indices(q)
-        step = jnp.where(rows == columns, moved[here][rows] if q else 0.0, 0.0)
-        steps.append(-step)
-    change = jnp.concatenate(steps).astype(found.gradient.dtype)
-    change = jnp.append(change, 0.0)
-    value = found.value + found.gradient @ change + 0.5 * change @ found.hessian @ change
-    gradient = found.gradient + found.hessian @ change
-    # The scale, profiled out there, has its minimum elsewhere here.
-    shift = jnp.where(profile, -gradient[-1] / found.hessian[-1, -1], 0.0)
-    value = value + 0.5 * gradient[-1] * shift
-    gradient = gradient + found.hessian[-1] * shift
-    gradient = gradient.at[-1].set(jnp.where(profile, 0.0, gradient[-1]))
-    beta, inverse, _, _ = gls(at.S + jnp.tensordot(change[:-1], at.S_slope, 1))
-    return found._replace(
-        value=value,
-        gradient=gradient,
-        log_scale=found.log_scale + shift,
-        beta=beta,
-        beta_inverse=inverse,
-    )
+        rows, columns = np.tril_indices(here.stop - here.start)
+        on = jnp.asarray(rows == columns, diagonal.dtype)
+        parts.append(diagonal[here][rows] * on if len(rows) else diagonal[:0])
+    return jnp.concatenate(parts)
 
 
 def conditional_effects(

@@ -22,11 +22,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from ..linalg import ldl, multiply, solve_unit_lower, symmetrize, turn
 from . import problem as form
-from .problem import Derivatives, Problem, Reduction, assemble, duplication
+from .problem import Derivatives, Expansion, Hold, Problem, Reduction, assemble, duplication
 
 CHUNK_GROUPS = 2048
 """Groups handled together in one pass, so that intermediates stay in the processor's cache."""
@@ -118,7 +119,12 @@ def _moments(white: Array) -> tuple[Array, Array]:
 
 @form.derivatives.register
 def derivatives(
-    problem: GroupedProblem, D: Array, reml: Array, log_scale: Array, profile: Array
+    problem: GroupedProblem,
+    D: Array,
+    reml: Array,
+    log_scale: Array,
+    profile: Array,
+    hold: Hold | None = None,
 ) -> Derivatives:
     """Evaluate the criterion with its exact gradient and Hessian in one pass over the groups.
 
@@ -163,7 +169,54 @@ def derivatives(
         return 0.5 * (T + T.T)
 
     at = Reduction(S + problem.C, logdet, -M, twice.T @ K_sum)
-    return assemble(problem, at, curvature, reml, log_scale, profile)
+    return assemble(problem, at, curvature, reml, log_scale, profile, hold)
+
+
+@form.expand.register
+def expand(problem: GroupedProblem, D: Array) -> Expansion:
+    """Return the reduction at ``D`` to second order, in one pass over the groups.
+
+    The second derivatives of S are kept apart here, which the solver has no use for:
+    ``S_cd = sum P' (E_c K E_d + E_d K E_c) P``, from ``sum K_ab P P'`` for each pair of effects.
+    """
+    q, width, _ = problem.Y.shape
+    pairs = [(a, b) for a in range(q) for b in range(a + 1)]
+
+    def one_pass(U: Array, Y: Array, weight: Array) -> tuple[Any, tuple[()]]:
+        white, logdets = _whiten(U, Y, D)
+        P, K = _moments(white)
+        Y_white, P_flat, K_flat = white[:, q:], P.reshape(q * width, -1), K.reshape(q * q, -1)
+        sums = (
+            jnp.einsum("axm,aym->xy", Y_white, Y_white),
+            jnp.sum(weight * logdets),
+            P_flat @ P_flat.T,
+            K_flat @ weight,
+            (weight * K_flat) @ K_flat.T,
+            jnp.stack([(K[a, b] * P_flat) @ P_flat.T for a, b in pairs]),
+        )
+        return sums, ()
+
+    data = (jnp.asarray(problem.U), jnp.asarray(problem.Y), jnp.asarray(problem.weight))
+    (S, logdet, M, K_sum, KK, KM), _ = _over_chunks(one_pass, data)
+    E = jnp.asarray(duplication(q), S.dtype)
+    M = M.reshape(q, width, q, width)
+    KK = KK.reshape(q, q, q, q)
+    to = np.zeros((q, q), dtype=np.int32)
+    for i, (a, b) in enumerate(pairs):
+        to[a, b] = to[b, a] = i
+    KM = KM[to].reshape(q, q, q, width, q, width)
+    half = jnp.einsum("dac,abdxey,bef->cfxy", E, KM, E, optimize=True)
+    at = Reduction(
+        S=S + problem.C,
+        logdet=logdet,
+        S_slope=-jnp.einsum("abc,axby->cxy", E, M),
+        logdet_slope=jnp.einsum("abc,ab->c", E, K_sum.reshape(q, q)),
+    )
+    return Expansion(
+        at=at,
+        S_bend=half + half.transpose(1, 0, 2, 3),
+        logdet_bend=-jnp.einsum("abc,bgha,ghf->cf", E, KK, E, optimize=True),
+    )
 
 
 def _over_chunks(

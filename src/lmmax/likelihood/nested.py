@@ -35,7 +35,16 @@ from jax import Array, lax
 
 from ..linalg import ldl, multiply, solve_unit_lower, symmetrize, turn
 from . import problem as form
-from .problem import Derivatives, Problem, Reduction, assemble, duplication, spread
+from .problem import (
+    Derivatives,
+    Expansion,
+    Hold,
+    Problem,
+    Reduction,
+    assemble,
+    duplication,
+    spread,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -180,9 +189,22 @@ def reduce(problem: NestedProblem, D: Array) -> tuple[Array, Array]:
 
 @form.derivatives.register
 def derivatives(
-    problem: NestedProblem, D: Array, reml: Array, log_scale: Array, profile: Array
+    problem: NestedProblem,
+    D: Array,
+    reml: Array,
+    log_scale: Array,
+    profile: Array,
+    hold: Hold | None = None,
 ) -> Derivatives:
-    """Evaluate the criterion with its exact gradient and Hessian.
+    """Evaluate the criterion with its exact gradient and Hessian."""
+    found = expand(problem, D)
+    result = assemble(problem, found.at, found.curvature, reml, log_scale, profile, hold)
+    return spread(result, problem.slices, len(D))
+
+
+@form.expand.register
+def expand(problem: NestedProblem, D: Array) -> Expansion:
+    """Return the reduction at ``D`` to second order.
 
     The finest level's expansion is in closed form, summed over the groups of each parent::
 
@@ -275,15 +297,7 @@ def derivatives(
     )
     S_bend, bends = both[0][position], both[1][position]
     bends = bends.at[:k1, :k1].add(logdet_bend)
-    result = assemble(
-        problem,
-        at_D,
-        lambda outer: bends + jnp.einsum("cdxy,xy->cd", S_bend, outer),
-        reml,
-        log_scale,
-        profile,
-    )
-    return spread(result, problem.slices, len(D))
+    return Expansion(at_D, S_bend, bends)
 
 
 def _outer(P: Array, a: int, b: int) -> Array:

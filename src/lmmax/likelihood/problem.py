@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 
 from ..linalg import gls
+from ..parameters import pack_triangle
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Problem:
     beta_origin: Any
     y_scale: Any
     log_weights: Any
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Columns of D that belong to each grouping factor, in the order of elimination."""
+        return (slice(0, len(self.n_groups)),)
 
     @property
     def effect_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -93,9 +99,26 @@ def reduce(problem: Any, D: Array) -> tuple[Array, Array]:
     raise TypeError(f"{type(problem).__name__} is not a form of the likelihood")
 
 
+class Hold(NamedTuple):
+    """A linear combination of the coefficients held at a value, in working coordinates.
+
+    Attributes:
+        contrast: its coefficients, (p,); all zero to hold nothing.
+        value: what it is held at.
+    """
+
+    contrast: Array
+    value: Array
+
+
 @singledispatch
 def derivatives(
-    problem: Any, D: Array, reml: Array, log_scale: Array, profile: Array
+    problem: Any,
+    D: Array,
+    reml: Array,
+    log_scale: Array,
+    profile: Array,
+    hold: Hold | None = None,
 ) -> Derivatives:
     """Evaluate the criterion with its exact gradient and Hessian.
 
@@ -105,6 +128,17 @@ def derivatives(
         reml: 1.0 for REML, 0.0 for ML.
         log_scale: value of ``s`` where it is not profiled out.
         profile: whether ``s`` is set to its minimiser given D.
+        hold: a combination of the coefficients that is held, for likelihood profiles.
+    """
+    raise TypeError(f"{type(problem).__name__} is not a form of the likelihood")
+
+
+@singledispatch
+def expand(problem: Any, D: Array) -> Expansion:
+    """Return the reduction at ``D (q, q)`` with its first and second derivatives.
+
+    They are in the triangles of D's diagonal blocks, one for each grouping factor, one after the
+    other; see :func:`block_entries`.
     """
     raise TypeError(f"{type(problem).__name__} is not a form of the likelihood")
 
@@ -157,6 +191,40 @@ class Reduction(NamedTuple):
     logdet_slope: Array
 
 
+class Expansion(NamedTuple):
+    """A reduction to second order in k entries of D.
+
+    All that inference on coefficients needs of the data, whatever their number: the blocks of
+    ``S_slope`` and ``S_bend`` that belong to X are ``-X'V^-1 G_c V^-1 X`` and
+    ``X'V^-1 (G_c V^-1 G_d + G_d V^-1 G_c) V^-1 X``, with ``G_c`` the derivative of V.
+
+    Attributes:
+        at: value and slopes.
+        S_bend: second derivatives of S, (k, k, p + 1, p + 1).
+        logdet_bend: second derivatives of logdet, ``-tr(V^-1 G_c V^-1 G_d)``, (k, k).
+    """
+
+    at: Reduction
+    S_bend: Array
+    logdet_bend: Array
+
+    def curvature(self, outer: Array) -> Array:
+        """Return ``logdet_cd + tr(outer S_cd)``, (k, k)."""
+        return self.logdet_bend + jnp.einsum("cdxy,xy->cd", self.S_bend, outer)
+
+    def shifted(self, change: Array) -> Expansion:
+        """Return the expansion around the point ``change (k,)`` away, to second order."""
+        at, S_move = self.at, jnp.tensordot(change, self.S_bend, 1)
+        logdet_move = self.logdet_bend @ change
+        moved = Reduction(
+            S=at.S + jnp.tensordot(change, at.S_slope + 0.5 * S_move, 1),
+            logdet=at.logdet + change @ (at.logdet_slope + 0.5 * logdet_move),
+            S_slope=at.S_slope + S_move,
+            logdet_slope=at.logdet_slope + logdet_move,
+        )
+        return self._replace(at=moved)
+
+
 def assemble(
     problem: Problem,
     at: Reduction,
@@ -164,6 +232,7 @@ def assemble(
     reml: Array,
     log_scale: Array,
     profile: Array,
+    hold: Hold | None = None,
 ) -> Derivatives:
     """Assemble the criterion's derivatives from those of the reduction.
 
@@ -173,6 +242,11 @@ def assemble(
         h_cd = logdet_cd + tr(outer S_cd) - reml tr(A^-1 S_c A^-1 S_d)
                - 2 exp(-s) (S_c v)_X' A^-1 (S_d v)_X,    outer = reml A^-1 + exp(-s) v v'
 
+    Where ``c'beta`` is held at b, beta moves by ``a (b - c'beta) / c'a`` with ``a = A^-1 c``, rss
+    grows by ``(b - c'beta)^2 / c'a``, and ``A^-1 - a a' / c'a`` takes the place of ``A^-1`` in
+    what comes from rss.  ``log|S_XX|`` stays as it is: the restricted criterion has its minimum
+    over b at the estimate.
+
     Args:
         problem: the problem.
         at: value and slope of the reduction in k entries of D.
@@ -180,12 +254,22 @@ def assemble(
         reml: 1.0 for REML, 0.0 for ML.
         log_scale: value of ``s`` where it is not profiled out.
         profile: whether ``s`` is set to its minimiser given D.
+        hold: a combination of the coefficients that is held.
 
     Returns:
         The derivatives in these k entries and s.
     """
     S, p = at.S, at.S.shape[0] - 1
     beta, inverse, rss, logdet_x = gls(S)
+    free = inverse
+    if hold is not None:
+        a = inverse @ hold.contrast
+        size = hold.contrast @ a
+        weight = jnp.where(size > 0.0, 1.0 / jnp.where(size > 0.0, size, 1.0), 0.0)
+        gap = hold.value - hold.contrast @ beta
+        beta = beta + a * (gap * weight)
+        rss = rss + gap**2 * weight
+        free = inverse - weight * jnp.outer(a, a)
     d = degrees_of_freedom(problem, reml).astype(S.dtype)
     s = jnp.where(profile, profiled_log_scale(rss, d), log_scale)
     precision = jnp.exp(-s)
@@ -200,7 +284,7 @@ def assemble(
     outer = precision * jnp.outer(v, v)
     outer = outer.at[:p, :p].add(reml * inverse)
     hessian = curvature(outer) - reml * jnp.einsum("cij,dji->cd", solved, solved)
-    hessian = hessian - 2.0 * precision * (slope_v[:, :p] @ inverse @ slope_v[:, :p].T)
+    hessian = hessian - 2.0 * precision * (slope_v[:, :p] @ free @ slope_v[:, :p].T)
     cross = -precision * rho
     return Derivatives(
         value=value,
@@ -223,6 +307,32 @@ def duplication(q: int) -> np.ndarray:
     return matrix
 
 
+def block_entries(blocks: tuple[slice, ...], q: int) -> np.ndarray:
+    """Return the positions, in the triangle of D (q, q), of those of its diagonal blocks."""
+    positions = {pair: i for i, pair in enumerate(zip(*np.tril_indices(q), strict=True))}
+    place = [
+        positions[here.start + row, here.start + column]
+        for here in blocks
+        for row, column in zip(*np.tril_indices(here.stop - here.start), strict=True)
+    ]
+    return np.asarray(place, dtype=np.int32)
+
+
+def user_entries(problem: Problem) -> np.ndarray:
+    """Return how entries of the user's D move those of the blocks of D in working coordinates.
+
+    A matrix from the triangle of D (q, q) to the triangles of its blocks, as in :func:`expand`.
+    """
+    A = np.asarray(problem.z_factor)
+    place = block_entries(problem.slices, len(A))
+    columns = []
+    for i, j in zip(*np.tril_indices(len(A)), strict=True):
+        E = np.zeros_like(A)
+        E[i, j] = E[j, i] = 1.0
+        columns.append(pack_triangle(A @ E @ A.T)[place])
+    return np.stack(columns, axis=1)
+
+
 def spread(at: Derivatives, blocks: tuple[slice, ...], q: int) -> Derivatives:
     """Put derivatives in the triangles of D's diagonal blocks in their places in that of D.
 
@@ -231,15 +341,8 @@ def spread(at: Derivatives, blocks: tuple[slice, ...], q: int) -> Derivatives:
         blocks: columns of each block, in that order.
         q: order of D.
     """
-    positions = {pair: i for i, pair in enumerate(zip(*np.tril_indices(q), strict=True))}
-    place = [
-        positions[here.start + row, here.start + column]
-        for here in blocks
-        for row, column in zip(*np.tril_indices(here.stop - here.start), strict=True)
-    ]
-    place.append(len(positions))
-    size = len(positions) + 1
-    to = np.asarray(place, dtype=np.int32)
+    size = q * (q + 1) // 2 + 1
+    to = np.append(block_entries(blocks, q), np.int32(size - 1))
     return at._replace(
         gradient=jnp.zeros(size, at.gradient.dtype).at[to].set(at.gradient),
         hessian=jnp.zeros((size, size), at.hessian.dtype)

@@ -1,0 +1,137 @@
+"""How the precision of the data moves with the variance parameters, seen through X and y.
+
+With ``Sigma = sum_c tau_c G_c`` the covariance of the data and tau the natural parameters (the
+lower triangle of ``Psi`` row by row, then the scale), inference needs, for ``W = [X y]``::
+
+    P_c = W' Sigma^-1 G_c Sigma^-1 W      Q_cd = W' Sigma^-1 G_c Sigma^-1 G_d Sigma^-1 W
+    t_c = tr(Sigma^-1 G_c)                t_cd = tr(Sigma^-1 G_c Sigma^-1 G_d)
+
+All of them follow from the second-order expansion of the whitened cross-product of W and of
+``log|V|`` (:func:`lmmax.likelihood.expand`), whose size does not depend on the number of rows, for
+one grouping factor and for several.  Those of the scale follow by homogeneity: the scale times its
+G is ``Sigma`` less the other terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from ..compilation import Compiled
+from ..compilation_cache import compilation_cache
+from ..compress import Compression, EngineError
+from ..compress.iterative import Rows
+from ..estimation import Estimates
+from ..likelihood import expand, user_entries
+from ..parameters import pack_triangle
+
+_expand = Compiled(expand)
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """The quantities above at the estimates.
+
+    There are k = q (q + 1) / 2 + 1 natural parameters in the user's units; entries between two
+    grouping factors are zero.  X is in coordinates in which its columns are orthonormal, y without
+    a part that X explains; ``Q`` holds the symmetric part of each matrix, which is all that enters.
+
+    Attributes:
+        precision: ``W' Sigma^-1 W``, (p + 1, p + 1).
+        P: (k, p + 1, p + 1).
+        Q: (k, k, p + 1, p + 1).
+        trace: (k,).
+        traces: (k, k).
+        v: ``[-beta; 1]``, so that ``W v`` are the residuals, (p + 1,).
+        to_x: from these coordinates to the coefficients of the columns of X that were kept, (p, p).
+    """
+
+    precision: np.ndarray
+    P: np.ndarray
+    Q: np.ndarray
+    trace: np.ndarray
+    traces: np.ndarray
+    v: np.ndarray
+    to_x: np.ndarray
+
+    @cached_property
+    def Phi(self) -> np.ndarray:
+        """Covariance of the coefficients, ``(X' Sigma^-1 X)^-1``, (p, p)."""
+        return np.linalg.inv(self.precision[:-1, :-1])
+
+    @property
+    def P_x(self) -> np.ndarray:
+        """The part of P that belongs to X, (k, p, p)."""
+        return self.P[:, :-1, :-1]
+
+    @property
+    def Q_x(self) -> np.ndarray:
+        """The part of Q that belongs to X, (k, k, p, p)."""
+        return self.Q[:, :, :-1, :-1]
+
+    @cached_property
+    def restricted_traces(self) -> np.ndarray:
+        """``tr(R G_c R G_d)`` with ``R = Sigma^-1 - Sigma^-1 X Phi X' Sigma^-1``, (k, k)."""
+        moved = self.Phi @ self.P_x
+        return np.asarray(
+            self.traces
+            - 2.0 * np.einsum("xy,cdyx->cd", self.Phi, self.Q_x)
+            + np.einsum("cxy,dyx->cd", moved, moved)
+        )
+
+
+def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
+    """Evaluate the expansion at the estimates, and give it in natural parameters.
+
+    Raises:
+        EngineError: for the iterative engine, which knows no traces.
+    """
+    if isinstance(compression.detail, Rows):
+        raise EngineError(
+            "the iterative engine has no exact traces, which Kenward-Roger tests and information "
+            "matrices need; use ddf='satterthwaite', or engine='crossed' where its dense factor "
+            "fits into memory"
+        )
+    problem = compression.problem
+    root = np.linalg.solve(estimates.z_inverse, estimates.root)
+    with jax.enable_x64(True), compilation_cache():
+        found = jax.tree.map(np.asarray, _expand(problem, root @ root.T))
+    p = int(problem.n_fixed)
+    kept = np.append(np.arange(p), len(problem.beta_origin))
+    unit = np.append(np.ones(p), float(problem.y_scale))
+
+    def seen(A: np.ndarray) -> np.ndarray:
+        """Return the entries that are not padding, y in the user's units."""
+        return np.asarray(A[..., kept[:, None], kept] * np.outer(unit, unit))
+
+    to = user_entries(problem)
+    n, scale, d = float(problem.n_obs), estimates.scale, pack_triangle(estimates.D)
+    S = seen(found.at.S)
+    P = -np.tensordot(to.T, seen(found.at.S_slope), 1)
+    Q = 0.5 * np.einsum("wc,wuxy,ud->cdxy", to, seen(found.S_bend), to, optimize=True)
+    trace = to.T @ found.at.logdet_slope
+    traces = -to.T @ found.logdet_bend @ to
+    P_scale = S - np.tensordot(d, P, 1)
+    Q_cross = P - np.tensordot(d, Q, 1)
+    Q_scale = P_scale - np.tensordot(d, Q_cross, 1)
+    trace_scale = n - d @ trace
+    traces_cross = trace - traces @ d
+    return Sensitivity(
+        precision=S / scale,
+        P=np.concatenate([P, P_scale[None]]) / scale**2,
+        Q=_bordered(Q, Q_cross, Q_scale) / scale**3,
+        trace=np.append(trace, trace_scale) / scale,
+        traces=_bordered(traces, traces_cross, trace_scale - d @ traces_cross) / scale**2,
+        v=np.append(-np.asarray(estimates.solution.point.at.beta)[:p] * unit[-1], 1.0),
+        to_x=np.asarray(problem.x_inverse)[:p, :p],
+    )
+
+
+def _bordered(A: np.ndarray, border: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """Put a row and a column around the first two axes of A."""
+    upper = np.concatenate([A, border[:, None]], axis=1)
+    lower = np.concatenate([border, np.asarray(corner)[None]])
+    return np.concatenate([upper, lower[None]])
