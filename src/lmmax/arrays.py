@@ -32,6 +32,7 @@ from .matrices import (
 )
 from .relationship import with_relationships
 from .spec import ModelSpec, RandomTerm
+from .terms import plain_terms
 
 __all__ = ["design_from_arrays"]
 
@@ -129,19 +130,20 @@ def design_from_arrays(
         group_rows(term.name, [term.labels[rows]], [spec])
         for spec, term in zip(random, terms, strict=True)
     ]
-    blocks = tuple(
-        RandomBlock(
-            spec, i, np.array(term.Z[rows], order="F"), term.effects, _prepared(spec, term.effects)
-        )
-        for i, (spec, term) in enumerate(zip(random, terms, strict=True))
-    )
+    blocks = []
+    for i, (spec, term) in enumerate(zip(random, terms, strict=True)):
+        own = np.array(term.Z[rows], order="F")
+        structure, effects = _prepared(spec, term.effects), term.effects
+        blocks.append(RandomBlock(spec, i, own, effects, structure, plain_terms(effects, own)))
+    X = np.array(X[rows], order="F")
     return Design(
         spec=ModelSpec(_quote(response), _plain_names(names), tuple(random)),
         response_name=response,
         y=np.array(y[rows]),
-        X=np.array(X[rows], order="F"),
+        X=X,
         x_names=names,
-        blocks=blocks,
+        terms=plain_terms(names, X),
+        blocks=tuple(blocks),
         groupings=with_relationships([grouping for grouping, _ in groups], relmat),
         weights=None if weights is None else prior_weights(weights[rows], index),
         offset=None if offset is None else np.array(offset[rows]),

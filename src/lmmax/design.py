@@ -160,6 +160,7 @@ def build_design(
 
     schemes = contrasts_by_expression(contrasts, factors, encoder.levels)
     X, fixed = _matrix(encoder, formula_part(spec.fixed, schemes), "the fixed-effects design")
+    terms = encoder.terms(fixed)
     blocks, parts = [], [fixed]
     for term in spec.random:
         Z, effects = _matrix(encoder, formula_part(term.design), f"the random term {term}")
@@ -168,7 +169,8 @@ def build_design(
         names = tuple(effects.column_names)
         structure = _prepared(term, names, encoder)
         Z = _shared(Z, names, X, fixed.column_names)
-        blocks.append(RandomBlock(term, spec.grouping_of(term), Z, names, structure))
+        own = encoder.terms(effects)
+        blocks.append(RandomBlock(term, spec.grouping_of(term), Z, names, structure, own))
         parts.append(effects)
     groups = [
         group_rows(
@@ -186,6 +188,7 @@ def build_design(
         y=np.array(y),
         X=X,
         x_names=tuple(fixed.column_names),
+        terms=terms,
         blocks=tuple(blocks),
         groupings=with_relationships([grouping for grouping, _ in groups], relmat),
         weights=None if weights is None else prior_weights(frame[_WEIGHTS].to_numpy(), index),

@@ -40,6 +40,7 @@ from interface_meta import override
 from .formula import R_HINTS, expression_names, from_r, parse_terms
 from .frames import DataError, Table, as_numbers, is_label, is_number, listing, unknown_column
 from .levels import as_categories
+from .terms import CodedTerms, Element, Term
 
 __all__ = [
     "Encoder",
@@ -72,6 +73,35 @@ class _Categories:
 
     values: pd.Categorical
     contrasts: Contrasts | None = None
+
+
+@dataclass(frozen=True)
+class ContrastCoding:
+    """How a categorical factor was coded; see `lmmax.terms.Coding`.
+
+    Args:
+        levels: the levels in order.
+        contrasts: their contrasts.
+    """
+
+    levels: tuple[Any, ...]
+    contrasts: Contrasts
+
+    def is_complete(self, reduced: bool) -> bool:
+        """Whether the columns tell all levels apart, if reduced together with a constant."""
+        if not isinstance(self.contrasts, CustomContrasts):
+            return True
+        coding = self.matrix(reduced)
+        if reduced:
+            coding = np.column_stack([np.ones(len(coding)), coding])
+        return bool(np.linalg.matrix_rank(coding) == len(self.levels))
+
+    def matrix(self, reduced: bool) -> np.ndarray:
+        """Values of the factor's columns by level, (levels, columns)."""
+        if reduced and len(self.levels) == 1:
+            return np.zeros((1, 0))
+        coding = self.contrasts.get_coding_matrix(list(self.levels), reduced_rank=reduced)
+        return np.asarray(coding.to_numpy(np.float64))
 
 
 def as_contrasts(contrasts: Any, what: str) -> Contrasts:
@@ -235,6 +265,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         self.transforms = {} if transforms is None else transforms
         self.levels: dict[str, pd.Index] = {} if levels is None else levels
         self._learning = levels is None
+        self._widths: list[tuple[int, ...]] = []
 
     def evaluate(self, factors: Iterable[Factor]) -> None:
         """Evaluate factors, which must come before the matrices they are part of."""
@@ -301,9 +332,55 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         """One part of the formula -> (n, columns) float64, and the part with what it learnt."""
         # formulaic shares it between parts, but their contrasts may differ.
         self.encoded_cache.clear()
+        self._widths.clear()
         with np.errstate(all="ignore"):
             built = self._build_model_matrix(part, drop_rows=())
         return built.__wrapped__, built.model_spec
+
+    def terms(self, part: Part) -> CodedTerms:
+        """The terms of the part of which the matrix was made last, as it was learnt."""
+        found, codings, at = [], {}, 0
+        widths = iter(self._widths)
+        for term, scoped_terms, columns in part.structure:
+            elements: list[tuple[Element, ...]] = []
+            for scoped in scoped_terms:
+                factors = [(each.factor.expr, each.reduced) for each in scoped.factors]
+                # The first factor's columns run fastest, as in R.
+                shape = next(widths) if factors else ()
+                for index in np.ndindex(*reversed(shape)):
+                    elements.append(
+                        tuple(
+                            Element(name, i, reduced)
+                            for (name, reduced), i in zip(factors, index[::-1], strict=True)
+                        )
+                    )
+            names = []
+            for factor in term.factors:
+                value = self.factor_cache[factor.expr].values
+                if factor.eval_method is not _LITERAL:
+                    names.append(factor.expr)
+                if isinstance(value, _Categories):
+                    codings[factor.expr] = ContrastCoding(
+                        tuple(value.values.categories), self._contrasts(factor.expr, value, part)
+                    )
+            here = slice(at, at + len(columns))
+            at = here.stop
+            found.append(Term(str(term), tuple(names), here, tuple(elements)))
+        used = {element for term in found for column in term.elements for element in column}
+        ways = {(element.factor, element.reduced) for element in used}
+        # Contrasts that do not tell all levels apart are just numbers.
+        numbers = {
+            name
+            for name, reduced in ways
+            if name in codings and not codings[name].is_complete(reduced)
+        }
+        return CodedTerms(
+            tuple(found), {name: codings[name] for name in codings if name not in numbers}
+        )
+
+    @staticmethod
+    def _contrasts(expression: str, value: _Categories, spec: Part) -> Contrasts:
+        return value.contrasts or spec.encoder_state.get(expression, TreatmentContrasts())
 
     @override
     def _lookup(self, name: str) -> tuple[Any, set[Any]]:
@@ -389,7 +466,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         levels = list(value.values.categories)
         if reduced_rank and len(levels) == 1:
             return {}
-        contrasts = value.contrasts or spec.encoder_state.get(factor.expr, TreatmentContrasts())
+        contrasts = self._contrasts(factor.expr, value, spec)
         if isinstance(contrasts, CustomContrasts) and len(contrasts.contrasts) != len(levels):
             raise DataError(
                 f"the contrasts for {factor.expr!r} have {len(contrasts.contrasts)} rows, but the "
@@ -407,6 +484,13 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             name.format(name=factor.expr, field=field): column[value.values.codes]
             for field, column in zip(coding.columns, coding.to_numpy(np.float64).T, strict=True)
         }
+
+    @override
+    def _get_columns_for_term(
+        self, factors: list[dict[str, Any]], spec: Part, scale: float = 1
+    ) -> dict[str, Any]:
+        self._widths.append(tuple(map(len, factors)))
+        return super()._get_columns_for_term(factors, spec, scale)
 
     @override
     def _combine_columns(

@@ -14,6 +14,7 @@ from .covariances import Covariance
 from .frames import DataError, check_finite, listing, plural, row_text
 from .levels import Grouping
 from .spec import ModelSpec, RandomTerm
+from .terms import CodedTerms
 
 __all__ = ["Design", "NewDesign", "RandomBlock"]
 
@@ -28,6 +29,7 @@ class RandomBlock:
         Z: (n, q) float64, the effects' columns per row (no group indicators).
         names: (q,) names of the effects.
         covariance: the structure of the effects' covariance, ready for these effects.
+        terms: the terms that the columns belong to.
     """
 
     term: RandomTerm
@@ -35,6 +37,7 @@ class RandomBlock:
     Z: np.ndarray
     names: tuple[str, ...]
     covariance: Covariance
+    terms: CodedTerms
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,7 @@ class Design:
         y: (n,) float64 response.
         X: (n, p) float64 fixed-effects design.
         x_names: (p,) names of its columns.
+        terms: the terms that the columns belong to.
         blocks: one `RandomBlock` per random term, in the order of the formula.
         groupings: the grouping factors; terms with the same group share one.
         weights: (n,) positive prior weights, or None.
@@ -92,6 +96,7 @@ class Design:
     y: np.ndarray
     X: np.ndarray
     x_names: tuple[str, ...]
+    terms: CodedTerms
     blocks: tuple[RandomBlock, ...]
     groupings: tuple[Grouping, ...]
     weights: np.ndarray | None

@@ -1,0 +1,116 @@
+"""Tables of tests: numbers in a data frame, with a heading and notes for the reader."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .wald import format_pvalue
+
+WIDTH = 80
+_WHOLE = ("npar", "df", "df_num")
+_DECIMALS = {"F": 3, "chisq": 3, "AIC": 2, "BIC": 2, "llf": 3, "deviance": 3, "df_den": 2}
+
+
+@dataclass(frozen=True, repr=False)
+class TestTable:
+    """A table of tests; ``print`` shows text, a notebook shows HTML.
+
+    Attributes:
+        heading: what was tested, and how.
+        table: numbers before rounding, NaN where there is none.
+        notes: what a reader should know.
+
+    Example:
+        >>> import lmmax
+        >>> fit = lmmax.fit("Weight ~ Time + (1 | Pig)", lmmax.datasets.load("dietox"))
+        >>> lmmax.anova(fit).table["df_num"].to_dict()
+        {'Time': 1}
+    """
+
+    __test__ = False  # a table, not a test case for pytest to collect
+
+    heading: str
+    table: pd.DataFrame
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        cells = _cells(self.table)
+        labels = [str(label) for label in self.table.index]
+        widths = {name: max(map(len, [name, *column])) for name, column in cells.items()}
+        left = max(map(len, ["", *labels]))
+        lines = [" " * left + "".join(f"  {name:>{w}}" for name, w in widths.items())]
+        for i, label in enumerate(labels):
+            row = "".join(f"  {cells[name][i]:>{w}}" for name, w in widths.items())
+            lines.append(f"{label:<{left}}{row}".rstrip())
+        rule = "-" * len(lines[0])
+        width = max(len(rule), WIDTH)
+        text = [part for line in self.heading.split("\n") for part in _wrapped(line, width, "  ")]
+        text += [rule, *lines]
+        if self.notes:
+            text.append(rule)
+        for number, note in enumerate(self.notes, 1):
+            mark = f"[{number}] "
+            text += _wrapped(mark + note, width, " " * len(mark))
+        return "\n".join(text)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        cells = _cells(self.table)
+        head = "".join(f"<th>{escape(name)}</th>" for name in ["", *cells])
+        rows = [
+            f"<tr><th style='text-align: left'>{escape(str(label))}</th>"
+            + "".join(f"<td>{escape(column[i])}</td>" for column in cells.values())
+            + "</tr>"
+            for i, label in enumerate(self.table.index)
+        ]
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        return (
+            f"<p>{escape(self.heading).replace(chr(10), '<br>')}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+            + (f"<ol>{notes}</ol>" if notes else "")
+        )
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _cells(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the cells of each column as text; empty where there is no number."""
+    return {str(name): _column(str(name), table[name]) for name in table}
+
+
+def _column(name: str, values: pd.Series) -> list[str]:
+    if not pd.api.types.is_numeric_dtype(values.dtype):
+        return [str(value) for value in values]
+    numbers = values.to_numpy(dtype=float, na_value=np.nan)
+
+    def show(value: Any) -> str:
+        if np.isnan(value):
+            return ""
+        if name == "p":
+            return format_pvalue(value)
+        if np.isinf(value):
+            return "inf"
+        if name in _WHOLE:
+            return f"{value:.0f}"
+        return f"{value:.{decimals}f}" if abs(value) < 1e7 else f"{value:.4e}"
+
+    decimals = _DECIMALS.get(name, 3)
+    if name not in _DECIMALS:
+        sizes = np.abs(numbers[np.isfinite(numbers) & (numbers != 0.0)])
+        # Four digits of the smallest, but not of numbers that are nothing beside the largest.
+        if len(sizes):
+            smallest = max(float(sizes.min()), 1e-4 * float(sizes.max()))
+            decimals = int(np.clip(3 - np.floor(np.log10(smallest)), 0, 12))
+    return [show(value) for value in numbers]
