@@ -93,6 +93,28 @@ def _sums(
     return U, Y, C, total
 
 
+def equal_groups(U: np.ndarray, fewest: int) -> list[np.ndarray]:
+    """Return the positions of groups with equal factors ``U (q, q, m)``, pattern by pattern.
+
+    Only patterns with more than ``fewest`` groups; none at all if there are too many of them.
+    """
+    entries = U[np.triu_indices(len(U))]
+    mixing = np.sqrt(np.arange(2.0, 2.0 + len(entries)))
+    key = np.zeros(U.shape[2])
+    for entry, factor in zip(entries, mixing, strict=True):  # a fixed order of summation
+        key += entry * factor
+    label, _ = pd.factorize(key)
+    counts = np.bincount(label)
+    merged = np.flatnonzero(counts > fewest)
+    if len(merged) > MERGE_LIMIT:
+        return []
+    by_label = np.argsort(label, kind="stable")
+    ends = np.cumsum(counts)
+    patterns = [by_label[ends[at] - counts[at] : ends[at]] for at in merged]
+    # Different factors may have equal keys.
+    return [one for one in patterns if not np.any(U[:, :, one] != U[:, :, one[:1]])]
+
+
 def _merge(U: np.ndarray, Y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Merge groups that share ``U``: the criterion needs only ``sum vec(Y_i) vec(Y_i)'`` of them.
 
@@ -105,28 +127,16 @@ def _merge(U: np.ndarray, Y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     rows = q * width
     if m <= max(rows, SMALLEST_BUCKET):
         return U, Y, weight
-    entries = U[np.triu_indices(q)]
-    mixing = np.sqrt(np.arange(2.0, 2.0 + len(entries)))
-    key = np.zeros(m)
-    for entry, factor in zip(entries, mixing, strict=True):  # a fixed order of summation
-        key += entry * factor
-    label, _ = pd.factorize(key)
-    counts = np.bincount(label)
-    merged = np.flatnonzero(counts > rows)
-    gain = int(np.sum(counts[merged] - rows))
-    if len(merged) > MERGE_LIMIT or gain < m // 4:
+    patterns = equal_groups(U, rows)
+    gain = sum(len(members) - rows for members in patterns)
+    if gain < m // 4:
         return U, Y, weight
 
-    by_label = np.argsort(label, kind="stable")
-    ends = np.cumsum(counts)
     keep = np.ones(m, dtype=bool)
     parts_U, parts_Y, parts_weight = [], [], []
-    for pattern in merged:
-        members = by_label[ends[pattern] - counts[pattern] : ends[pattern]]
-        shared = U[:, :, members[0]]
-        if np.any(U[:, :, members] != shared[:, :, None]):
-            continue  # different factors with equal keys
+    for members in patterns:
         keep[members] = False
+        shared = U[:, :, members[0]]
         R = triangle(Y[:, :, members].reshape(rows, -1).T)
         parts_Y.append(R.T.reshape(q, width, rows))
         parts_U.append(np.broadcast_to(shared[:, :, None], (q, q, rows)))

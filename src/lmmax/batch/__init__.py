@@ -1,0 +1,168 @@
+"""One model fitted to many responses.
+
+With one grouping factor the responses share the designs' part of the statistics and run through
+one vectorised solver (:mod:`lmmax.batch.solve`); with several they are fitted one after the other,
+each from the estimates of the first fit, with the designs analysed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..compress import EngineError, compress
+from ..constraints import read_constraints
+from ..estimation import Estimates, _noise, estimate
+from ..solve import NEWTON_LIMIT, Constraints, Status
+from .solve import BatchEstimates, Lanes, Start, in_user_units, join, solve, stack
+from .statistics import Responses, SharedDesigns, project, shared_designs, with_responses
+
+if TYPE_CHECKING:
+    from ..results import Fit
+
+__all__ = [
+    "BatchEstimates",
+    "estimates_of",
+    "join",
+    "refit_responses",
+    "refit_statistics",
+    "stack",
+    "vectorises",
+]
+
+LIFT = 0.1
+"""A singular start is moved inside by this much of the sampling variance of one group: a variance
+of zero is a stationary point by symmetry."""
+
+
+def vectorises(fit: Fit) -> bool:
+    """Return whether the model's responses run through the vectorised solver."""
+    newton = fit.estimates.solver == "newton" and len(fit.estimates.root) <= NEWTON_LIMIT
+    return fit.engine.name == "grouped" and newton
+
+
+def refit_responses(
+    fit: Fit, y: np.ndarray | Iterable[np.ndarray], shared: SharedDesigns | None = None
+) -> BatchEstimates:
+    """Fit the model of ``fit`` to many responses of its rows.
+
+    Args:
+        fit: the model, fitted to one response; it lends designs, settings and start.
+        y: responses, offset included, (n, nobs).
+        shared: what :func:`shared_designs` returned for the fit, if it is at hand.
+
+    Returns:
+        The same estimates as ``fit.refit`` of each response.
+
+    Raises:
+        EngineError: if the fit is by the iterative engine.
+
+    Example:
+        >>> import lmmax
+        >>> from lmmax.batch import refit_responses
+        >>> fit = lmmax.fit("Yield ~ 1 + (1 | Batch)", lmmax.datasets.load("dyestuff"))
+        >>> y = fit.design.y
+        >>> refit_responses(fit, np.stack([y, 2.0 * y])).scale.round(2)
+        array([2451.25, 9805.  ])
+    """
+    check_engine(fit)
+    offset = 0.0 if fit.design.offset is None else fit.design.offset
+    if vectorises(fit):
+        shared = shared_designs(fit) if shared is None else shared
+        return refit_statistics(fit, shared, project(shared, np.asarray(y) - offset))
+    return stack([estimates_of(fit, _one(fit, response - offset)) for response in y])
+
+
+def check_engine(fit: Fit) -> None:
+    """Raise if a fit cannot be repeated for other responses at a reasonable cost."""
+    if fit.engine.name == "iterative":
+        raise EngineError(
+            "the iterative engine evaluates the likelihood with a Monte Carlo error, which many "
+            "fits in a row do not share; fit with engine='crossed', if its dense factor fits into "
+            "memory"
+        )
+
+
+def refit_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> BatchEstimates:
+    """Fit a one-factor model to the statistics of many responses."""
+    problem, y_scale = with_responses(shared, responses), responses.y_scale
+    constraints, _ = read_constraints(shared.problem, fit.terms, fit.settings)
+    unit = (float(shared.problem.y_scale) / y_scale) ** 2
+    lanes = Lanes(problem, np.asarray(constraints.natural) * unit[:, None, None], ("Y", "C"))
+    start = start_at(fit, constraints, unit)
+    ends = solve(lanes, constraints, fit.settings, fit.terms, start)
+    return in_user_units(
+        lanes,
+        constraints,
+        fit.settings,
+        fit.terms,
+        ends,
+        responses.origin,
+        y_scale,
+        fit.layout.fixed.kept,
+        len(fit.design.x_names),
+    )
+
+
+def start_at(fit: Fit, constraints: Constraints, unit: np.ndarray) -> Start | None:
+    """Return the estimates of a fit as the start of n lanes, a little inside the boundary.
+
+    None with structures, which may have several optima: each lane then starts where a fit of its
+    own would.
+
+    Args:
+        fit: the fit.
+        constraints: what is free.
+        unit: the scale of each lane is this much larger in working units than the fit's, (n,).
+    """
+    if constraints.structures and fit.settings.start is None:
+        return None
+    n, point = len(unit), fit.estimates.solution.point
+    return Start(
+        np.tile(_lifted(fit), (n, 1, 1)),
+        float(point.s) + np.log(unit),
+        np.tile(np.asarray(point.theta), (n, 1)),
+    )
+
+
+def _lifted(fit: Fit) -> np.ndarray:
+    """Return the relative covariance of a fit, moved inside if it is singular, working units."""
+    D = np.asarray(fit.estimates.solution.point.D)
+    if fit.singular:
+        D = D + LIFT * np.diag(_noise(fit.compression.problem) ** 2)
+    return D
+
+
+def _one(fit: Fit, y: np.ndarray) -> Estimates:
+    """Fit another response, its offset removed, from the estimates of a fit."""
+    compressed = compress(y, fit.layout, earlier=fit.compression)
+    if fit.estimates.constraints.structures:  # which may have several optima
+        return estimate(compressed, fit.terms, fit.settings)
+    D = fit.estimates.z_inverse @ _lifted(fit) @ fit.estimates.z_inverse.T
+    start = {"cov_re": fit.scale * D, "scale": fit.scale}
+    warm = replace(fit.settings, start=start, em_steps=0)
+    estimates = estimate(compressed, fit.terms, warm)
+    if estimates.status is not Status.CONVERGED:
+        estimates = estimate(compressed, fit.terms, fit.settings)
+    return estimates
+
+
+def estimates_of(fit: Fit, estimates: Estimates | None = None) -> BatchEstimates:
+    """Return the estimates of a fit, or others of its model, as a record without a leading axis."""
+    estimates = fit.estimates if estimates is None else estimates
+    kept, p = fit.layout.fixed.kept, len(fit.design.x_names)
+    params, bse = np.full(p, np.nan), np.full(p, np.nan)
+    params[kept] = estimates.beta
+    bse[kept] = np.sqrt(estimates.scale * np.diag(estimates.beta_unscaled))
+    return BatchEstimates(
+        params=params,
+        bse=bse,
+        cov_re=estimates.scale * estimates.D,
+        scale=np.asarray(estimates.scale),
+        llf=np.asarray(-0.5 * estimates.criterion),
+        status=np.asarray(int(estimates.status)),
+        singular=np.asarray(bool(estimates.boundary)),
+    )

@@ -1,0 +1,522 @@
+"""Many one-factor problems of one shape solved at once, each to its own optimum.
+
+The problems are lanes: entries along a leading axis of those leaves in which they differ.  They
+run through the solver of a single fit under ``vmap``, in chunks whose arrays stay in the
+processor's cache.  A vectorised loop goes on until its last lane has finished; so the first pass
+allows a few steps only, and the lanes that need more are gathered into chunks of their own.
+
+What a single fit does besides, :func:`lmmax.estimation.estimate`, is done here over lanes: other
+starts where the first one fails or a structure may have several optima, the certificate at the
+boundary, and the way back to the user's units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..compilation import Compiled
+from ..compilation_cache import compilation_cache
+from ..constraints import Settings, TermColumns
+from ..em import moment_start
+from ..estimation import (
+    BOUNDARY,
+    MAX_STEPS,
+    RESTARTS,
+    _free_terms,
+    _grown,
+    _theta_starts,
+    tolerance,
+)
+from ..likelihood.grouped import GroupedProblem
+from ..solve import Constraints, Options, Status, newton
+
+LANES = 256
+"""Most lanes that run together."""
+CHUNK_BYTES = 1 << 24
+"""Most bytes of the data of lanes that run together."""
+FIRST_EM, FIRST_STEPS = 2, 5
+"""Steps that nearly all lanes need from a good start.  EM is taken by those only that are more than
+about two standard errors away, where Newton's steps overshoot."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lanes:
+    """Problems of one shape.
+
+    Attributes:
+        problem: the problems; the leaves named in ``varying`` have a leading axis of n lanes.
+        natural: fixed natural covariances in the units of each lane, (n, q, q).
+        varying: names of the fields in which the problems differ.
+    """
+
+    problem: GroupedProblem
+    natural: Any
+    varying: tuple[str, ...] = field(metadata={"static": True})
+
+    def take(self, lanes: np.ndarray) -> Lanes:
+        """Return some of the lanes."""
+        parts = {name: getattr(self.problem, name)[lanes] for name in self.varying}
+        return replace(self, problem=replace(self.problem, **parts), natural=self.natural[lanes])
+
+    def one(self, lane: int) -> GroupedProblem:
+        """Return the problem of a lane."""
+        parts = {name: getattr(self.problem, name)[lane] for name in self.varying}
+        return replace(self.problem, **parts)
+
+    @property
+    def noise(self) -> np.ndarray:
+        """Standard deviation, relative to the residual's, of one average group's mean, (q,)."""
+        return np.sqrt(np.asarray(self.problem.n_groups) / np.mean(self.problem.n_obs))
+
+    def values(self, name: str) -> np.ndarray:
+        """Return a field that is a number, for each lane, (n,)."""
+        return np.broadcast_to(np.asarray(getattr(self.problem, name)), (len(self.natural),))
+
+
+class Start(NamedTuple):
+    """Where each lane starts: D (n, q, q), s (n,) and theta (n, k), in working coordinates."""
+
+    D: np.ndarray
+    s: np.ndarray
+    theta: np.ndarray
+
+    def take(self, lanes: np.ndarray) -> Start:
+        """Return the starts of some lanes."""
+        return Start(*(part[lanes] for part in self))
+
+
+class Ends(NamedTuple):
+    """Where each lane ended, in working coordinates; see :class:`lmmax.solve.Point`.
+
+    ``gradient`` and ``hessian`` are those in the entries of D and s.
+    """
+
+    s: Any
+    D: Any
+    theta: Any
+    root: Any
+    value: Any
+    gradient: Any
+    hessian: Any
+    beta: Any
+    beta_inverse: Any
+    status: Any
+    steps: Any
+
+    def replaced(self, lanes: np.ndarray, new: Ends) -> None:
+        """Put the ends of some lanes, of another solve, in their place."""
+        for mine, part in zip(self, new, strict=True):
+            mine[lanes] = part
+
+
+@dataclass(frozen=True)
+class BatchEstimates:
+    """Estimates of one model for n responses, in the user's units.
+
+    Every field has a leading axis of responses; the same record without it holds the estimates for
+    one response.  Written with ``...`` for that axis, a function of one serves for the other.
+
+    Attributes:
+        params: coefficients, NaN for aliased columns, (n, p).
+        bse: their standard errors, (n, p).
+        cov_re: covariance of the random effects, (n, q, q).
+        scale: residual variance, (n,).
+        llf: log-likelihood, restricted under REML, (n,).
+        status: a :class:`lmmax.solve.Status` each, (n,).
+        singular: whether a covariance lies on the boundary, (n,).
+    """
+
+    params: np.ndarray
+    bse: np.ndarray
+    cov_re: np.ndarray
+    scale: np.ndarray
+    llf: np.ndarray
+    status: np.ndarray
+    singular: np.ndarray
+
+    @property
+    def sd(self) -> np.ndarray:
+        """Standard deviations of the random effects, (n, q)."""
+        return np.sqrt(np.einsum("...kk->...k", self.cov_re))
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Residual standard deviation, (n,)."""
+        return np.sqrt(self.scale)
+
+    @property
+    def corr(self) -> np.ndarray:
+        """Correlations of the random effects, NaN with a variance of zero, (n, q, q)."""
+        sd = self.sd
+        size = sd[..., :, None] * sd[..., None, :]
+        missing = np.full_like(size, np.nan)
+        return np.divide(self.cov_re, size, out=missing, where=size > 0.0)
+
+    @property
+    def converged(self) -> np.ndarray:
+        """Whether the optimum was reached, (n,)."""
+        return np.asarray(self.status == Status.CONVERGED)
+
+    def take(self, which: Any) -> BatchEstimates:
+        """Return the estimates for some of the responses."""
+        return BatchEstimates(**{name: part[which] for name, part in vars(self).items()})
+
+
+def join(parts: Sequence[BatchEstimates]) -> BatchEstimates:
+    """Return batches one after the other as one."""
+    names = vars(parts[0])
+    return BatchEstimates(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    )
+
+
+def stack(singles: Sequence[BatchEstimates]) -> BatchEstimates:
+    """Return estimates without a leading axis as a batch."""
+    names = vars(singles[0])
+    return BatchEstimates(
+        **{name: np.stack([getattr(single, name) for single in singles]) for name in names}
+    )
+
+
+def solve(
+    lanes: Lanes,
+    constraints: Constraints,
+    settings: Settings,
+    terms: Sequence[TermColumns],
+    start: Start | None,
+) -> Ends:
+    """Minimise the criterion of every lane, as a fit of its own would.
+
+    Args:
+        lanes: the problems.
+        constraints: what is free in each; the fixed covariances are those of the lanes.
+        settings: how to estimate.
+        terms: the random terms.
+        start: where to start; None for where a fit starts that has no other: by moments, and, with
+            structures, which may have several optima, more than once.
+
+    Returns:
+        The ends; a lane that found no optimum says so in its status.
+    """
+    longest = settings.max_steps or MAX_STEPS["newton"]
+    # EM does not know structures: of a model with nothing else it moves nothing.
+    movable = bool(constraints.rooted.any())
+    usual_em = settings.em_steps * movable
+    everyone = np.arange(len(lanes.natural))
+    if start is None:
+        starts, em_steps = usual_starts(lanes, constraints, everyone), usual_em
+    else:
+        starts, em_steps = [start], FIRST_EM * movable
+    ends = _in_two_passes(lanes, constraints, settings, starts[0], em_steps, longest)
+    for other in starts[1:]:
+        new = _in_two_passes(lanes, constraints, settings, other, em_steps, longest)
+        _keep_better(ends, everyone, new)
+    lost = np.flatnonzero(ends.status != Status.CONVERGED)
+    if start is not None and lost.size:
+        for other in usual_starts(lanes, constraints, lost):
+            new = _run(lanes, constraints, settings, other, lost, usual_em, longest)
+            _keep_better(ends, lost, new)
+    _leave_boundary(lanes, constraints, settings, terms, ends, longest)
+    return ends
+
+
+def _in_two_passes(
+    lanes: Lanes,
+    constraints: Constraints,
+    settings: Settings,
+    start: Start,
+    em_steps: int,
+    longest: int,
+) -> Ends:
+    """Run all lanes for a few steps, then those that have not arrived."""
+    everyone = np.arange(len(start.s))
+    first = min(FIRST_STEPS, longest)
+    ends = _run(lanes, constraints, settings, start, everyone, em_steps, first)
+    late = np.flatnonzero(ends.status == Status.MAX_STEPS)
+    if late.size and longest > first:
+        here = Start(ends.D[late], ends.s[late], ends.theta[late])
+        rest = longest - first
+        ends.replaced(late, _run(lanes, constraints, settings, here, late, 0, rest))
+    return ends
+
+
+def _leave_boundary(
+    lanes: Lanes,
+    constraints: Constraints,
+    settings: Settings,
+    terms: Sequence[TermColumns],
+    ends: Ends,
+    longest: int,
+) -> None:
+    """Solve the lanes again that stopped at a boundary where the criterion falls inwards."""
+    noise = lanes.noise
+    left = np.flatnonzero(ends.status == Status.CONVERGED)
+    for _ in range(RESTARTS):
+        left = left[~_interior(ends.D[left], noise) & (ends.status[left] == Status.CONVERGED)]
+        if not left.size:
+            break
+        moved, better = _step_off(lanes, constraints, terms, ends, left, noise)
+        left, better = left[moved], better.take(moved)
+        if left.size:
+            ends.replaced(left, _run(lanes, constraints, settings, better, left, 0, longest))
+
+
+def _interior(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return for each lane whether no direction of the random effects is at the boundary, (n,)."""
+    if D.shape[1] == 1:
+        return np.asarray(D[:, 0, 0] > (BOUNDARY * noise[0]) ** 2)
+    return np.asarray(np.linalg.eigvalsh(D / np.outer(noise, noise))[:, 0] > BOUNDARY**2)
+
+
+def usual_starts(lanes: Lanes, constraints: Constraints, which: np.ndarray) -> list[Start]:
+    """Return where a fit without an earlier one starts, for some lanes; several with structures."""
+    D = np.stack([moment_start(lanes.one(lane)) for lane in which])
+    z_inverse = np.asarray(lanes.problem.z_inverse)
+    thetas = [_theta_starts(constraints, z_inverse, np.diag(own)) for own in D]
+    s = np.log(0.5 / lanes.values("n_obs")[which])
+    return [
+        Start(D * constraints.blocks, s, np.stack(theta)) for theta in zip(*thetas, strict=True)
+    ]
+
+
+def _keep_better(ends: Ends, which: np.ndarray, new: Ends) -> None:
+    """Replace the ends of lanes whose new end is better, as for a single fit."""
+    gain = ends.value[which] - new.value
+    mine, yours = ends.status[which] == Status.CONVERGED, new.status == Status.CONVERGED
+    slack = np.where(yours & ~mine, -1e-6, np.where(mine & ~yours, 1e-6, 0.0))
+    first = ~np.isfinite(ends.value[which]) & np.isfinite(new.value)
+    better = np.flatnonzero((gain > slack) | first)
+    ends.replaced(which[better], Ends(*(part[better] for part in new)))
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def _newton(
+    lanes: Lanes, constraints: Constraints, options: Options, D: Any, s: Any, theta: Any
+) -> Ends:
+    """Run the solver on every lane."""
+
+    def one(problem: GroupedProblem, natural: Any, D: Any, s: Any, theta: Any) -> Ends:
+        own = replace(constraints, natural=natural)
+        solution = newton(problem, own, options, D, s, theta)
+        point = solution.point
+        return Ends(
+            s=point.s,
+            D=point.D,
+            theta=point.theta,
+            root=point.root,
+            value=point.at.value,
+            gradient=point.at.gradient,
+            hessian=point.at.hessian,
+            beta=point.at.beta,
+            beta_inverse=point.at.beta_inverse,
+            status=solution.status,
+            steps=solution.steps,
+        )
+
+    axes: Any = jax.tree.map(lambda _: None, lanes.problem)
+    axes = replace(axes, **dict.fromkeys(lanes.varying, 0))
+    result: Ends = jax.vmap(one, in_axes=(axes, 0, 0, 0, 0))(
+        lanes.problem, lanes.natural, D, s, theta
+    )
+    return result
+
+
+_compiled = Compiled(_newton)
+
+
+def chunk_size(lanes: Lanes) -> int:
+    """Return how many lanes run together."""
+    problem = lanes.problem
+    q, width, m = np.shape(problem.Y)[-3:]
+    fitting = CHUNK_BYTES // (8 * q * (q + width) * m)
+    return int(min(LANES, 1 << max(fitting.bit_length() - 1, 0)))
+
+
+def _run(
+    lanes: Lanes,
+    constraints: Constraints,
+    settings: Settings,
+    start: Start,
+    which: np.ndarray,
+    em_steps: int,
+    max_steps: int,
+) -> Ends:
+    """Run the solver in float64 on some lanes, chunk by chunk; the arrays returned are NumPy's."""
+    options = Options(
+        reml=float(settings.reml),
+        em_steps=em_steps,
+        max_steps=max_steps,
+        tol=tolerance(lanes.problem) if settings.tol is None else settings.tol,
+    )
+    size, n = chunk_size(lanes), len(which)
+    chunks = []
+    with jax.enable_x64(True), compilation_cache():
+        for first in range(0, n, size):
+            # The last chunk is filled up with its first lane: one shape is compiled.
+            local = np.arange(first, first + size)
+            local = np.where(local < n, local, first)
+            chunks.append(
+                _compiled(lanes.take(which[local]), constraints, options, *start.take(local))
+            )
+        parts = jax.device_get(chunks)
+    return Ends(*(np.concatenate(leaves)[:n].copy() for leaves in zip(*parts, strict=True)))
+
+
+# --- the boundary -------------------------------------------------------------------------------
+
+
+def _step_off(
+    lanes: Lanes,
+    constraints: Constraints,
+    terms: Sequence[TermColumns],
+    ends: Ends,
+    which: np.ndarray,
+    noise: np.ndarray,
+) -> tuple[np.ndarray, Start]:
+    """Certify boundary solutions, or find better starts; over lanes what a single fit does.
+
+    At a minimum over positive semidefinite D the gradient is positive semidefinite on D's null
+    space; where it is not, some variance wants to grow.
+
+    Returns:
+        Whether each of the lanes must go on, (n,), and starts for all of them.
+    """
+    n, q = len(which), len(constraints.blocks)
+    D, theta = ends.D[which].copy(), ends.theta[which].copy()
+    moved = np.zeros(n, dtype=bool)
+    rows, columns = np.tril_indices(q)
+    G = np.zeros((n, q, q))
+    G[:, rows, columns] = ends.gradient[which, :-1]
+    G = 0.5 * (G + G.transpose(0, 2, 1))
+    hessian = ends.hessian[which, :-1, :-1]
+    for term, blocks in _free_terms(terms, constraints):
+        if term.pattern is None:
+            for i in np.flatnonzero(~moved):
+                grown = _grown(_record(ends, which[i]), constraints, term, lanes.problem, noise)
+                if grown is not None:
+                    theta[i], moved[i] = grown, True
+            continue
+        for block in blocks:
+            values, vectors = np.linalg.eigh(ends.D[which][:, block, block])
+            size = float(np.min(noise[block]))
+            null = values <= (BOUNDARY * size) ** 2
+            basis = vectors * null[:, None, :]
+            onto = basis @ basis.transpose(0, 2, 1)
+            inner = onto @ G[:, block, block] @ onto
+            # Outside the null space far above anything inside it.
+            far = 1.0 + 2.0 * np.linalg.norm(inner, axis=(1, 2))
+            slopes, directions = np.linalg.eigh(
+                inner + far[:, None, None] * (np.eye(onto.shape[1]) - onto)
+            )
+            v = np.zeros((n, q))
+            v[:, block] = directions[:, :, 0]
+            outer = v[:, :, None] * v[:, None, :]
+            change = outer[:, rows, columns]
+            curvature = np.einsum("na,nab,nb->n", change, hessian, change)
+            slope = slopes[:, 0]
+            bent = curvature > 0.0
+            safe = np.where(bent, curvature, 1.0)
+            gain = np.where(bent, slope**2 / (2.0 * safe), np.inf)
+            step = np.where(bent, -slope / safe, size**2)
+            go = ~moved & null.any(axis=1) & (slope < 0.0) & (gain > 1e-8)
+            D[go] += step[go, None, None] * outer[go]
+            moved |= go
+    return moved, Start(D, ends.s[which], theta)
+
+
+def _record(ends: Ends, lane: int) -> Any:
+    """Return a lane's end in the shape of a single solve's."""
+    at = SimpleNamespace(gradient=ends.gradient[lane], hessian=ends.hessian[lane])
+    point = SimpleNamespace(D=ends.D[lane], theta=ends.theta[lane], at=at)
+    return SimpleNamespace(point=point)
+
+
+def _snapped(
+    ends: Ends, constraints: Constraints, terms: Sequence[TermColumns], noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Set directions at the boundary to exactly zero; return D (n, q, q) and what is singular."""
+    D, singular = ends.D.copy(), np.zeros(len(ends.s), dtype=bool)
+    near = np.flatnonzero(~_interior(ends.D, noise) & np.isfinite(ends.value))
+    if not near.size:
+        return D, singular
+    root, flagged = ends.root[near].copy(), np.zeros(near.size, dtype=bool)
+    for term, blocks in _free_terms(terms, constraints):
+        for block in blocks:
+            size = float(np.min(noise[block]))
+            if term.pattern is None:
+                values = np.linalg.eigvalsh(ends.D[near][:, block, block])
+                flagged |= values[:, 0] <= (BOUNDARY * size) ** 2
+                continue
+            left, values, right = np.linalg.svd(root[:, block, block])
+            zero = values <= BOUNDARY * size
+            kept = (left * np.where(zero, 0.0, values)[:, None, :]) @ right
+            some = np.asarray(zero.any(axis=1))
+            root[:, block, block] = np.where(some[:, None, None], kept, root[:, block, block])
+            flagged |= some
+    # Structures, and what is held, are no part of the root.
+    rooted = np.outer(constraints.rooted, constraints.rooted) * (1.0 - constraints.held)
+    D[near] = np.where(rooted > 0.0, root @ root.transpose(0, 2, 1), D[near])
+    singular[near] = flagged
+    return D, singular
+
+
+# --- in the user's units ------------------------------------------------------------------------
+
+
+def in_user_units(
+    lanes: Lanes,
+    constraints: Constraints,
+    settings: Settings,
+    terms: Sequence[TermColumns],
+    ends: Ends,
+    origin: np.ndarray,
+    y_scale: np.ndarray,
+    kept: np.ndarray,
+    n_columns: int,
+) -> BatchEstimates:
+    """Map the ends of a solve to the user's units.
+
+    Args:
+        lanes: the problems.
+        constraints: what was free.
+        settings: how they were estimated.
+        terms: the random terms.
+        ends: the ends.
+        origin: coefficients already taken out of the responses (working coordinates, units of the
+            data), (n, p).
+        y_scale: units of the data per unit of the working response, (n,).
+        kept: positions of the columns of X that were kept, (p,).
+        n_columns: their number before that.
+    """
+    problem, n, p = lanes.problem, len(ends.s), len(kept)
+    n_obs = lanes.values("n_obs")
+    status = ends.status.copy()
+    if constraints.scale_free:
+        rounding = (10.0 * np.finfo(float).eps) ** 2 / n_obs
+        status[np.exp(ends.s) <= rounding] = Status.UNBOUNDED
+    scale = np.exp(ends.s) * y_scale**2
+    fixed = (settings.fix or {}).get("scale")
+    if fixed is not None:
+        scale = np.full(n, float(fixed))
+    D, singular = _snapped(ends, constraints, terms, lanes.noise)
+    z_inverse = np.asarray(problem.z_inverse)
+    cov_re = scale[:, None, None] * (z_inverse @ D @ z_inverse.T)
+    R_inverse = np.asarray(problem.x_inverse)[:p, :p]
+    params = np.full((n, n_columns), np.nan)
+    params[:, kept] = (ends.beta[:, :p] * y_scale[:, None] + origin) @ R_inverse.T
+    half = np.einsum("ij,njk,ik->ni", R_inverse, ends.beta_inverse[:, :p, :p], R_inverse)
+    bse = np.full((n, n_columns), np.nan)
+    bse[:, kept] = np.sqrt(scale[:, None] * half)
+    d = n_obs - settings.reml * p
+    constant = 2.0 * (d * np.log(y_scale) + settings.reml * float(problem.x_logdet))
+    criterion = ends.value + constant - lanes.values("log_weights")
+    return BatchEstimates(params, bse, cov_re, scale, -0.5 * criterion, status, singular)
