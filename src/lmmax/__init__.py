@@ -11,12 +11,24 @@ from .fit import fit as fit
 from .fit import fit_arrays as fit_arrays
 from .formula import FormulaError as FormulaError
 from .formula import parse_formula as parse_formula
+from .inference.anova import anova as anova
+from .inference.bootstrap import BootstrapError as BootstrapError
+from .inference.bootstrap import bootstrap as bootstrap
+from .inference.bootstrap_comparison import bootstrap_test as bootstrap_test
+from .inference.clusters import ClusterError as ClusterError
+from .inference.comparison import ComparisonError as ComparisonError
+from .inference.comparison import drop1 as drop1
+from .inference.comparison import ranova as ranova
 from .inference.denominator import HypothesisError as HypothesisError
 from .inference.information import conditional_aic as conditional_aic
 from .inference.information import information as information
 from .inference.information import joint_covariance as joint_covariance
+from .inference.robust import robust as robust
+from .inference.scores import sandwich as sandwich
+from .inference.scores import scores as scores
 from .results import Fit as Fit
 from .results import load as load
+from .simulate import simulate as simulate
 from .spec import ModelSpec as ModelSpec
 from .spec import RandomTerm as RandomTerm
 

@@ -22,7 +22,7 @@ from .compress import Compression
 from .compress.iterative import Rows
 from .constraints import Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
-from .likelihood import Problem, block_entries, user_entries
+from .likelihood import Problem
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
@@ -73,9 +73,6 @@ class Estimates:
         noise: standard deviation of one average group's mean, relative to the residual's, (q,).
         criterion_error: Monte Carlo standard error of the criterion.
         probes: number of random probes behind it.
-        slopes: what a solver that never reduces the data to small matrices knows of the
-            coefficients' covariance: ``Phi``, ``P`` of X and ``to_x`` as in
-            :class:`lmmax.inference.sensitivity.Sensitivity`; None otherwise.
     """
 
     beta: np.ndarray
@@ -95,7 +92,6 @@ class Estimates:
     noise: np.ndarray
     criterion_error: float = 0.0
     probes: int = 0
-    slopes: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @cached_property
     def D(self) -> np.ndarray:
@@ -229,7 +225,6 @@ def estimate(
             estimates,
             criterion_error=float(np.hypot(found.criterion_error, found.decrement)),
             probes=found.probes,
-            slopes=_covariance_slopes(problem, estimates, found.slopes, [len(D) for D in found.D]),
         )
     noise = _noise(problem)
     solver = settings.solver
@@ -264,28 +259,6 @@ def estimate(
         solution = _solve(problem, constraints, settings, solver, 0, better[0], s, better[1])
 
     return _in_user_units(compression, terms, settings, constraints, solution, solver)
-
-
-def _covariance_slopes(
-    problem: Problem, estimates: Estimates, S_slope: np.ndarray, effects: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ``Phi``, ``P`` of X and ``to_x`` from the slopes of ``X'V^-1X``.
-
-    Args:
-        problem: working coordinates.
-        estimates: the rest of the solution.
-        S_slope: the slopes in the triangles of the factors' blocks of D, (k, p, p).
-        effects: number of effects of each factor.
-    """
-    p = S_slope.shape[-1]
-    scale = estimates.scale
-    unscaled = np.asarray(estimates.solution.point.at.beta_inverse)[:p, :p]
-    ends = np.cumsum(effects).tolist()
-    blocks = tuple(slice(a, b) for a, b in zip([0, *ends], ends, strict=False))
-    P = -np.tensordot(user_entries(problem)[block_entries(blocks, ends[-1])].T, S_slope, 1)
-    of_scale = np.linalg.inv(unscaled) - np.tensordot(pack_triangle(estimates.D), P, 1)
-    P = np.concatenate([P, of_scale[None]]) / scale**2
-    return scale * unscaled, P, np.asarray(problem.x_inverse)[:p, :p]
 
 
 def _in_user_units(

@@ -1073,6 +1073,7 @@ def _record(
         log_scale=jnp.log(found.scale),
         beta=jnp.asarray(found.beta),
         beta_inverse=jnp.asarray(found.beta_unscaled),
+        x_slope=jnp.asarray(found.slopes),
     )
     theta = jnp.zeros(0)
     at = spread(own_at, tuple(blocks), len(D))

@@ -20,7 +20,12 @@ from .inference import variance, wald
 from .inference.denominator import DEFAULT, Denominator
 from .inference.denominator import denominator as method_of
 from .inference.parameters import VarianceParameters, natural_parameters, theta_parameters
-from .inference.sensitivity import Sensitivity, sensitivity
+from .inference.sensitivity import (
+    CovarianceSlopes,
+    Sensitivity,
+    covariance_slopes,
+    sensitivity,
+)
 from .modes import Effects, conditional_effects
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
@@ -238,12 +243,9 @@ class Fit:
         return {}
 
     @cached_property
-    def covariance_slopes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``Phi``, ``P`` of X, and ``to_x`` of a :class:`Sensitivity`: first derivatives only."""
-        if self.estimates.slopes is not None:
-            return self.estimates.slopes
-        at = self.sensitivity
-        return at.Phi, at.P_x, at.to_x
+    def covariance_slopes(self) -> CovarianceSlopes:
+        """How the coefficients' covariance moves with the variance parameters; for inference."""
+        return covariance_slopes(self.compression, self.estimates)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:

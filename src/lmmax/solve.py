@@ -185,6 +185,7 @@ def point_of(make: Callable[..., Any], problem: Problem, n_theta: int) -> Point:
             log_scale=make(),
             beta=make(p),
             beta_inverse=make(p, p),
+            x_slope=make(k - 1, p, p),
             effects=tuple((make(r, m), make(r, r, m)) for r, m in problem.effect_shapes),
         ),
         gradient=make(x),

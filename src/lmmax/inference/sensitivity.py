@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from ..compilation_cache import compilation_cache
 from ..compress import Compression, EngineError
 from ..compress.iterative import Rows
 from ..estimation import Estimates
-from ..likelihood import expand, user_entries
+from ..likelihood import block_entries, expand, user_entries
 from ..parameters import pack_triangle
 
 _expand = Compiled(expand)
@@ -83,6 +84,34 @@ class Sensitivity:
         )
 
 
+class CovarianceSlopes(NamedTuple):
+    """The covariance of the coefficients and its first derivatives; fields of a `Sensitivity`.
+
+    Attributes:
+        Phi: (p, p).
+        P_x: (k, p, p); the derivatives of Phi are ``Phi P_c Phi``.
+        to_x: (p, p).
+    """
+
+    Phi: np.ndarray
+    P_x: np.ndarray
+    to_x: np.ndarray
+
+
+def covariance_slopes(compression: Compression, estimates: Estimates) -> CovarianceSlopes:
+    """Return what the solver knows of the coefficients' covariance, whichever the engine."""
+    problem, at = compression.problem, estimates.solution.point.at
+    p, scale = int(problem.n_fixed), estimates.scale
+    unscaled = np.asarray(at.beta_inverse)[:p, :p]
+    P = -np.tensordot(user_entries(problem).T, np.asarray(at.x_slope)[:, :p, :p], 1)
+    of_scale = np.linalg.inv(unscaled) - np.tensordot(pack_triangle(estimates.D), P, 1)
+    return CovarianceSlopes(
+        Phi=scale * unscaled,
+        P_x=np.concatenate([P, of_scale[None]]) / scale**2,
+        to_x=np.asarray(problem.x_inverse)[:p, :p],
+    )
+
+
 def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
     """Evaluate the expansion at the estimates, and give it in natural parameters.
 
@@ -107,7 +136,7 @@ def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
         """Return the entries that are not padding, y in the user's units."""
         return np.asarray(A[..., kept[:, None], kept] * np.outer(unit, unit))
 
-    to = user_entries(problem)
+    to = user_entries(problem)[block_entries(problem.slices, len(root))]
     n, scale, d = float(problem.n_obs), estimates.scale, pack_triangle(estimates.D)
     S = seen(found.at.S)
     P = -np.tensordot(to.T, seen(found.at.S_slope), 1)

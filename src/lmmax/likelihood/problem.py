@@ -77,6 +77,9 @@ class Derivatives(NamedTuple):
     of D row by row (a step moves both symmetric entries), then ``s = log scale``; q2 = q (q + 1)/2.
     Entries between two grouping factors, where D is always zero, have zero derivatives.
 
+    ``beta_inverse`` is ``(X'V^-1 X)^-1``, and ``x_slope`` (q2, p, p) holds the derivatives of
+    ``X'V^-1 X`` in D: how certain the coefficients are, and how that depends on the covariance.
+
     ``effects`` holds, where they come for free, per factor of the elimination the conditional modes
     (q, m) of the random effects, and their covariance relative to the scale (q, q, m).
     """
@@ -87,6 +90,7 @@ class Derivatives(NamedTuple):
     log_scale: Array
     beta: Array
     beta_inverse: Array
+    x_slope: Array
     effects: tuple[tuple[Array, Array], ...] = ()
 
 
@@ -295,6 +299,7 @@ def assemble(
         log_scale=s,
         beta=beta,
         beta_inverse=inverse,
+        x_slope=at.S_slope[:, :p, :p],
     )
 
 
@@ -319,17 +324,16 @@ def block_entries(blocks: tuple[slice, ...], q: int) -> np.ndarray:
 
 
 def user_entries(problem: Problem) -> np.ndarray:
-    """Return how entries of the user's D move those of the blocks of D in working coordinates.
+    """Return how entries of the user's D move those of D in working coordinates, (q2, q2).
 
-    A matrix from the triangle of D (q, q) to the triangles of its blocks, as in :func:`expand`.
+    A matrix from the triangle of the one to that of the other.
     """
     A = np.asarray(problem.z_factor)
-    place = block_entries(problem.slices, len(A))
     columns = []
     for i, j in zip(*np.tril_indices(len(A)), strict=True):
         E = np.zeros_like(A)
         E[i, j] = E[j, i] = 1.0
-        columns.append(pack_triangle(A @ E @ A.T)[place])
+        columns.append(pack_triangle(A @ E @ A.T))
     return np.stack(columns, axis=1)
 
 
@@ -342,10 +346,13 @@ def spread(at: Derivatives, blocks: tuple[slice, ...], q: int) -> Derivatives:
         q: order of D.
     """
     size = q * (q + 1) // 2 + 1
-    to = np.append(block_entries(blocks, q), np.int32(size - 1))
+    own = block_entries(blocks, q)
+    to = np.append(own, np.int32(size - 1))
+    p = at.x_slope.shape[-1]
     return at._replace(
         gradient=jnp.zeros(size, at.gradient.dtype).at[to].set(at.gradient),
         hessian=jnp.zeros((size, size), at.hessian.dtype)
         .at[to[:, None], to[None, :]]
         .set(at.hessian),
+        x_slope=jnp.zeros((size - 1, p, p), at.x_slope.dtype).at[own].set(at.x_slope),
     )
