@@ -19,10 +19,12 @@ from .inference.clusters import ClusterError as ClusterError
 from .inference.comparison import ComparisonError as ComparisonError
 from .inference.comparison import drop1 as drop1
 from .inference.comparison import ranova as ranova
+from .inference.confint import confint as confint
 from .inference.denominator import HypothesisError as HypothesisError
 from .inference.information import conditional_aic as conditional_aic
 from .inference.information import information as information
 from .inference.information import joint_covariance as joint_covariance
+from .inference.profile import profile as profile
 from .inference.robust import robust as robust
 from .inference.scores import sandwich as sandwich
 from .inference.scores import scores as scores
