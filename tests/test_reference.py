@@ -36,7 +36,17 @@ def pair(request: pytest.FixtureRequest) -> tuple[dict[str, Any], lmmax.Fit]:
     return record, fit_record(record)
 
 
+_FITS: dict[str, lmmax.Fit] = {}
+
+
 def fit_record(record: dict[str, Any]) -> lmmax.Fit:
+    """The fit of a record, made once for all modules that test it."""
+    if record["id"] not in _FITS:
+        _FITS[record["id"]] = _fit_record(record)
+    return _FITS[record["id"]]
+
+
+def _fit_record(record: dict[str, Any]) -> lmmax.Fit:
     with warnings.catch_warnings():
         if record["results"]["fixef_dropped"]:
             warnings.simplefilter("ignore", lmmax.RankWarning)

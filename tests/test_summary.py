@@ -14,7 +14,7 @@ import pytest
 
 import lmmax
 from lmmax import ConvergenceWarning, Fit, RankWarning
-from lmmax.rendering import _format_block, _format_correlation, _format_p
+from lmmax.rendering import _format_correlation, _format_p, format_block
 from lmmax.summary import summarize
 
 
@@ -359,7 +359,7 @@ def test_extreme_units_stay_readable(dietox: pd.DataFrame, scale: float) -> None
 def test_common_decimals_or_row_by_row() -> None:
     def cells(rows: list[list[float]]) -> list[list[str]]:
         values = np.array(rows)
-        return _format_block(values, values[:, 1:])
+        return format_block(values, values[:, 1:])
 
     assert cells([[15.72352, 0.78805], [6.94251, 0.03339]]) == [
         ["15.724", "0.788"],

@@ -24,6 +24,7 @@ from .inference.denominator import HypothesisError as HypothesisError
 from .inference.information import conditional_aic as conditional_aic
 from .inference.information import information as information
 from .inference.information import joint_covariance as joint_covariance
+from .inference.profile import ProfileWarning as ProfileWarning
 from .inference.profile import profile as profile
 from .inference.robust import robust as robust
 from .inference.scores import sandwich as sandwich

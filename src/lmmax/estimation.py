@@ -226,7 +226,7 @@ def estimate(
             criterion_error=float(np.hypot(found.criterion_error, found.decrement)),
             probes=found.probes,
         )
-    noise = _noise(problem)
+    noise = group_noise(problem)
     solver = settings.solver
     if solver == "auto":
         solver = "newton" if len(z_inverse) <= NEWTON_LIMIT else "lbfgs"
@@ -239,7 +239,7 @@ def estimate(
         D = D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(compression.start)))
     others: list[np.ndarray] = []
     if theta is None:
-        theta, *others = _theta_starts(constraints, z_inverse, compression.start)
+        theta, *others = theta_starts(constraints, z_inverse, compression.start)
     # EM moves what is in the root; of a model with structures only it has nothing to move.
     em_steps = settings.em_steps if constraints.rooted.any() else 0
     solution = _solve(problem, constraints, settings, solver, em_steps, D, s, theta)
@@ -271,7 +271,7 @@ def _in_user_units(
 ) -> Estimates:
     """Map the end of a solve to the user's units."""
     problem = compression.problem
-    z_inverse, noise = np.asarray(problem.z_inverse), _noise(problem)
+    z_inverse, noise = np.asarray(problem.z_inverse), group_noise(problem)
     point = solution.point
     at = point.at
     status = Status(int(solution.status))
@@ -370,12 +370,12 @@ def tolerance(problem: Problem) -> float:
     return TOLERANCE_CROSSED if problem.effect_shapes else TOLERANCE
 
 
-def _noise(problem: Problem) -> np.ndarray:
+def group_noise(problem: Problem) -> np.ndarray:
     """Return the standard deviation, relative to the residual's, of one group's mean, (q,)."""
     return np.asarray(np.sqrt(np.asarray(problem.n_groups) / float(problem.n_obs)))
 
 
-def _theta_starts(
+def theta_starts(
     constraints: Constraints, z_inverse: np.ndarray, variances: np.ndarray
 ) -> list[np.ndarray]:
     """Return starts for the structures from rough relative variances (q,), working units.
@@ -418,7 +418,7 @@ def _better(one: Solution, other: Solution) -> bool:
     return gain > 0.0
 
 
-def _free_terms(
+def free_terms(
     terms: Sequence[TermColumns], constraints: Constraints
 ) -> Iterator[tuple[TermColumns, list[slice]]]:
     """Yield each estimated term with its irreducible blocks of columns."""
@@ -450,9 +450,9 @@ def _step_off(
     point = solution.point
     D, at, q = point.D, point.at, len(constraints.blocks)
     G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
-    for term, blocks in _free_terms(terms, constraints):
+    for term, blocks in free_terms(terms, constraints):
         if term.pattern is None:
-            theta = _grown(solution, constraints, term, problem, noise)
+            theta = grown(solution, constraints, term, problem, noise)
             if theta is not None:
                 return np.asarray(D), theta
             continue
@@ -476,7 +476,7 @@ def _step_off(
     return None
 
 
-def _grown(
+def grown(
     solution: Solution,
     constraints: Constraints,
     term: TermColumns,
@@ -526,7 +526,7 @@ def _snap(
     if _is_interior(point.D, noise):
         return root, ()
     singular = []
-    for term, blocks in _free_terms(terms, constraints):
+    for term, blocks in free_terms(terms, constraints):
         for block in blocks:
             size = float(np.min(noise[block]))
             if term.pattern is None:

@@ -239,7 +239,7 @@ def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> 
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
     factors, terms = arrange(design)
     arranged = layout(design.X, factors, design.weights, settings.engine)
-    compressed = compress(_without_offset(design), arranged)
+    compressed = compress(without_offset(design), arranged)
     check_identified(design, arranged, compressed, terms, settings)
     notes = _notes(design, arranged)
     if len(arranged.fixed.kept) < len(design.x_names):
@@ -310,7 +310,7 @@ def refit_response(fitted: Fit, y: Any) -> Fit:
             "responses only, fit the data without these rows instead"
         )
     design = replace(fitted.design, y=y)
-    compressed = compress(_without_offset(design), fitted.layout, earlier=fitted.compression)
+    compressed = compress(without_offset(design), fitted.layout, earlier=fitted.compression)
     _check_response(design, fitted.layout, compressed)
     return _solve(
         design,
@@ -355,7 +355,8 @@ def _solve(
     return result
 
 
-def _without_offset(design: Design) -> np.ndarray:
+def without_offset(design: Design) -> np.ndarray:
+    """Return the response less the known part of the mean, (n,)."""
     return design.y if design.offset is None else design.y - design.offset
 
 

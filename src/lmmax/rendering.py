@@ -23,7 +23,7 @@ MISSING = "-"
 """Stands for a number that does not exist, such as the standard error of a variance of zero."""
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
     """One table as text: labels on the left, numbers on the right."""
 
     label_headers: list[str]
@@ -53,7 +53,7 @@ def _sizes(values: np.ndarray) -> np.ndarray:
     return sizes[sizes > 0.0]
 
 
-def _format_block(values: np.ndarray, precision: np.ndarray) -> list[list[str]]:
+def format_block(values: np.ndarray, precision: np.ndarray) -> list[list[str]]:
     """Format columns of one unit, with common decimals if the sizes allow, else row by row.
 
     Args:
@@ -134,19 +134,19 @@ def _header_cells(header: pd.DataFrame) -> list[tuple[str, str]]:
     return cells
 
 
-def _residual_cells(residuals: pd.Series) -> _Cells:
+def _residual_cells(residuals: pd.Series) -> Cells:
     row = [_format(value, ".4f" if abs(value) < 1e5 else ".3e") for value in residuals.to_numpy()]
-    return _Cells([], [[]], [str(name) for name in residuals.index], [row])
+    return Cells([], [[]], [str(name) for name in residuals.index], [row])
 
 
-def _random_cells(table: pd.DataFrame) -> tuple[_Cells, list[list[str]]]:
+def _random_cells(table: pd.DataFrame) -> tuple[Cells, list[list[str]]]:
     """Return the cells without correlations, and the correlations, a list per row."""
     variances = table[["variance", "std err"]].to_numpy(float)
     sds = table[["std dev"]].to_numpy(float)
     numbers = [
         [*left, *right]
         for left, right in zip(
-            _format_block(variances, variances), _format_block(sds, sds), strict=True
+            format_block(variances, variances), format_block(sds, sds), strict=True
         )
     ]
     corr = table.filter(like="corr ").to_numpy(float)
@@ -161,12 +161,12 @@ def _random_cells(table: pd.DataFrame) -> tuple[_Cells, list[list[str]]]:
             shown: list[float] = corr[i, :j].tolist() if table["correlated"].iloc[i] else []
             correlations.append([_format_correlation(value) for value in shown])
     return (
-        _Cells(["Groups", "Name"], labels, ["Variance", "Std.Err.", "Std.Dev."], numbers),
+        Cells(["Groups", "Name"], labels, ["Variance", "Std.Err.", "Std.Dev."], numbers),
         correlations,
     )
 
 
-def _fixed_cells(table: pd.DataFrame) -> _Cells:
+def _fixed_cells(table: pd.DataFrame) -> Cells:
     names = list(table.columns)
     letter = "z" if "z" in names else "t"
     lower, upper = names[-2:]
@@ -176,7 +176,7 @@ def _fixed_cells(table: pd.DataFrame) -> _Cells:
     rows = []
     degrees = [[_format_df(df)] for df in table["df"]] if "df" in names else [[]] * len(table)
     for block, df, t, p in zip(
-        _format_block(estimates, estimates[:, 1:2]),
+        format_block(estimates, estimates[:, 1:2]),
         degrees,
         table[letter],
         table[f"P>|{letter}|"],
@@ -186,7 +186,7 @@ def _fixed_cells(table: pd.DataFrame) -> _Cells:
         if coef == MISSING and not failed:
             coef = "aliased"
         rows.append([coef, se, *df, _format_z(t), _format_p(p), low, high])
-    return _Cells([""], [[str(name)] for name in table.index], names, rows)
+    return Cells([""], [[str(name)] for name in table.index], names, rows)
 
 
 def text(summary: Summary) -> str:
@@ -194,14 +194,14 @@ def text(summary: Summary) -> str:
     header, random, fixed = summary.tables
     random_cells, correlations = _random_cells(random)
     whole = _with_correlations(random_cells, correlations)
-    separate = max(map(len, _table_lines(whole, gap=1, fold=False, least=5))) > WIDTH
+    separate = max(map(len, table_lines(whole, gap=1, fold=False, least=5))) > WIDTH
     blocks = {
-        "Scaled residuals:": _table_lines(_residual_cells(summary.residuals)),
-        "Random effects:": _table_lines(random_cells if separate else whole, least=5),
+        "Scaled residuals:": table_lines(_residual_cells(summary.residuals)),
+        "Random effects:": table_lines(random_cells if separate else whole, least=5),
         "Correlations of the random effects:": (
             _correlation_lines(random_cells, correlations) if separate else []
         ),
-        "Fixed effects:": _table_lines(_fixed_cells(fixed)),
+        "Fixed effects:": table_lines(_fixed_cells(fixed)),
     }
     pairs = _header_cells(header)
     # A name longer than the page sticks out of it; nothing else does.
@@ -245,8 +245,8 @@ def _header_lines(pairs: Sequence[tuple[str, str]], width: int) -> list[str]:
     return [f"{a}{gap}{b}".rstrip() for a, b in zip(cells[:rows], right, strict=True)]
 
 
-def _table_lines(
-    cells: _Cells, *, gap: int | None = None, fold: bool = True, least: int = 7
+def table_lines(
+    cells: Cells, *, gap: int | None = None, fold: bool = True, least: int = 7
 ) -> list[str]:
     """Align labels left and numbers right; a label that does not fit has a line of its own.
 
@@ -281,7 +281,7 @@ def _table_lines(
     return lines
 
 
-def _with_correlations(cells: _Cells, correlations: list[list[str]]) -> _Cells:
+def _with_correlations(cells: Cells, correlations: list[list[str]]) -> Cells:
     count = max(map(len, correlations))
     return cells._replace(
         headers=[*cells.headers, *["Corr", *[""] * (count - 1)][:count]],
@@ -292,7 +292,7 @@ def _with_correlations(cells: _Cells, correlations: list[list[str]]) -> _Cells:
     )
 
 
-def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str]:
+def _correlation_lines(cells: Cells, correlations: list[list[str]]) -> list[str]:
     """Set the triangle of each term apart, effects numbered, in as many pieces as fit."""
     lines: list[str] = []
     starts = [i for i, (group, _) in enumerate(cells.labels) if group]
@@ -302,7 +302,7 @@ def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str
         # Eight columns of seven characters leave room for a name.
         for first in range(0, len(triangle[-1]), 8):
             columns = range(first, min(first + 8, len(triangle[-1])))
-            piece = _Cells(
+            piece = Cells(
                 ["", ""],
                 names[first + 1 :],
                 [f"({j + 1})" for j in columns],
@@ -311,12 +311,12 @@ def _correlation_lines(cells: _Cells, correlations: list[list[str]]) -> list[str
                     for row in triangle[first + 1 :]
                 ],
             )
-            lines += _table_lines(piece, least=5)
+            lines += table_lines(piece, least=5)
     return lines
 
 
 # Colours come from the page, so that light and dark themes both work.
-_CSS = """
+CSS = """
 .lmmax-summary { color: inherit; max-width: 60em; line-height: 1.4; }
 .lmmax-summary p { margin: 0.3em 0; }
 .lmmax-summary .lmmax-title { font-weight: bold; font-size: 1.15em; }
@@ -341,7 +341,7 @@ def html(summary: Summary) -> str:
     """Return the summary as a fragment of HTML, everything escaped."""
     header, random, fixed = summary.tables
     parts = [
-        f"<style>{_CSS}</style>",
+        f"<style>{CSS}</style>",
         f'<p class="lmmax-title">{escape(summary.title)}</p>',
         *(
             f'<p class="lmmax-warning"><strong>Warning:</strong> {escape(warning)}</p>'
@@ -349,9 +349,9 @@ def html(summary: Summary) -> str:
         ),
         f"<p><code>{escape(summary.formula)}</code></p>",
         _html_header(_header_cells(header)),
-        _html_table("Scaled residuals", _residual_cells(summary.residuals)),
-        _html_table("Random effects", _with_correlations(*_random_cells(random))),
-        _html_table("Fixed effects", _fixed_cells(fixed)),
+        html_table("Scaled residuals", _residual_cells(summary.residuals)),
+        html_table("Random effects", _with_correlations(*_random_cells(random))),
+        html_table("Fixed effects", _fixed_cells(fixed)),
     ]
     if summary.notes:
         parts.append(f"<ol>{''.join(f'<li>{escape(note)}</li>' for note in summary.notes)}</ol>")
@@ -367,7 +367,8 @@ def _html_header(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<div class="lmmax-scroll"><table><tbody>{body}</tbody></table></div>'
 
 
-def _html_table(caption: str, cells: _Cells) -> str:
+def html_table(caption: str, cells: Cells) -> str:
+    """Return a table as HTML, everything escaped."""
     head = "".join(
         f'<th scope="col" class="lmmax-label">{escape(text)}</th>' for text in cells.label_headers
     ) + "".join(f'<th scope="col">{escape(text)}</th>' for text in cells.headers)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from .inference.arguments import as_fit
+
 if TYPE_CHECKING:
     from .results import Fit
 
@@ -43,6 +45,7 @@ def simulate(
         >>> again.converged
         True
     """
+    as_fit(fit)
     check_count(n, "n")
     check_seed(seed)
     responses = np.empty((n, fit.nobs))

@@ -84,7 +84,7 @@ def trim_lmm(record: Record) -> Record | None:
 
 
 def _inference(record: Record) -> Record:
-    """Degrees of freedom, tests and profile limits; Satterthwaite columns where they are reliable."""
+    """Degrees of freedom, tests and profile limits; Satterthwaite's where they are reliable."""
     results, kept = record["results"], {}
     for ours, theirs in (("satterthwaite", "satterthwaite_refined"), ("kenward_roger",) * 2):
         if tests := results.get(theirs):

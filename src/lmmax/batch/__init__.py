@@ -15,7 +15,7 @@ import numpy as np
 
 from ..compress import EngineError, compress
 from ..constraints import read_constraints
-from ..estimation import Estimates, _noise, estimate
+from ..estimation import Estimates, estimate, group_noise
 from ..solve import NEWTON_LIMIT, Constraints, Status
 from .solve import BatchEstimates, Lanes, Start, in_user_units, join, solve, stack
 from .statistics import Responses, SharedDesigns, project, shared_designs, with_responses
@@ -132,7 +132,7 @@ def _lifted(fit: Fit) -> np.ndarray:
     """Return the relative covariance of a fit, moved inside if it is singular, working units."""
     D = np.asarray(fit.estimates.solution.point.D)
     if fit.singular:
-        D = D + LIFT * np.diag(_noise(fit.compression.problem) ** 2)
+        D = D + LIFT * np.diag(group_noise(fit.compression.problem) ** 2)
     return D
 
 

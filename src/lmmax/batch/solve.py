@@ -28,9 +28,9 @@ from ..estimation import (
     BOUNDARY,
     MAX_STEPS,
     RESTARTS,
-    _free_terms,
-    _grown,
-    _theta_starts,
+    free_terms,
+    grown,
+    theta_starts,
     tolerance,
 )
 from ..likelihood.grouped import GroupedProblem
@@ -279,7 +279,7 @@ def usual_starts(lanes: Lanes, constraints: Constraints, which: np.ndarray) -> l
     """Return where a fit without an earlier one starts, for some lanes; several with structures."""
     D = np.stack([moment_start(lanes.one(lane)) for lane in which])
     z_inverse = np.asarray(lanes.problem.z_inverse)
-    thetas = [_theta_starts(constraints, z_inverse, np.diag(own)) for own in D]
+    thetas = [theta_starts(constraints, z_inverse, np.diag(own)) for own in D]
     s = np.log(0.5 / lanes.values("n_obs")[which])
     return [
         Start(D * constraints.blocks, s, np.stack(theta)) for theta in zip(*thetas, strict=True)
@@ -398,12 +398,12 @@ def _step_off(
     G[:, rows, columns] = ends.gradient[which, :-1]
     G = 0.5 * (G + G.transpose(0, 2, 1))
     hessian = ends.hessian[which, :-1, :-1]
-    for term, blocks in _free_terms(terms, constraints):
+    for term, blocks in free_terms(terms, constraints):
         if term.pattern is None:
             for i in np.flatnonzero(~moved):
-                grown = _grown(_record(ends, which[i]), constraints, term, lanes.problem, noise)
-                if grown is not None:
-                    theta[i], moved[i] = grown, True
+                better = grown(_record(ends, which[i]), constraints, term, lanes.problem, noise)
+                if better is not None:
+                    theta[i], moved[i] = better, True
             continue
         for block in blocks:
             values, vectors = np.linalg.eigh(ends.D[which][:, block, block])
@@ -449,7 +449,7 @@ def _snapped(
     if not near.size:
         return D, singular
     root, flagged = ends.root[near].copy(), np.zeros(near.size, dtype=bool)
-    for term, blocks in _free_terms(terms, constraints):
+    for term, blocks in free_terms(terms, constraints):
         for block in blocks:
             size = float(np.min(noise[block]))
             if term.pattern is None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from .comparison import as_fit, compare
+from .arguments import as_fit
+from .comparison import compare
 from .hypotheses import FixedTerms, SumsOfSquares, fixed_terms
 from .tables import TestTable
 
@@ -84,7 +85,7 @@ def anova(
     Source: SAS/STAT User's Guide, "The Four Types of Estimable Functions"; Kuznetsova, Brockhoff
     and Christensen (2017), J. Stat. Softw. 82(13).
     """
-    as_fit(fit, "fit")
+    as_fit(fit)
     if others:
         if ddf is not None:
             raise ValueError(

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..batch import BatchEstimates, check_engine, estimates_of, join
-from ..rendering import _CSS, _Cells, _format_block, _html_table, _table_lines
+from ..rendering import CSS, Cells, format_block, html_table, table_lines
 from ..simulate import check_count, check_seed
 from ..solve import Status
+from .arguments import as_fit
 from .jackknife import JackknifeError, leave_out_groups
 from .resampling import parametric, residual
 
@@ -187,7 +188,7 @@ class Bootstrap:
             }
         )
 
-    def _parts(self) -> tuple[str, _Cells, list[str]]:
+    def _parts(self) -> tuple[str, Cells, list[str]]:
         """Return title, table and notes."""
         table = pd.DataFrame({"observed": self.observed, "bias": self.bias, "std err": self.se})
         try:
@@ -196,7 +197,7 @@ class Bootstrap:
         except BootstrapError:
             notes = ["There are too few replicates for limits of level 95%."]
         values = table.to_numpy(float)
-        rows = [_format_block(row[None, :], row[None, 2:3])[0] for row in values]
+        rows = [format_block(row[None, :], row[None, 2:3])[0] for row in values]
         status = self.status
         failed = self.n - status["converged"]
         if status["singular"]:
@@ -215,11 +216,11 @@ class Bootstrap:
         method = "REML" if self.fit.reml else "ML"
         title = f"{self.method.capitalize()} bootstrap, {_count(self.n)} ({method})"
         labels = [[str(name)] for name in table.index]
-        return title, _Cells([""], labels, [str(name) for name in table.columns], rows), notes
+        return title, Cells([""], labels, [str(name) for name in table.columns], rows), notes
 
     def __str__(self) -> str:
         title, cells, notes = self._parts()
-        lines = _table_lines(cells)
+        lines = table_lines(cells)
         rule = "-" * max(map(len, lines))
         formula = f"Formula: {self.fit.formula}"
         return "\n".join([title, formula, rule, *lines, rule, *notes])
@@ -235,10 +236,10 @@ class Bootstrap:
         title, cells, notes = self._parts()
         return "\n".join(
             [
-                f'<div class="lmmax-summary">\n<style>{_CSS}</style>',
+                f'<div class="lmmax-summary">\n<style>{CSS}</style>',
                 f'<p class="lmmax-title">{escape(title)}</p>',
                 f"<p><code>{escape(self.fit.formula)}</code></p>",
-                _html_table("", cells).replace("<caption></caption>", ""),
+                html_table("", cells).replace("<caption></caption>", ""),
                 *(f"<p>{escape(note)}</p>" for note in notes),
                 "</div>",
             ]
@@ -296,13 +297,14 @@ def bootstrap(
     Source: Davison and Hinkley (1997), Bootstrap Methods and their Application; Carpenter,
     Goldstein and Rasbash (2003), J. R. Stat. Soc. C 52, 431-443, for the residual bootstrap.
     """
+    as_fit(fit)
     check_count(n, "n")
     check_seed(seed)
     if method not in METHODS:
         known = ", ".join(map(repr, METHODS))
         raise ValueError(f"method={method!r} is unknown; use one of {known}")
     check_engine(fit)
-    chosen = _all_parameters(fit) if statistic is None else statistic
+    chosen = all_parameters(fit) if statistic is None else statistic
     observed = _table(chosen(estimates_of(fit)), None, chosen).iloc[0]
     parts = METHODS[method](fit, n, seed)
     estimates = join(list(_with_progress(parts, n) if progress else parts))
@@ -317,7 +319,7 @@ def bootstrap(
     return Bootstrap(observed.rename("observed"), replicates, estimates, method, fit, chosen)
 
 
-def _all_parameters(fit: Fit) -> Statistic:
+def all_parameters(fit: Fit) -> Statistic:
     """Return the default statistic: coefficients, standard deviations, correlations, sigma."""
     names, effects = list(fit.design.x_names), fit.effect_names
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..batch import check_engine, join
 from ..simulate import check_count, check_seed, draws
-from .comparison import ComparisonError, _check_same_data
+from .arguments import as_fit
+from .comparison import ComparisonError, check_same_data
 from .nesting import RandomNesting, fixed_nesting, random_nesting
 from .resampling import by_rows
 from .wald import format_pvalue
@@ -112,11 +113,13 @@ def bootstrap_test(small: Fit, large: Fit, n: int = 1000, seed: int = 0) -> Boot
     Source: Halekoh and Hojsgaard (2014), J. Stat. Softw. 59(9), section 4 (PBmodcomp of the R
     package pbkrtest, which leaves out replicates that are not positive; here they count).
     """
+    as_fit(small, "small")
+    as_fit(large, "large")
     from scipy.special import chdtrc
 
     check_count(n, "n")
     check_seed(seed)
-    _check_same_data(small, large)
+    check_same_data(small, large)
     notes = _check_nested(small, large)
     for fit in (small, large):
         check_engine(fit)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
+from .arguments import as_fit
 from .nesting import RandomNesting, fixed_nesting, random_nesting
 from .submodels import Submodel, fit_columns, fit_reduced, reductions
 from .tables import TestTable
@@ -27,19 +28,6 @@ class ComparisonError(ValueError):
     """Fits that cannot be compared by a likelihood ratio."""
 
 
-def as_fit(value: Any, what: str) -> Fit:
-    """Return the value if it is a fit, else raise."""
-    from ..results import Fit
-
-    if not isinstance(value, Fit):
-        raise TypeError(f"{what} must be a fit, as lmmax.fit returns it, not {_kind(value)}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
-
-
 def compare(fits: Sequence[Fit], *, refit: bool = True) -> TestTable:
     """Compare nested fits by likelihood ratios; see :func:`lmmax.anova`."""
     for position, fit in enumerate(fits, 1):
@@ -50,7 +38,7 @@ def compare(fits: Sequence[Fit], *, refit: bool = True) -> TestTable:
     unknown: list[int] = []
     different = False
     for number, (small, large) in enumerate(pairwise(fits), 2):
-        _check_same_data(small, large)
+        check_same_data(small, large)
         fixed = fixed_nesting(small, large)
         if fixed.outside:
             raise ComparisonError(
@@ -122,7 +110,7 @@ def _models(numbers: Sequence[int]) -> str:
     return f"Model{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
-def _check_same_data(one: Fit, other: Fit) -> None:
+def check_same_data(one: Fit, other: Fit) -> None:
     """Raise unless two fits are of the same response, rows, weights and offset."""
     a, b = one.design, other.design
     if len(a.y) != len(b.y):
@@ -234,7 +222,7 @@ def ranova(fit: Fit, *, mixture: bool = False) -> TestTable:
     Source: Stram and Lee (1994), Biometrics 50, 1171-1177; Self and Liang (1987), JASA 82, 605-610,
     for the mixture; Kuznetsova, Brockhoff and Christensen (2017), J. Stat. Softw. 82(13).
     """
-    as_fit(fit, "fit")
+    as_fit(fit)
     if "cov_re" in (fit.settings.fix or {}):
         raise ComparisonError(
             "the covariances of the random effects are held fixed, so none of them can be tested: "
@@ -314,7 +302,7 @@ def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None
     from .anova import check_test, term_table, untestable_notes
     from .hypotheses import fixed_terms
 
-    as_fit(fit, "fit")
+    as_fit(fit)
     check_test(test)
     terms = fixed_terms(fit)
     scope = terms.coded.droppable()

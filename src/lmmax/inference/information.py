@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..parameters import unpack_symmetric
+from .arguments import as_fit
 from .parameters import VarianceParameters
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def information(fit: Fit, kind: str = "observed", parameters: str = "natural") -
 
     Source: Lindstrom and Bates (1988), JASA 83, 1014-1022; Harville (1977), JASA 72, 320-338.
     """
+    as_fit(fit)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; use 'observed' or 'expected'")
     chosen, at = _parameters(fit, parameters), fit.sensitivity
@@ -162,6 +164,7 @@ def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:
     Source: Vaida and Blanchard (2005), Biometrika 92, 351-370; Greven and Kneib (2010), Biometrika
     97, 773-789, whose correction is ``tr(d fitted / d y)``.
     """
+    as_fit(fit)
     at, scale, n = fit.sensitivity, fit.scale, float(fit.nobs)
     rho = n - scale * (at.trace[-1] - float(np.sum(at.Phi * at.P_x[-1])))
     weights = np.ones(fit.nobs) if fit.design.weights is None else fit.design.weights

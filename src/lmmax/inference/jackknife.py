@@ -14,7 +14,7 @@ from ..compress.grouped import Statistics
 from ..compress.rows import chunk_rows, chunks, orthonormalise, project_out
 from ..constraints import read_constraints
 from ..estimation import estimate
-from ..fit import _without_offset, arrange
+from ..fit import arrange, without_offset
 from ..likelihood.grouped import GroupedProblem
 from ..solve import Status
 
@@ -77,7 +77,7 @@ def _vectorised(fit: Fit, part: np.ndarray) -> BatchEstimates:
     y_scale = float(whole.y_scale)
     origin = np.asarray(whole.beta_origin)[:p] * y_scale
     n_parts = int(part.max()) + 1
-    outside = _outside(arranged, _without_offset(fit.design), origin, part)
+    outside = _outside(arranged, without_offset(fit.design), origin, part)
     outside[:, p] /= y_scale
     outside[:, :, p] /= y_scale
     # What all other parts contribute, as sums: a difference could lose digits.
@@ -205,6 +205,6 @@ def _one_by_one(fit: Fit, factor: int, part: np.ndarray) -> BatchEstimates:
         arranged = layout(smaller.X, factors, smaller.weights, fit.engine.name)
         if not np.array_equal(arranged.fixed.kept, fit.layout.fixed.kept):
             _raise_rank(fit, factor, part, which)
-        compressed = compress(_without_offset(smaller), arranged)
+        compressed = compress(without_offset(smaller), arranged)
         found.append(estimates_of(fit, estimate(compressed, terms, settings)))
     return stack(found)

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .arguments import as_fit
 from .clusters import ClusterError, Clusters, batches, factor_roots, find_clusters, principal_axes
 from .denominator import Denominator, HypothesisError, JointTest, f_test, wald_form
 from .tree import Levels, inverse_root_nodes
@@ -307,6 +308,7 @@ def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance
 
     Source: Pustejovsky and Tipton (2018), J. Bus. Econ. Stat. 36, 672-683.
     """
+    as_fit(fit)
     if type not in TYPES:
         raise ValueError(f"type={type!r} is unknown; use one of {', '.join(map(repr, TYPES))}")
     clusters = find_clusters(fit, cluster)

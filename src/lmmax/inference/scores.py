@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .arguments import as_fit
 from .clusters import Batch, Clusters, batches, factor_roots, find_clusters, principal_axes
 from .information import joint_covariance
 from .tree import Levels
@@ -65,6 +66,7 @@ def scores(fit: Fit, cluster: Any = None, *, reml: bool | None = None) -> pd.Dat
         >>> bool((lmmax.scores(fit).sum().abs() < 1e-6).all())
         True
     """
+    as_fit(fit)
     clusters = find_clusters(fit, cluster)
     restricted = fit.reml if reml is None else reml
     p, q = len(fit.estimates.beta), len(fit.estimates.root)
