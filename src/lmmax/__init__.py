@@ -1,5 +1,9 @@
 """Linear mixed-effects models in JAX."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from . import datasets as datasets
 from . import functional as functional
 from .compress import EngineError as EngineError
@@ -11,28 +15,59 @@ from .fit import fit as fit
 from .fit import fit_arrays as fit_arrays
 from .formula import FormulaError as FormulaError
 from .formula import parse_formula as parse_formula
-from .inference.anova import anova as anova
-from .inference.bootstrap import BootstrapError as BootstrapError
-from .inference.bootstrap import bootstrap as bootstrap
-from .inference.bootstrap_comparison import bootstrap_test as bootstrap_test
-from .inference.clusters import ClusterError as ClusterError
-from .inference.comparison import ComparisonError as ComparisonError
-from .inference.comparison import drop1 as drop1
-from .inference.comparison import ranova as ranova
-from .inference.confint import confint as confint
 from .inference.denominator import HypothesisError as HypothesisError
-from .inference.information import conditional_aic as conditional_aic
-from .inference.information import information as information
-from .inference.information import joint_covariance as joint_covariance
-from .inference.profile import ProfileWarning as ProfileWarning
-from .inference.profile import profile as profile
-from .inference.robust import robust as robust
-from .inference.scores import sandwich as sandwich
-from .inference.scores import scores as scores
 from .results import Fit as Fit
 from .results import load as load
 from .simulate import simulate as simulate
 from .spec import ModelSpec as ModelSpec
 from .spec import RandomTerm as RandomTerm
 
+if _TYPE_CHECKING:
+    from .inference.anova import anova as anova
+    from .inference.bootstrap import BootstrapError as BootstrapError
+    from .inference.bootstrap import bootstrap as bootstrap
+    from .inference.bootstrap_comparison import bootstrap_test as bootstrap_test
+    from .inference.clusters import ClusterError as ClusterError
+    from .inference.comparison import ComparisonError as ComparisonError
+    from .inference.comparison import drop1 as drop1
+    from .inference.comparison import ranova as ranova
+    from .inference.confint import confint as confint
+    from .inference.information import conditional_aic as conditional_aic
+    from .inference.information import information as information
+    from .inference.information import joint_covariance as joint_covariance
+    from .inference.profile import ProfileWarning as ProfileWarning
+    from .inference.profile import profile as profile
+    from .inference.robust import robust as robust
+    from .inference.scores import sandwich as sandwich
+    from .inference.scores import scores as scores
+
 __version__ = "0.1.0"
+
+# What is asked of a fit afterwards is imported when first used: it takes as long as a small fit.
+_LATER = {
+    "anova": ("anova",),
+    "bootstrap": ("BootstrapError", "bootstrap"),
+    "bootstrap_comparison": ("bootstrap_test",),
+    "clusters": ("ClusterError",),
+    "comparison": ("ComparisonError", "drop1", "ranova"),
+    "confint": ("confint",),
+    "information": ("conditional_aic", "information", "joint_covariance"),
+    "profile": ("ProfileWarning", "profile"),
+    "robust": ("robust",),
+    "scores": ("sandwich", "scores"),
+}
+_HOME = {name: module for module, names in _LATER.items() for name in names}
+
+
+if not _TYPE_CHECKING:
+
+    def __getattr__(name: str) -> _Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'lmmax' has no attribute {name!r}")
+        value = getattr(_import_module(f".inference.{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

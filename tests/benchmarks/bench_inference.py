@@ -79,7 +79,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "anova": lambda: lmmax.anova(replace(cake), ddf="kenward-roger"),
         "profile": lambda: lmmax.confint(replace(sleep), method="profile"),
         "bootstrap": lambda: lmmax.bootstrap(replace(sleep), n=BOOTSTRAPS),
-        "robust": lambda: lmmax.robust(replace(large)).table(),
+        "robust": lambda: lmmax.robust(replace(large)).coefficients(),
     }
 
 
@@ -113,7 +113,7 @@ def ours_large() -> dict[str, float]:
         tests: dict[str, Callable[[Any], Any]] = {
             "satterthwaite": lambda fit: fit.coefficients(),
             "kenward_roger": lambda fit: replace(fit).coefficients("kenward-roger"),
-            "robust": lambda fit: lmmax.robust(fit).table(),
+            "robust": lambda fit: lmmax.robust(fit).coefficients(),
         }
         for test, call in tests.items():
             figures[f"large_{test}_{name}"] = timed(partial(call, fit))
