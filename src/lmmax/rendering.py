@@ -316,7 +316,7 @@ def _correlation_lines(cells: Cells, correlations: list[list[str]]) -> list[str]
 
 
 # Colours come from the page, so that light and dark themes both work.
-CSS = """
+_CSS = """
 .lmmax-summary { color: inherit; max-width: 60em; line-height: 1.4; }
 .lmmax-summary p { margin: 0.3em 0; }
 .lmmax-summary .lmmax-title { font-weight: bold; font-size: 1.15em; }
@@ -337,11 +337,23 @@ CSS = """
 """
 
 
+def fragment(title: str, formula: str, cells: Cells, notes: Sequence[str]) -> str:
+    """Return one table with its title and notes as a fragment of HTML, everything escaped."""
+    parts = [
+        f"<style>{_CSS}</style>",
+        f'<p class="lmmax-title">{escape(title)}</p>',
+        f"<p><code>{escape(formula)}</code></p>",
+        _html_table("", cells),
+        *(f"<p>{escape(note)}</p>" for note in notes),
+    ]
+    return '<div class="lmmax-summary">\n' + "\n".join(parts) + "\n</div>"
+
+
 def html(summary: Summary) -> str:
     """Return the summary as a fragment of HTML, everything escaped."""
     header, random, fixed = summary.tables
     parts = [
-        f"<style>{CSS}</style>",
+        f"<style>{_CSS}</style>",
         f'<p class="lmmax-title">{escape(summary.title)}</p>',
         *(
             f'<p class="lmmax-warning"><strong>Warning:</strong> {escape(warning)}</p>'
@@ -349,9 +361,9 @@ def html(summary: Summary) -> str:
         ),
         f"<p><code>{escape(summary.formula)}</code></p>",
         _html_header(_header_cells(header)),
-        html_table("Scaled residuals", _residual_cells(summary.residuals)),
-        html_table("Random effects", _with_correlations(*_random_cells(random))),
-        html_table("Fixed effects", _fixed_cells(fixed)),
+        _html_table("Scaled residuals", _residual_cells(summary.residuals)),
+        _html_table("Random effects", _with_correlations(*_random_cells(random))),
+        _html_table("Fixed effects", _fixed_cells(fixed)),
     ]
     if summary.notes:
         parts.append(f"<ol>{''.join(f'<li>{escape(note)}</li>' for note in summary.notes)}</ol>")
@@ -367,8 +379,9 @@ def _html_header(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<div class="lmmax-scroll"><table><tbody>{body}</tbody></table></div>'
 
 
-def html_table(caption: str, cells: Cells) -> str:
+def _html_table(caption: str, cells: Cells) -> str:
     """Return a table as HTML, everything escaped."""
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
     head = "".join(
         f'<th scope="col" class="lmmax-label">{escape(text)}</th>' for text in cells.label_headers
     ) + "".join(f'<th scope="col">{escape(text)}</th>' for text in cells.headers)
@@ -377,7 +390,7 @@ def html_table(caption: str, cells: Cells) -> str:
         for labels, row in zip(cells.labels, cells.rows, strict=True)
     )
     return (
-        f'<div class="lmmax-scroll"><table><caption>{escape(caption)}</caption>'
+        f'<div class="lmmax-scroll"><table>{title}'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

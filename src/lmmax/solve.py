@@ -355,6 +355,45 @@ def newton_step(gradient: Array, hessian: Array, damping: Array) -> Array:
     return solve_unit_upper(L, step / d[:, None])[:, 0] / scale
 
 
+def judge(
+    gain: Array, predicted: Array, damping: Array, slack: Array, finite: Array, first: Array
+) -> tuple[Array, Array]:
+    """Return whether a trial is accepted, and the damping of the next step.
+
+    Args:
+        gain: how far the criterion fell.
+        predicted: how far it should have fallen.
+        damping: of the step to the trial.
+        slack: rounding error of the criterion.
+        finite: whether everything at the trial is.
+        first: whether there is nothing to compare it with.
+    """
+    # Rounding may hide a small gain; where a large one was promised, the criterion must fall.
+    enough = jnp.where(predicted > 10.0 * slack, slack, -slack)
+    accept = finite & (first | (gain >= enough))
+    good = accept & (gain >= 0.25 * predicted - slack)
+    relaxed = jnp.where(damping < 1e-3, 0.0, 0.1 * damping)
+    raised = jnp.where(accept, 2.0 * damping, jnp.maximum(8.0 * damping, 1e-2))
+    return accept, jnp.where(good, relaxed, raised)
+
+
+def bounded_step(
+    gradient: Array, hessian: Array, damping: Array, size: Array
+) -> tuple[Array, Array, Array]:
+    """Return a Newton step, its decrement, and how far the criterion should fall.
+
+    The step goes no further than ``size``, that of all parameters but the first, the logarithm of
+    the scale; and just as far where the curvature is negative.
+    """
+    step = newton_step(gradient, hessian, damping)
+    decrement = -(gradient @ step) * (1.0 + damping)
+    length = jnp.maximum(jnp.sqrt(jnp.sum(step[1:] ** 2)), jnp.finfo(step.dtype).eps)
+    limit = (1.0 + size) / (1.0 + 10.0 * damping)
+    bent = step @ hessian @ step < 0.0
+    step = step * jnp.where(bent, limit / length, jnp.minimum(1.0, limit / length))
+    return step, decrement, -(gradient @ step) - 0.5 * step @ hessian @ step
+
+
 class _State(NamedTuple):
     evaluations: Array
     status: Array
@@ -399,25 +438,10 @@ def newton(
         slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
         gain = old.at.value - new.at.value
         finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
-        # Rounding may hide a small gain; where a large one was promised, the criterion must fall.
-        enough = jnp.where(state.predicted > 10.0 * slack, slack, -slack)
-        accept = finite & (first | (gain >= enough))
+        accept, damping = judge(gain, state.predicted, state.damping, slack, finite, first)
         point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
-
-        good = accept & (gain >= 0.25 * state.predicted - slack)
-        relaxed = jnp.where(state.damping < 1e-3, 0.0, 0.1 * state.damping)
-        raised = jnp.where(accept, 2.0 * state.damping, jnp.maximum(8.0 * state.damping, 1e-2))
-        damping = jnp.where(good, relaxed, raised)
-
-        step = newton_step(point.gradient, point.hessian, damping)
-        decrement = -(point.gradient @ step) * (1.0 + damping)
-        # No further than the size of the root itself; just as far where the curvature is negative.
-        length = jnp.maximum(jnp.sqrt(jnp.sum(step[1:] ** 2)), eps)
         size = jnp.sqrt(jnp.sum(point.root**2) + jnp.sum(point.theta**2))
-        limit = (1.0 + size) / (1.0 + 10.0 * damping)
-        bent = step @ point.hessian @ step < 0.0
-        step = step * jnp.where(bent, limit / length, jnp.minimum(1.0, limit / length))
-        predicted = -(point.gradient @ step) - 0.5 * step @ point.hessian @ step
+        step, decrement, predicted = bounded_step(point.gradient, point.hessian, damping, size)
 
         em = (state.evaluations < options.em_steps) & (decrement > NEAR)
         # Where rounding hides any further decrease, Newton has arrived if it has also stopped

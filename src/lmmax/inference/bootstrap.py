@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from ..batch import BatchEstimates, check_engine, estimates_of, join
-from ..rendering import CSS, Cells, format_block, html_table, table_lines
+from ..rendering import Cells, format_block, fragment, table_lines
 from ..simulate import check_count, check_seed
 from ..solve import Status
 from .arguments import as_fit
@@ -234,16 +233,7 @@ class Bootstrap:
 
     def _repr_html_(self) -> str:
         title, cells, notes = self._parts()
-        return "\n".join(
-            [
-                f'<div class="lmmax-summary">\n<style>{CSS}</style>',
-                f'<p class="lmmax-title">{escape(title)}</p>',
-                f"<p><code>{escape(self.fit.formula)}</code></p>",
-                html_table("", cells).replace("<caption></caption>", ""),
-                *(f"<p>{escape(note)}</p>" for note in notes),
-                "</div>",
-            ]
-        )
+        return fragment(title, self.fit.formula, cells, notes)
 
 
 def bootstrap(

@@ -34,7 +34,7 @@ from ..compilation import Compiled
 from ..compilation_cache import compilation_cache
 from ..likelihood import Hold, Problem, derivatives
 from ..parameters import pack_triangle
-from ..solve import Constraints, Status, newton_step, structured
+from ..solve import Constraints, Status, bounded_step, judge, structured
 
 MAX_STEPS = 30
 """Most steps in one chart: where these do not do, another chart will do better."""
@@ -203,7 +203,6 @@ def minimise(
     """
     eps = jnp.finfo(x.dtype).eps
     tol = jnp.maximum(TOLERANCE, 10.0 * eps**2 * problem.n_obs)
-    k = len(chart.square)
 
     def body(state: _State) -> _State:
         old = state.point
@@ -212,23 +211,10 @@ def minimise(
         slack = 100.0 * eps * (jnp.abs(old.value) + problem.n_obs)
         gain = old.value - new.value
         finite = jnp.isfinite(new.value) & jnp.all(jnp.isfinite(new.hessian))
-        enough = jnp.where(state.predicted > 10.0 * slack, slack, -slack)
-        accept = finite & (first | (gain >= enough))
+        accept, damping = judge(gain, state.predicted, state.damping, slack, finite, first)
         point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
-
-        good = accept & (gain >= 0.25 * state.predicted - slack)
-        relaxed = jnp.where(state.damping < 1e-3, 0.0, 0.1 * state.damping)
-        raised = jnp.where(accept, 2.0 * state.damping, jnp.maximum(8.0 * state.damping, 1e-2))
-        damping = jnp.where(good, relaxed, raised)
-
-        step = newton_step(point.gradient, point.hessian, damping)
-        decrement = -(point.gradient @ step) * (1.0 + damping)
-        length = jnp.maximum(jnp.sqrt(jnp.sum(step[1:] ** 2)), eps)
-        size = jnp.sqrt(jnp.sum(point.x[1 : k + 1] ** 2) + jnp.sum(point.x[k + 1 :] ** 2))
-        limit = (1.0 + size) / (1.0 + 10.0 * damping)
-        bent = step @ point.hessian @ step < 0.0
-        step = step * jnp.where(bent, limit / length, jnp.minimum(1.0, limit / length))
-        predicted = -(point.gradient @ step) - 0.5 * step @ point.hessian @ step
+        size = jnp.sqrt(jnp.sum(point.x[1:] ** 2))
+        step, decrement, predicted = bounded_step(point.gradient, point.hessian, damping, size)
 
         arrived = (decrement <= slack) & (decrement >= 0.25 * state.decrement)
         settled = accept & ((decrement <= tol) | arrived)

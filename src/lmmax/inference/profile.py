@@ -15,14 +15,13 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..compress import EngineError
-from ..rendering import CSS, WIDTH, Cells, format_block, html_table, table_lines
+from ..rendering import WIDTH, Cells, format_block, fragment, table_lines
 from ..solve import Status
 from .arguments import as_fit
 from .charts import Charts, Parameter, Place
@@ -475,17 +474,7 @@ class Profile:
 
     def _repr_html_(self) -> str:
         title, cells = self._parts()
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        return "\n".join(
-            [
-                f'<div class="lmmax-summary">\n<style>{CSS}</style>',
-                f'<p class="lmmax-title">{escape(title)}</p>',
-                f"<p><code>{escape(self.fit.formula)}</code></p>",
-                html_table("", cells).replace("<caption></caption>", ""),
-                *([f"<ol>{notes}</ol>"] if notes else []),
-                "</div>",
-            ]
-        )
+        return fragment(title, self.fit.formula, cells, self.notes)
 
 
 def profile(
