@@ -15,9 +15,18 @@ import pytest
 
 import lmmax
 from lmmax.inference.denominator import METHODS
+from tests.oracles.dense import Factor, Model
 from tests.oracles.designs import Problem, simulate
+from tests.oracles.problems import simulate as simulate_one
 
-KINDS = ("nested_slope", "weights", "crossed_slopes", "terms_of_one_factor", "related_slope")
+KINDS = (
+    "one_factor",
+    "nested_slope",
+    "weights",
+    "crossed_slopes",
+    "terms_of_one_factor",
+    "related_slope",
+)
 L = np.array([[1.0, -2.0], [0.5, 1.0]])
 CORRELATIONS = {"ar1": "cor(lag 1)", "homcs": "cor"}
 
@@ -32,8 +41,29 @@ class Dense(NamedTuple):
     y: np.ndarray
 
 
+class OneFactor(NamedTuple):
+    """What the tests use of a simulated problem, with one factor."""
+
+    model: Model
+
+    def by_term(self, cov_re: np.ndarray) -> np.ndarray:
+        return cov_re
+
+    def by_factor(self, covs: np.ndarray) -> list[np.ndarray]:
+        return [covs]
+
+    def pairs(self) -> list[list[tuple[int, int]]]:
+        return [[(0, 0), (1, 0), (1, 1)]]
+
+
 @cache
-def fitted(kind: str, reml: bool = True) -> tuple[lmmax.Fit, Problem]:
+def fitted(kind: str, reml: bool = True) -> tuple[lmmax.Fit, Problem | OneFactor]:
+    if kind == "one_factor":
+        made = simulate_one(0, 2, True)
+        y, X, codes, Z, weights = (made[k] for k in ("y", "X", "codes", "Z", "weights"))
+        fit = lmmax.fit_arrays(y, X[:, :2], codes, Z, weights=weights, reml=reml)
+        assert not fit.singular
+        return fit, OneFactor(Model(y, X[:, :2], (Factor(codes, Z),), weights))
     case = simulate(kind, 1)
     fit = lmmax.fit(
         case.formula, case.data, reml=reml, weights=case.weights, relmat=case.relmat or None
@@ -41,7 +71,7 @@ def fitted(kind: str, reml: bool = True) -> tuple[lmmax.Fit, Problem]:
     return fit, case
 
 
-def dense_of(fit: lmmax.Fit, case: Problem) -> Dense:
+def dense_of(fit: lmmax.Fit, case: Problem | OneFactor) -> Dense:
     model = case.model
     cov_re = fit.cov_re.to_numpy()
     covs = case.by_factor(case.by_term(cov_re))
