@@ -14,7 +14,6 @@ import numpy as np
 
 from .covariances import Covariance, matrix_at, slopes
 from .likelihood import Problem
-from .parameters import unpack_lower
 from .solve import Constraints, Structured
 
 SOLVERS = ("auto", "newton", "lbfgs")
@@ -103,8 +102,20 @@ class TermColumns:
     @property
     def correlated(self) -> bool:
         """Whether the effects have correlations, free ones or those of a structure."""
-        pattern = self.pattern
-        return self.width > 1 and (pattern is None or bool(pattern[1:, 0].any()))
+        return bool(self.pairs)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Pairs (i, j), j < i, of effects that may be correlated, row by row."""
+        pattern = np.ones((self.width, self.width)) if self.pattern is None else self.pattern
+        return tuple((int(i), int(j)) for i, j in np.argwhere(np.tril(pattern, -1)))
+
+    @property
+    def sets(self) -> tuple[np.ndarray, ...]:
+        """Positions of the effects, those that may be correlated together."""
+        if self.pattern is None:
+            return (np.arange(self.width),)
+        return tuple(np.flatnonzero(row) for i, row in enumerate(self.pattern) if not row[:i].any())
 
 
 def directions(term: TermColumns) -> np.ndarray:
@@ -116,7 +127,7 @@ def directions(term: TermColumns) -> np.ndarray:
     if pattern is None:
         size = term.covariance.n_parameters(q)
         theta = np.random.default_rng(0).uniform(0.5, 1.5, size)
-        return np.moveaxis(slopes(term.covariance.matrix, theta, q), -1, 0)
+        return np.moveaxis(slopes(term.covariance, theta, q), -1, 0)
     rows, columns = np.nonzero(np.tril(pattern))
     matrices = np.zeros((len(rows), q, q))
     matrices[np.arange(len(rows)), rows, columns] = 1.0
@@ -223,7 +234,8 @@ def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.nd
         if term.pattern is None:
             block = matrix_at(term.covariance, part, term.width)
         else:
-            L = np.diag(part) if len(part) == term.width else unpack_lower(part)
+            L = np.zeros((term.width, term.width))
+            L[np.nonzero(np.tril(term.pattern))] = part
             block = L @ L.T
         D[term.columns, term.columns] = block
     return D, 1.0

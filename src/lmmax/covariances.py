@@ -33,18 +33,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .compilation import Compiled
+from .compilation_cache import compilation_cache
 from .frames import DataError, listing
 from .levels import level_numbers
 from .parameters import factor, pack_triangle, triangle_size, unpack_lower
 
 __all__ = ["Covariance", "Effects", "covariance"]
+
+Function = Literal["matrix", "values"]
+"""A structure's functions of theta: its covariance, and the values that are reported."""
 
 # Estimates start here, on the scale of theta: correlations that are positive but not strong.
 _START = 0.25
@@ -136,6 +142,10 @@ class Covariance(ABC):
         """Return parameters (k,) to start from, given rough relative variances (q,)."""
         return self.theta_of(np.diag(_positive(variances)))
 
+    def nullity(self, q: int) -> int:
+        """Return how many directions of the effects have variance zero whatever the parameters."""
+        return 0
+
     def values(self, theta: Array, q: int) -> Array:
         """Return the k parameters on the scale on which they are reported.
 
@@ -184,14 +194,7 @@ class Unstructured(Covariance):
 
     def values(self, theta: Array, q: int) -> Array:
         """See `Covariance`."""
-        D = self.matrix(theta, q)
-        variances = jnp.diag(D)
-        positive = variances > 0
-        # The inner `where` keeps the derivative finite in the branch that is not taken.
-        sd = jnp.where(positive, jnp.sqrt(jnp.where(positive, variances, 1.0)), 0.0)
-        products = jnp.where(positive[:, None] & positive, sd[:, None] * sd, 1.0)
-        correlations = jnp.where(positive[:, None] & positive, D / products, jnp.nan)
-        return pack_triangle(jnp.where(np.eye(q, dtype=bool), sd, correlations))
+        return jnp.asarray(pack_triangle(correlations_and_sd(self.matrix(theta, q))))
 
     def is_sd(self, q: int) -> tuple[bool, ...]:
         """See `Covariance`."""
@@ -204,6 +207,20 @@ class Unstructured(Covariance):
             for i, name in enumerate(names)
             for j in range(i + 1)
         )
+
+
+def correlations_and_sd(D: Array) -> Array:
+    """Return the correlations of a covariance, standard deviations on the diagonal, (q, q).
+
+    A correlation with an effect of variance zero is NaN.
+    """
+    variances = jnp.diag(D)
+    positive = variances > 0
+    # The inner `where` keeps the derivative finite in the branch that is not taken.
+    sd = jnp.where(positive, jnp.sqrt(jnp.where(positive, variances, 1.0)), 0.0)
+    products = jnp.where(positive[:, None] & positive, sd[:, None] * sd, 1.0)
+    correlations = jnp.where(positive[:, None] & positive, D / products, jnp.nan)
+    return jnp.where(np.eye(len(D), dtype=bool), sd, correlations)
 
 
 @dataclass(frozen=True)
@@ -733,12 +750,36 @@ def canonical(structure: str | Covariance) -> str | Covariance:
 
 def matrix_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
     """Return the covariance of a structure at theta (k,) in double precision, (q, q)."""
-    with jax.enable_x64(True):
-        return np.asarray(structure.matrix(jnp.asarray(theta, jnp.float64), q))
+    return _derivative(structure, "matrix", theta, q, 0)
 
 
-def slopes(function: Callable[[Array, int], Array], theta: Any, q: int) -> np.ndarray:
-    """Return the derivatives (..., k) of a structure's function of theta (k,), double precision."""
-    with jax.enable_x64(True):
-        at = jnp.asarray(theta, jnp.float64)
-        return np.asarray(jax.jacfwd(lambda theta: function(theta, q))(at))
+def values_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
+    """Return the values that a structure reports at theta (k,) in double precision, (k,)."""
+    return _derivative(structure, "values", theta, q, 0)
+
+
+def slopes(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
+    """Return the derivatives (..., k) of a function of theta (k,), in double precision."""
+    return _derivative(structure, of, theta, q, 1)
+
+
+def bends(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
+    """Return the second derivatives (..., k, k) of a function of theta (k,), likewise."""
+    return _derivative(structure, of, theta, q, 2)
+
+
+def _derivative(structure: Covariance, of: Function, theta: Any, q: int, order: int) -> np.ndarray:
+    with jax.enable_x64(True), compilation_cache():
+        return np.asarray(_compiled(structure, of, q, order)(np.asarray(theta, float)))
+
+
+@cache
+def _compiled(structure: Covariance, of: Function, q: int, order: int) -> Compiled:
+    """Compile a derivative as a whole: its operations one by one are dozens of compilations."""
+
+    def function(theta: Array) -> Array:
+        return structure.matrix(theta, q) if of == "matrix" else structure.values(theta, q)
+
+    for _ in range(order):
+        function = jax.jacfwd(function)
+    return Compiled(function)

@@ -143,7 +143,7 @@ class Estimates:
             jacobian[:k, 1 + entry] = self.scale * pack_triangle(half + half.T)
         for part in self.constraints.structures:
             here, at = slice(*part.columns), slice(*part.parameters)
-            slope = slopes(part.covariance.matrix, point.theta[at], here.stop - here.start)
+            slope = slopes(part.covariance, point.theta[at], here.stop - here.start)
             for j in range(at.start, at.stop):
                 whole = np.zeros((q, q))
                 whole[here, here] = self.scale * slope[..., j - at.start]
@@ -281,9 +281,12 @@ def _in_user_units(
         status = Status.UNBOUNDED
     root, boundary = _snap(point, constraints, terms, noise)
     root = z_inverse @ root
+    theta = np.asarray(point.theta)
+    if boundary:
+        theta = _at_zero(theta, constraints, np.asarray(problem.z_factor), noise)
     for part in constraints.structures:
         here = slice(*part.columns)
-        own = point.theta[slice(*part.parameters)]
+        own = theta[slice(*part.parameters)]
         root[here, here] = factor(matrix_at(part.covariance, own, here.stop - here.start))
     p = int(problem.n_fixed)
     R_inverse = np.asarray(problem.x_inverse)[:p, :p]
@@ -295,7 +298,7 @@ def _in_user_units(
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
         root=root,
-        structure_theta=_canonical(constraints, np.asarray(point.theta)),
+        structure_theta=_canonical(constraints, theta),
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
         status=status,
@@ -407,6 +410,25 @@ def _canonical(constraints: Constraints, theta: np.ndarray) -> np.ndarray:
     return theta
 
 
+def _at_zero(
+    theta: np.ndarray, constraints: Constraints, z_factor: np.ndarray, noise: np.ndarray
+) -> np.ndarray:
+    """Return theta with the standard deviations at the boundary set to exactly zero."""
+    theta = theta.copy()
+    for part in constraints.structures:
+        here, start = slice(*part.columns), part.parameters[0]
+        unit = z_factor[here, here] / noise[here, None]
+        q = here.stop - here.start
+        for j in np.flatnonzero(part.covariance.is_sd(q)):
+            own = theta[slice(*part.parameters)]
+            zero = own * (np.arange(len(own)) != j)
+            change = matrix_at(part.covariance, own, q) - matrix_at(part.covariance, zero, q)
+            # NaN where a structure does not reach zero.
+            if np.max(np.abs(unit @ change @ unit.T)) <= BOUNDARY**2:
+                theta[start + j] = 0.0
+    return theta
+
+
 def _better(one: Solution, other: Solution) -> bool:
     """Return whether the first solve ended better than the second, converged or not.
 
@@ -420,14 +442,13 @@ def _better(one: Solution, other: Solution) -> bool:
 
 def free_terms(
     terms: Sequence[TermColumns], constraints: Constraints
-) -> Iterator[tuple[TermColumns, list[slice]]]:
-    """Yield each estimated term with its irreducible blocks of columns."""
+) -> Iterator[tuple[TermColumns, list[np.ndarray]]]:
+    """Yield each estimated term with the columns of its irreducible blocks."""
     for term in terms:
-        here = term.columns
-        if constraints.held[here.start, here.start]:
+        start, q = term.columns.start, term.width
+        if constraints.held[start, start] or not term.covariance.n_parameters(q):
             continue
-        each = [slice(j, j + 1) for j in range(here.start, here.stop)]
-        yield term, [here] if term.correlated else each
+        yield term, [start + positions for positions in term.sets]
 
 
 def _is_interior(D: Any, noise: np.ndarray) -> bool:
@@ -457,12 +478,13 @@ def _step_off(
                 return np.asarray(D), theta
             continue
         for block in blocks:
-            values, vectors = np.linalg.eigh(D[block, block])
+            inside = np.ix_(block, block)
+            values, vectors = np.linalg.eigh(D[inside])
             size = float(np.min(noise[block]))
             null = vectors[:, values <= (BOUNDARY * size) ** 2]
             if not null.size:
                 continue
-            slopes, directions = np.linalg.eigh(null.T @ G[block, block] @ null)
+            slopes, directions = np.linalg.eigh(null.T @ G[inside] @ null)
             if slopes[0] >= 0.0:
                 continue
             v = np.zeros(q)
@@ -528,15 +550,15 @@ def _snap(
     singular = []
     for term, blocks in free_terms(terms, constraints):
         for block in blocks:
-            size = float(np.min(noise[block]))
+            size, inside = float(np.min(noise[block])), np.ix_(block, block)
             if term.pattern is None:
-                smallest = np.linalg.eigvalsh(point.D[block, block])[0]
-                zero = np.array([smallest <= (BOUNDARY * size) ** 2])
+                zero = np.linalg.eigvalsh(point.D[inside]) <= (BOUNDARY * size) ** 2
+                zero = zero[term.covariance.nullity(term.width) :]
             else:
-                left, values, right = np.linalg.svd(root[block, block])
+                left, values, right = np.linalg.svd(root[inside])
                 zero = values <= BOUNDARY * size
                 if zero.any():
-                    root[block, block] = (left * np.where(zero, 0.0, values)) @ right
+                    root[inside] = (left * np.where(zero, 0.0, values)) @ right
             if zero.any():
                 singular.append(term.label)
     return root, tuple(dict.fromkeys(singular))

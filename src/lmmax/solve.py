@@ -237,7 +237,8 @@ def whole_covariance(
     held = jnp.asarray(constraints.held)
     rooted = jnp.asarray(constraints.rooted, D.dtype)
     D = jnp.where(held > 0.0, constraints.natural * jnp.exp(-s), D * jnp.outer(rooted, rooted))
-    return D, D + structured(problem, constraints, theta) if len(theta) else D
+    # A structure may have no parameters at all.
+    return D, D + structured(problem, constraints, theta) if constraints.structures else D
 
 
 def chart(

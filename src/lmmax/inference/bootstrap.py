@@ -321,9 +321,9 @@ def all_parameters(fit: Fit) -> Statistic:
             columns = range(term.columns.start, term.columns.stop)
             for i in columns:
                 found[f"{group}: sd({effects[i]})"] = sd[..., i]
-            for i in columns if term.correlated else ():
-                for j in range(columns.start, i):
-                    found[f"{group}: cor({effects[j]}, {effects[i]})"] = corr[..., i, j]
+            for i, j in term.pairs:
+                i, j = columns[i], columns[j]
+                found[f"{group}: cor({effects[j]}, {effects[i]})"] = corr[..., i, j]
         found["sigma"] = b.sigma
         return found
 

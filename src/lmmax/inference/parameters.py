@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..constraints import TermColumns
+from ..covariances import Covariance, bends, matrix_at, slopes, values_at
 from ..estimation import Estimates
-from ..parameters import pack_triangle
 from ..solve import Structured
 
 
@@ -60,7 +58,7 @@ def natural_parameters(
     names: list[str] = []
     values: list[float] = []
     slopes: list[np.ndarray] = []
-    bends: list[tuple[slice, np.ndarray]] = []
+    bends: list[tuple[np.ndarray, np.ndarray]] = []
     scale_slope = np.zeros(size)
     scale_slope[-1] = 1.0
     for term in terms:
@@ -73,18 +71,13 @@ def natural_parameters(
             first = len(names)
             names += [f"{group}: {label}" for label in labels]
             values += at.tolist()
-            whole = np.zeros((size, len(at)))
+            whole, full = np.zeros((size, len(at) + 1)), np.zeros((size, len(at) + 1, len(at) + 1))
             positions = _entries(here)
-            whole[positions] = slope
+            whole[positions], full[positions] = slope, bend
             # What the scale moves at given parameters: nothing, if they are enough for Psi.
-            sd = np.asarray(part.covariance.is_sd(term.width))
-            scale_slope[positions] = pack_triangle(Psi[here, here]) / scale - slope @ (
-                np.where(sd, at, 0.0) / scale
-            )
-            slopes += list(whole.T)
-            full = np.zeros((size, len(at), len(at)))
-            full[positions] = bend
-            bends.append((slice(first, len(names)), full))
+            scale_slope[positions] = slope[:, -1]
+            slopes += list(whole.T[:-1])
+            bends.append((np.append(np.arange(first, len(names)), -1), full))
             continue
         pattern = np.tril(np.ones((1, 1)) if term.pattern is None else term.pattern)
         for i, j in zip(*np.nonzero(pattern), strict=True):
@@ -101,8 +94,10 @@ def natural_parameters(
         slopes.append(scale_slope)
     k = len(names)
     bend = np.zeros((size, k, k))
-    for at_parameters, part_bend in bends:
-        bend[:, at_parameters, at_parameters] = part_bend
+    for moved, part_bend in bends:
+        if not estimates.constraints.scale_free:
+            moved, part_bend = moved[:-1], part_bend[:, :-1, :-1]
+        bend[:, moved[:, None], moved] += part_bend
     return VarianceParameters(tuple(names), np.array(values), np.reshape(slopes, (k, size)).T, bend)
 
 
@@ -120,26 +115,44 @@ def _structure(
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Return names, values, and two derivatives of vech Psi for a term with a structure.
 
-    By the chain rule from the structure's own parameters theta, at a fixed scale.
+    By the chain rule from the structure's own parameters theta and the scale, which is the last in
+    the derivatives.
     """
-    q, scale = len(effects), estimates.scale
+    q = len(effects)
     theta = estimates.structure_theta[slice(*part.parameters)]
-    is_sd = np.asarray(part.covariance.is_sd(q))
-    rows, columns = np.tril_indices(q)
+    is_sd = np.asarray(part.covariance.is_sd(q), dtype=bool)
+    scale, structure = estimates.scale, part.covariance
 
-    def natural(theta: jax.Array) -> jax.Array:
-        found = part.covariance.values(theta, q)
-        return jnp.where(is_sd, scale * found**2, found)
+    # vech Psi = scale vech D(theta)
+    D, D_slope, D_bend = _triangle(structure, theta, q)
+    slope = np.column_stack([scale * D_slope, D])
+    bend = _bordered(scale * D_bend, D_slope)
 
-    def vech(theta: jax.Array) -> jax.Array:
-        return scale * part.covariance.matrix(theta, q)[rows, columns]
-
-    with jax.enable_x64(True):
-        at = jnp.asarray(theta)
-        values, by_theta = np.asarray(natural(at)), np.asarray(jax.jacfwd(natural)(at))
-        slope, bend = np.asarray(jax.jacfwd(vech)(at)), np.asarray(jax.hessian(vech)(at))
-        natural_bend = np.asarray(jax.hessian(natural)(at))
-    back = np.linalg.pinv(by_theta)
+    # A standard deviation v stands for the variance scale v^2, another value for itself.
+    v, v_slope, v_bend = (
+        values_at(structure, theta, q),
+        slopes(structure, theta, q, of="values"),
+        bends(structure, theta, q, of="values"),
+    )
+    # A correlation that is not defined has no slope.
+    undefined = np.isnan(v)
+    v, v_slope, v_bend = (
+        np.where(undefined.reshape(-1, *[1] * (part_.ndim - 1)), 0.0, part_)
+        for part_ in (v, v_slope, v_bend)
+    )
+    k = len(v)
+    by_v, by_v_twice = np.where(is_sd, [2.0 * scale * v, np.full(k, 2.0 * scale)], [[1.0], [0.0]])
+    values = np.where(is_sd, scale * v**2, v)
+    by_x = np.eye(k + 1)
+    by_x[:k, :k] = by_v[:, None] * v_slope
+    by_x[:k, k] = np.where(is_sd, v**2, 0.0)
+    natural_bend = np.zeros((k + 1, k + 1, k + 1))
+    natural_bend[:k] = _bordered(
+        by_v[:, None, None] * v_bend
+        + by_v_twice[:, None, None] * v_slope[:, :, None] * v_slope[:, None, :],
+        np.where(is_sd, 2.0 * v, 0.0)[:, None] * v_slope,
+    )
+    back = np.linalg.pinv(by_x)
     slope = slope @ back
     bend = bend - np.tensordot(slope, natural_bend, 1)
     bend = np.einsum("cij,ia,jb->cab", bend, back, back)
@@ -185,25 +198,67 @@ def theta_parameters(
     if estimates.constraints.scale_free:
         names.append("scale")
         parts.append(np.array([scale]))
-    rows, columns = np.tril_indices(q)
-
-    def natural(x: jax.Array) -> jax.Array:
-        size = x[-1] if estimates.constraints.scale_free else jnp.asarray(scale)
-        D = jnp.asarray(estimates.D * held)
-        for term, pattern, at in blocks:
-            here = term.columns
-            if pattern is None:
-                block = term.covariance.matrix(x[at], term.width)
-            else:
-                L = jnp.zeros((term.width, term.width), x.dtype).at[np.nonzero(pattern)].set(x[at])
-                block = L @ L.T
-            D = D.at[here, here].set(block)
-        # Covariances that are fixed are so in natural units.
-        Psi = jnp.where(held > 0.0, scale * D, size * D)
-        return jnp.append(Psi[rows, columns], size)
 
     values = np.concatenate([*parts, np.zeros(0)])
-    with jax.enable_x64(True):
-        at = jnp.asarray(values)
-        slope, bend = np.asarray(jax.jacfwd(natural)(at)), np.asarray(jax.hessian(natural)(at))
+    size, k = q * (q + 1) // 2 + 1, len(values)
+    slope, bend = np.zeros((size, k)), np.zeros((size, k, k))
+    for term, pattern, at in blocks:
+        # Covariances that are fixed are so in natural units; all others grow with the scale.
+        if pattern is None:
+            D, D_slope, D_bend = _triangle(term.covariance, values[at], term.width)
+        else:
+            D, D_slope, D_bend = _factored(values[at], pattern)
+        positions = np.array(_entries(term.columns))
+        slope[positions, at] = scale * D_slope
+        bend[positions, at, at] = scale * D_bend
+        if estimates.constraints.scale_free:
+            slope[positions, -1] = D
+            bend[positions, at, -1] = bend[positions, -1, at] = D_slope
+    if estimates.constraints.scale_free:
+        slope[-1, -1] = 1.0
     return VarianceParameters(tuple(names), values, slope, bend)
+
+
+def _triangle(
+    structure: Covariance, theta: np.ndarray, q: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return vech D of a structure at theta (k,), with its derivatives (., k) and (., k, k)."""
+    lower = np.tril_indices(q)
+    return (
+        matrix_at(structure, theta, q)[lower],
+        slopes(structure, theta, q)[lower],
+        bends(structure, theta, q)[lower],
+    )
+
+
+def _factored(
+    entries: np.ndarray, pattern: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return vech L L' likewise, for the k free entries of a lower triangular L."""
+    q, k = len(pattern), len(entries)
+    rows, columns = np.nonzero(pattern)
+    lower = np.tril_indices(q)
+    L, E = np.zeros((q, q)), np.zeros((k, q, q))
+    L[rows, columns] = entries
+    E[np.arange(k), rows, columns] = 1.0
+    half = E @ L.T
+    place = np.zeros((q, q), dtype=int)
+    place[lower] = np.arange(len(lower[0]))
+    place = np.maximum(place, place.T)
+    # D_ij is the sum of products of entries in a column.
+    a, b = np.nonzero(columns[:, None] == columns)
+    bend = np.zeros((len(lower[0]), k, k))
+    bend[place[rows[a], rows[b]], a, b] = np.where(a == b, 2.0, 1.0)
+    return (L @ L.T)[lower], (half + half.swapaxes(1, 2))[:, lower[0], lower[1]].T, bend
+
+
+def _bordered(bend: np.ndarray, cross: np.ndarray) -> np.ndarray:
+    """Append a parameter in which functions are linear to their second derivatives.
+
+    Args:
+        bend: second derivatives, (., k, k).
+        cross: their derivatives in the k parameters and that one, (., k).
+    """
+    out = np.pad(bend, ((0, 0), (0, 1), (0, 1)))
+    out[:, :-1, -1] = out[:, -1, :-1] = cross
+    return out

@@ -67,10 +67,11 @@ def _reductions(design: Design, position: int, block: RandomBlock) -> list[Reduc
     width = block.Z.shape[1]
     whole = Reduction(str(term), position, None, mixture=width == 1)
     pattern = block.covariance.pattern(width)
-    if pattern is None:
+    correlated = pattern is None or bool(np.tril(pattern, -1).any())
+    if pattern is None or (correlated and not pattern.all()):
         # Fewer effects would mean another structure, not a smaller one.
         return [whole]
-    if width > 1 and not pattern[1:, 0].any():
+    if width > 1 and not correlated:
         if len(coded.terms) == 1:
             return [whole]
         return [

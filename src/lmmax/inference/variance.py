@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from ..constraints import TermColumns
-from ..covariances import slopes
+from ..covariances import slopes, values_at
 from ..estimation import Estimates
 
 
@@ -82,20 +80,20 @@ def table(
         for i in here:
             se = vcov_se[i, i] / (2.0 * sd[i]) if sd[i] > 0.0 else np.nan
             records.append((group, names[i], None, Psi[i, i], vcov_se[i, i], sd[i], se))
-        for i in here if term.correlated else ():
-            for j in range(here.start, i):
-                defined = sd[i] > 0.0 and sd[j] > 0.0
-                r = Psi[i, j] / (sd[i] * sd[j]) if defined else np.nan
-                se = np.nan
-                if defined and 1.0 - abs(r) > 1e-12:
-                    se = error(
-                        {
-                            entry(i, j): 1.0 / (sd[i] * sd[j]),
-                            entry(i, i): -0.5 * r / Psi[i, i],
-                            entry(j, j): -0.5 * r / Psi[j, j],
-                        }
-                    )
-                records.append((group, names[j], names[i], Psi[i, j], vcov_se[i, j], r, se))
+        for i, j in term.pairs:
+            i, j = here[i], here[j]
+            defined = sd[i] > 0.0 and sd[j] > 0.0
+            r = Psi[i, j] / (sd[i] * sd[j]) if defined else np.nan
+            se = np.nan
+            if defined and 1.0 - abs(r) > 1e-12:
+                se = error(
+                    {
+                        entry(i, j): 1.0 / (sd[i] * sd[j]),
+                        entry(i, i): -0.5 * r / Psi[i, i],
+                        entry(j, j): -0.5 * r / Psi[j, j],
+                    }
+                )
+            records.append((group, names[j], names[i], Psi[i, j], vcov_se[i, j], r, se))
     scale, scale_se = estimates.scale, scale_error(estimates)
     sigma = float(np.sqrt(scale))
     records.append(("Residual", None, None, scale, scale_se, sigma, scale_se / (2.0 * sigma)))
@@ -116,9 +114,8 @@ def structure_table(
         here, at = slice(*part.columns), slice(*part.parameters)
         term = next(term for term in terms if term.columns == here)
         theta = estimates.structure_theta[at]
-        with jax.enable_x64(True):
-            values = np.asarray(part.covariance.values(jnp.asarray(theta), term.width))
-        slope_of = slopes(part.covariance.values, theta, term.width)
+        values = values_at(part.covariance, theta, term.width)
+        slope_of = slopes(part.covariance, theta, term.width, of="values")
         labels = part.covariance.labels(tuple(names[here]))
         for label, is_sd, value, slope in zip(
             labels, part.covariance.is_sd(term.width), values, slope_of, strict=True
