@@ -34,7 +34,7 @@ from .relationship import with_relationships
 from .spec import ModelSpec, RandomTerm
 from .terms import plain_terms
 
-__all__ = ["design_from_arrays"]
+__all__ = ["design_from_arrays", "plain_names", "quote"]
 
 _GROUP = "Group"
 
@@ -124,7 +124,7 @@ def design_from_arrays(
     index = index[rows]
     check_response(response, y[rows], index)
     random = [
-        RandomTerm(_plain_names(term.effects), _quote(term.name), term.covariance) for term in terms
+        RandomTerm(plain_names(term.effects), quote(term.name), term.covariance) for term in terms
     ]
     groups = [
         group_rows(term.name, [term.labels[rows]], [spec])
@@ -137,7 +137,7 @@ def design_from_arrays(
         blocks.append(RandomBlock(spec, i, own, effects, structure, plain_terms(effects, own)))
     X = np.array(X[rows], order="F")
     return Design(
-        spec=ModelSpec(_quote(response), _plain_names(names), tuple(random)),
+        spec=ModelSpec(quote(response), plain_names(names), tuple(random)),
         response_name=response,
         y=np.array(y[rows]),
         X=X,
@@ -396,13 +396,14 @@ def _check_rows(reference: str, n: int, **arrays: Any) -> None:
             raise DataError(f"{name} has {len(values)} rows, but {reference} has {n}")
 
 
-def _quote(name: str) -> str:
+def quote(name: str) -> str:
+    """A name as a formula has it: in backticks unless it is a plain word."""
     return name if name.isidentifier() else f"`{name.replace('`', '')}`"
 
 
-def _plain_names(names: Sequence[str]) -> str:
+def plain_names(names: Sequence[str]) -> str:
     """Names of columns -> a part of a formula."""
     if not names:
         return "0"
     intercept = "1" if names[0] == "Intercept" else "0"
-    return " + ".join([intercept, *(_quote(name) for name in names if name != "Intercept")])
+    return " + ".join([intercept, *(quote(name) for name in names if name != "Intercept")])

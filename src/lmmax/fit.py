@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,7 @@ def fit(
     its criterion; Lindstrom and Bates (1988), JASA 83, 1014-1022, for Newton and EM.
     """
     settings = Settings(
-        reml=_check_reml(reml),
+        reml=check_reml(reml),
         start=start,
         fix=fix,
         solver=solver,
@@ -198,7 +198,7 @@ def fit_arrays(
         True
     """
     settings = Settings(
-        reml=_check_reml(reml),
+        reml=check_reml(reml),
         start=start,
         fix=fix,
         solver=solver,
@@ -225,7 +225,8 @@ def fit_arrays(
     return fit_design(design, settings, verbose=verbose)
 
 
-def _check_reml(reml: Any) -> bool:
+def check_reml(reml: Any) -> bool:
+    """Return ``reml``, or raise if it is no logical value."""
     # Text such as "ML" is true in Python, and would mean the opposite.
     if not isinstance(reml, bool | np.bool_):
         raise TypeError(
@@ -235,16 +236,44 @@ def _check_reml(reml: Any) -> bool:
     return bool(reml)
 
 
+class Prepared(NamedTuple):
+    """A design with all that estimation needs and that does not depend on its settings.
+
+    Attributes:
+        design: the design.
+        layout: its matrices, analysed.
+        compression: sufficient statistics.
+        terms: the random terms' places.
+        notes: what a reader should know.
+    """
+
+    design: Design
+    layout: Layout
+    compression: Compression
+    terms: tuple[TermColumns, ...]
+    notes: tuple[str, ...]
+
+
+def prepare(design: Design, engine: str = "auto") -> Prepared:
+    """Compress a design for the form of the likelihood asked for."""
+    factors, terms = arrange(design)
+    arranged = layout(design.X, factors, design.weights, engine)
+    compressed = compress(without_offset(design), arranged)
+    return Prepared(design, arranged, compressed, terms, _notes(design, arranged))
+
+
 def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
-    factors, terms = arrange(design)
-    arranged = layout(design.X, factors, design.weights, settings.engine)
-    compressed = compress(without_offset(design), arranged)
+    return fit_prepared(prepare(design, settings.engine), settings, verbose=verbose)
+
+
+def fit_prepared(prepared: Prepared, settings: Settings, *, verbose: bool = False) -> Fit:
+    """Fit what :func:`prepare` made; any number of times."""
+    design, arranged, compressed, terms, notes = prepared
     check_identified(design, arranged, compressed, terms, settings)
-    notes = _notes(design, arranged)
     if len(arranged.fixed.kept) < len(design.x_names):
-        warnings.warn(notes[-1], RankWarning, stacklevel=3)
-    return _solve(design, settings, arranged, compressed, terms, notes, verbose)
+        warnings.warn(notes[-1], RankWarning, stacklevel=4)
+    return _solve(design, settings, arranged, compressed, terms, notes, verbose, depth=5)
 
 
 def arrange(design: Design) -> tuple[tuple[FactorColumns, ...], tuple[TermColumns, ...]]:
@@ -344,14 +373,17 @@ def _solve(
     terms: tuple[TermColumns, ...],
     notes: tuple[str, ...],
     verbose: bool,
+    depth: int = 4,
 ) -> Fit:
+    # `depth`: how far up the stack the user's call is, for the warning.
     estimates = estimate(compressed, terms, settings)
     result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
     if verbose:
         print(result.convergence.history.to_string())
         print(f"{result.message} ({result.convergence.steps} evaluations)")
     if not result.converged:
-        warnings.warn(f"{result.message}; see fit.convergence", ConvergenceWarning, stacklevel=4)
+        message = f"{result.message}; see fit.convergence"
+        warnings.warn(message, ConvergenceWarning, stacklevel=depth)
     return result
 
 

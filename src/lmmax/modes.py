@@ -42,6 +42,17 @@ class Effects(NamedTuple):
     covariance: np.ndarray | None
 
 
+def joint_covariance(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """Return the covariance of effects given the data and coefficients, relative to the scale.
+
+    Args:
+        gram: ``M'M`` of the design M of the effects, (q, q).
+        root: root of their relative covariance, (q, q); it may be singular.
+    """
+    inner = np.eye(len(root)) + root.T @ gram @ root
+    return np.asarray(root @ np.linalg.solve(inner, root.T))
+
+
 def conditional_effects(
     compression: Compression, layout: Layout, estimates: Estimates
 ) -> tuple[Effects, ...]:

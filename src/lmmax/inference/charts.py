@@ -7,16 +7,14 @@ scale, an entry of theta, a coefficient's distance from its estimate in standard
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from ..constraints import TermColumns
-from ..covariances import Covariance, slopes
+from ..covariances import slopes, values_at
 from ..parameters import lower_from_root
 from ..solve import Structured
 from .held import Chart, Held
@@ -127,11 +125,8 @@ class Charts:
             pattern = term.pattern
             if pattern is None or held[term.columns.start] > 0.0:
                 continue
-            left = list(range(term.width))
-            while left:
-                together = [j for j in left if pattern[left[0], j] > 0.0]
-                yield term.columns.start + np.array(together)
-                left = [j for j in left if j not in together]
+            for positions in term.sets:
+                yield term.columns.start + positions
 
     def _find_parameters(self) -> Iterator[Parameter]:
         yield from self._coefficients()
@@ -246,7 +241,7 @@ class Charts:
         for term in self.fit.terms:
             here = range(term.columns.start, term.columns.stop)
             pairs = [(i, i) for i in here]
-            pairs += [(j, i) for i in here for j in range(here.start, i)] if term.correlated else []
+            pairs += [(here[j], here[i]) for i, j in term.pairs]
             errors.update(zip(pairs, values[at : at + len(pairs)].tolist(), strict=True))
             at += len(pairs)
         return errors
@@ -260,8 +255,8 @@ class Charts:
         table = self.fit.structures()
         errors = table.loc[table["term"] == term.label, "std err"].to_numpy(float)
         generic = np.random.default_rng(0).uniform(0.5, 1.5, len(theta))
-        involved = np.abs(slopes(part.covariance.values, generic, q)) > 1e-12
-        gradients = slopes(part.covariance.values, theta, q)
+        involved = np.abs(slopes(part.covariance, generic, q, of="values")) > 1e-12
+        gradients = slopes(part.covariance, theta, q, of="values")
         is_sd = part.covariance.is_sd(q)
         vanished = not np.any(np.diag(self.fit.estimates.D)[term.columns])
         for j, label in enumerate(labels):
@@ -334,6 +329,25 @@ class Charts:
         theta = self.start.theta[slice(*part.parameters)]
         found = _structure_value(part, theta, entry - part.parameters[0], j, u)
         return found * self.sigma if parameter.kappa else found
+
+    def coordinate(self, parameter: Parameter, value: float) -> float:
+        """Return the coordinate of a standard deviation, which is proportional to it."""
+        return value / self.value(parameter, 1.0)
+
+    def standard_deviation(self, effect: int) -> Parameter | None:
+        """Return the parameter that is the standard deviation of an effect, if there is one.
+
+        Where effects share one, it is that.
+        """
+        for parameter in self.parameters:
+            if parameter.kind == "sd" and parameter.where == (effect,):
+                return parameter
+        for number, part in enumerate(self.constraints.structures):
+            is_sd = part.covariance.is_sd(part.columns[1] - part.columns[0])
+            if part.columns[0] <= effect < part.columns[1] and len(is_sd) == 1 and is_sd[0]:
+                own = (p for p in self.parameters if p.kind == "structure" and p.group == number)
+                return next(own, None)
+        return None
 
     def values(self, held: Held) -> np.ndarray:
         """Return the values of all parameters where a search ended."""
@@ -469,17 +483,9 @@ class Charts:
         return theta
 
 
-@cache
-def _values_of(covariance: Covariance, q: int) -> Callable[[Any], jax.Array]:
-    """Return a structure's function of theta, compiled."""
-    return jax.jit(lambda theta: covariance.values(theta, q))
-
-
 def _structure_values(part: Structured, theta: np.ndarray) -> np.ndarray:
     """Return the values of a structure at theta, relative to the residual's."""
-    with jax.enable_x64(True):
-        function = _values_of(part.covariance, part.columns[1] - part.columns[0])
-        return np.asarray(function(np.asarray(theta, float)))
+    return values_at(part.covariance, theta, part.columns[1] - part.columns[0])
 
 
 def _structure_value(part: Structured, theta: np.ndarray, entry: int, j: int, x: float) -> float:

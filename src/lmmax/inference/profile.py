@@ -530,6 +530,41 @@ def profile(
     )
 
 
+def profile_at(fit: Fit, effect: int, values: np.ndarray) -> np.ndarray:
+    """Return the criterion where the standard deviation of an effect is held at values.
+
+    Args:
+        fit: the fitted model.
+        effect: position of the effect among the columns of its covariance.
+        values: what it is held at, (k,), positive.
+
+    Returns:
+        Minima of -2 log-likelihood over all other parameters, (k,); NaN where a search failed.
+
+    Raises:
+        ValueError: for an effect whose standard deviation has no profile.
+    """
+    charts = Charts(fit)
+    parameter = charts.standard_deviation(effect)
+    if parameter is None:
+        raise ValueError(f"the variance of {fit.effect_names[effect]!r} was not estimated")
+    walk = Walk(fit, charts, [parameter])
+    sides, found = walk.sides[parameter.name], np.full(len(values), np.nan)
+    coordinates = np.array([charts.coordinate(parameter, value) for value in values])
+    distance = np.abs(coordinates - parameter.start)
+    # From the estimate outwards, so that each search starts next to where one ended.
+    for i in np.argsort(distance):
+        side, t = sides[int(coordinates[i] > parameter.start)], float(distance[i])
+        if t <= 1e-12 * abs(parameter.start):
+            found[i] = fit.deviance
+            continue
+        held = walk.search([(side, t, Place.of(side.nearest(t).held))])[0]
+        side.add(t, held, walk.least)
+        if held.status == Status.CONVERGED:
+            found[i] = held.value - walk.least + fit.deviance
+    return found
+
+
 def profile_limits(
     fit: Fit, parameters: str | Sequence[str] | None = None, alpha: float = 0.05
 ) -> pd.DataFrame:
