@@ -23,6 +23,8 @@ from .spec import ModelSpec as ModelSpec
 from .spec import RandomTerm as RandomTerm
 
 if _TYPE_CHECKING:
+    from .batch.many import fit_many as fit_many
+    from .batch.result import BatchFit as BatchFit
     from .inference.anova import anova as anova
     from .inference.bootstrap import BootstrapError as BootstrapError
     from .inference.bootstrap import bootstrap as bootstrap
@@ -43,18 +45,21 @@ if _TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What is asked of a fit afterwards is imported when first used: it takes as long as a small fit.
+# What is asked of a fit afterwards, and batches, are imported when first used: inference takes as
+# long to import as a small fit.
 _LATER = {
-    "anova": ("anova",),
-    "bootstrap": ("BootstrapError", "bootstrap"),
-    "bootstrap_comparison": ("bootstrap_test",),
-    "clusters": ("ClusterError",),
-    "comparison": ("ComparisonError", "drop1", "ranova"),
-    "confint": ("confint",),
-    "information": ("conditional_aic", "information", "joint_covariance"),
-    "profile": ("ProfileWarning", "profile"),
-    "robust": ("robust",),
-    "scores": ("sandwich", "scores"),
+    "batch.many": ("fit_many",),
+    "batch.result": ("BatchFit",),
+    "inference.anova": ("anova",),
+    "inference.bootstrap": ("BootstrapError", "bootstrap"),
+    "inference.bootstrap_comparison": ("bootstrap_test",),
+    "inference.clusters": ("ClusterError",),
+    "inference.comparison": ("ComparisonError", "drop1", "ranova"),
+    "inference.confint": ("confint",),
+    "inference.information": ("conditional_aic", "information", "joint_covariance"),
+    "inference.profile": ("ProfileWarning", "profile"),
+    "inference.robust": ("robust",),
+    "inference.scores": ("sandwich", "scores"),
 }
 _HOME = {name: module for module, names in _LATER.items() for name in names}
 
@@ -64,7 +69,7 @@ if not _TYPE_CHECKING:
     def __getattr__(name: str) -> _Any:
         if name not in _HOME:
             raise AttributeError(f"module 'lmmax' has no attribute {name!r}")
-        value = getattr(_import_module(f".inference.{_HOME[name]}", __name__), name)
+        value = getattr(_import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
 

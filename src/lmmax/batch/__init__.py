@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..compress import EngineError, compress
 from ..constraints import read_constraints
 from ..estimation import Estimates, estimate, group_noise
+from ..parameters import pack_triangle
 from ..solve import NEWTON_LIMIT, Constraints, Status
-from .solve import BatchEstimates, Lanes, Start, in_user_units, join, solve, stack
+from .solve import BatchEstimates, Ends, Lanes, Start, in_user_units, join, solve, stack
 from .statistics import Responses, SharedDesigns, project, shared_designs, with_responses
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "join",
     "refit_responses",
     "refit_statistics",
+    "solve_statistics",
     "stack",
     "vectorises",
 ]
@@ -86,15 +88,71 @@ def check_engine(fit: Fit) -> None:
         )
 
 
-def refit_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> BatchEstimates:
-    """Fit a one-factor model to the statistics of many responses."""
+class Solved(NamedTuple):
+    """Fits of many responses of a one-factor model, with what inference needs.
+
+    Attributes:
+        estimates: the estimates.
+        ends: where each lane ended, working coordinates.
+        free: which entries of D's lower triangle, and the scale, are estimated freely, (k + 1,).
+        to_user: from working coefficients to the user's, (p, p).
+        uncertain: whether all of D is free but for entries that are zero, and no structure.
+        y_scale: units of the data per working unit, (n,).
+    """
+
+    estimates: BatchEstimates
+    ends: Ends
+    free: np.ndarray
+    to_user: np.ndarray
+    uncertain: bool
+    y_scale: np.ndarray
+
+    @property
+    def gradient(self) -> np.ndarray:
+        """Norm of the gradient in the root of D and in s, working coordinates, (n,).
+
+        It is zero at a minimum on the boundary too.
+        """
+        packed = np.where(self.free, self.ends.gradient, 0.0)
+        q = self.ends.D.shape[1]
+        G = np.zeros((len(packed), q, q))
+        rows, columns = np.tril_indices(q)
+        G[:, rows, columns] = packed[:, :-1]
+        G = G + G.transpose(0, 2, 1)
+        inner = np.linalg.norm((G @ self.ends.root).reshape(len(packed), -1), axis=1)
+        return np.hypot(inner, packed[:, -1])
+
+    def parameter_covariance(self, lanes: np.ndarray) -> np.ndarray:
+        """Return the covariance of the free entries of D and s of some lanes, (n, k, k)."""
+        own = np.ix_(lanes, self.free, self.free)
+        return 2.0 * np.linalg.inv(self.ends.hessian[own])
+
+    def combined(self, lanes: np.ndarray, L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the covariance of ``L beta`` and its derivatives in the same parameters.
+
+        Args:
+            lanes: the lanes, n of them.
+            L: combinations of the coefficients that were kept, (r, p).
+        """
+        p = len(self.to_user)
+        scale = self.estimates.scale[lanes, None, None]
+        inner = self.ends.beta_inverse[lanes, :p, :p] @ (L @ self.to_user).T
+        V = scale * (L @ self.to_user @ inner)
+        slopes = self.ends.x_slope[:, self.free[:-1]][lanes][:, :, :p, :p]
+        moved = -np.einsum("npr,ncpq,nqs->ncrs", inner, slopes, inner, optimize=True)
+        return V, np.concatenate([scale[:, None] * moved, V[:, None]], axis=1)
+
+
+def solve_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> Solved:
+    """Fit a one-factor model to the statistics of many responses, with what inference needs."""
     problem, y_scale = with_responses(shared, responses), responses.y_scale
     constraints, _ = read_constraints(shared.problem, fit.terms, fit.settings)
     unit = (float(shared.problem.y_scale) / y_scale) ** 2
     lanes = Lanes(problem, np.asarray(constraints.natural) * unit[:, None, None], ("Y", "C"))
     start = start_at(fit, constraints, unit)
     ends = solve(lanes, constraints, fit.settings, fit.terms, start)
-    return in_user_units(
+    kept = fit.layout.fixed.kept
+    estimates = in_user_units(
         lanes,
         constraints,
         fit.settings,
@@ -102,9 +160,23 @@ def refit_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> B
         ends,
         responses.origin,
         y_scale,
-        fit.layout.fixed.kept,
+        kept,
         len(fit.design.x_names),
     )
+    free = pack_triangle(np.asarray(constraints.blocks) * (1.0 - constraints.held)) > 0.0
+    return Solved(
+        estimates,
+        ends,
+        np.append(free, constraints.scale_free),
+        np.asarray(shared.problem.x_inverse)[: len(kept), : len(kept)],
+        not constraints.structures and not np.any(constraints.held),
+        y_scale,
+    )
+
+
+def refit_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> BatchEstimates:
+    """Fit a one-factor model to the statistics of many responses."""
+    return solve_statistics(fit, shared, responses).estimates
 
 
 def start_at(fit: Fit, constraints: Constraints, unit: np.ndarray) -> Start | None:

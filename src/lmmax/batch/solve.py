@@ -95,7 +95,8 @@ class Start(NamedTuple):
 class Ends(NamedTuple):
     """Where each lane ended, in working coordinates; see :class:`lmmax.solve.Point`.
 
-    ``gradient`` and ``hessian`` are those in the entries of D and s.
+    ``gradient`` and ``hessian`` are those in the entries of D and s; ``x_slope`` has the
+    derivatives of ``X'V^-1 X`` in the entries of D.
     """
 
     s: Any
@@ -107,6 +108,7 @@ class Ends(NamedTuple):
     hessian: Any
     beta: Any
     beta_inverse: Any
+    x_slope: Any
     status: Any
     steps: Any
 
@@ -318,6 +320,7 @@ def _newton(
             hessian=point.at.hessian,
             beta=point.at.beta,
             beta_inverse=point.at.beta_inverse,
+            x_slope=point.at.x_slope,
             status=solution.status,
             steps=solution.steps,
         )
@@ -406,12 +409,13 @@ def _step_off(
                     theta[i], moved[i] = better, True
             continue
         for block in blocks:
-            values, vectors = np.linalg.eigh(ends.D[which][:, block, block])
+            rows_in, columns_in = np.ix_(block, block)
+            values, vectors = np.linalg.eigh(ends.D[which][:, rows_in, columns_in])
             size = float(np.min(noise[block]))
             null = values <= (BOUNDARY * size) ** 2
             basis = vectors * null[:, None, :]
             onto = basis @ basis.transpose(0, 2, 1)
-            inner = onto @ G[:, block, block] @ onto
+            inner = onto @ G[:, rows_in, columns_in] @ onto
             # Outside the null space far above anything inside it.
             far = 1.0 + 2.0 * np.linalg.norm(inner, axis=(1, 2))
             slopes, directions = np.linalg.eigh(
@@ -451,16 +455,17 @@ def _snapped(
     root, flagged = ends.root[near].copy(), np.zeros(near.size, dtype=bool)
     for term, blocks in free_terms(terms, constraints):
         for block in blocks:
-            size = float(np.min(noise[block]))
+            size, (i, j) = float(np.min(noise[block])), np.ix_(block, block)
             if term.pattern is None:
-                values = np.linalg.eigvalsh(ends.D[near][:, block, block])
-                flagged |= values[:, 0] <= (BOUNDARY * size) ** 2
+                values = np.linalg.eigvalsh(ends.D[near][:, i, j])
+                values = values[:, term.covariance.nullity(term.width) :]
+                flagged |= np.any(values <= (BOUNDARY * size) ** 2, axis=1)
                 continue
-            left, values, right = np.linalg.svd(root[:, block, block])
+            left, values, right = np.linalg.svd(root[:, i, j])
             zero = values <= BOUNDARY * size
             kept = (left * np.where(zero, 0.0, values)[:, None, :]) @ right
             some = np.asarray(zero.any(axis=1))
-            root[:, block, block] = np.where(some[:, None, None], kept, root[:, block, block])
+            root[:, i, j] = np.where(some[:, None, None], kept, root[:, i, j])
             flagged |= some
     # Structures, and what is held, are no part of the root.
     rooted = np.outer(constraints.rooted, constraints.rooted) * (1.0 - constraints.held)

@@ -212,13 +212,20 @@ def wald_form(V: np.ndarray, difference: np.ndarray) -> float:
 
 def f_test(F: float, df_num: int, df_den: float) -> JointTest:
     """Return the test of an F statistic; chi-squared where df_den is infinite."""
+    p = float(f_pvalues(np.asarray(F), df_num, np.asarray(df_den)))
+    return JointTest(float(F), df_num, float(df_den), p)
+
+
+def f_pvalues(F: np.ndarray, df_num: int, df_den: np.ndarray) -> np.ndarray:
+    """Return upper tails of F statistics; of chi-squared ones where df_den is infinite."""
     from scipy import special
 
-    if np.isinf(df_den):
-        p = float(special.chdtrc(df_num, df_num * F))
-    else:
-        p = float(special.fdtrc(df_num, df_den, F))
-    return JointTest(float(F), df_num, float(df_den), p)
+    finite = np.where(np.isinf(df_den), 1.0, df_den)
+    return np.where(
+        np.isinf(df_den),
+        special.chdtrc(df_num, df_num * F),
+        special.fdtrc(df_num, finite, F),
+    )
 
 
 def t_pvalues(t: np.ndarray, df: np.ndarray) -> np.ndarray:

@@ -1,0 +1,381 @@
+"""How responses that share one design are fitted: by the fastest form that the model has.
+
+An engine takes responses as columns and returns a :class:`Record` of arrays, one entry for each.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ..constraints import Settings
+from ..design import DataError
+from ..fit import ConvergenceWarning, Prepared, RankWarning, fit_prepared, prepare
+from ..matrices import Design
+from ..results import Fit
+from ..solve import Status
+from . import one_variance, solve_statistics, vectorises
+from .statistics import SharedDesigns, project, shared_designs
+
+
+class Hypothesis(NamedTuple):
+    """Linear combinations of the coefficients, tested against values.
+
+    Attributes:
+        name: its name.
+        L: the combinations, on all columns of X, (r, p).
+        values: what they are under the hypothesis, (r,).
+    """
+
+    name: str
+    L: np.ndarray
+    values: np.ndarray
+
+
+class Record(NamedTuple):
+    """Fits of n responses.
+
+    Attributes:
+        params: coefficients, NaN for aliased columns, (n, p).
+        bse: their standard errors, (n, p).
+        df: their Satterthwaite degrees of freedom, (n, p).
+        cov_re: covariance of the random effects, natural units, (n, q, q).
+        scale: residual variance, (n,).
+        llf: log-likelihood, restricted under REML, (n,).
+        status: a :class:`lmmax.solve.Status` each, (n,).
+        singular: whether a covariance lies on the boundary, (n,).
+        steps: steps of the search, (n,).
+        gradient: norm of the gradient of the criterion where the search ended, (n,).
+        statistic: of each hypothesis, t for one combination and F for several, (n, h).
+        df_den: its denominator degrees of freedom, (n, h).
+        estimate: first combination of each hypothesis, (n, h).
+        error: its standard error, (n, h).
+    """
+
+    params: np.ndarray
+    bse: np.ndarray
+    df: np.ndarray
+    cov_re: np.ndarray
+    scale: np.ndarray
+    llf: np.ndarray
+    status: np.ndarray
+    singular: np.ndarray
+    steps: np.ndarray
+    gradient: np.ndarray
+    statistic: np.ndarray
+    df_den: np.ndarray
+    estimate: np.ndarray
+    error: np.ndarray
+
+
+class Engine(Protocol):
+    """Fits responses of one design."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for a reader."""
+
+    def fit(self, y: np.ndarray) -> Record:
+        """Fit responses, a column each, offset included, (n, lanes)."""
+
+
+class Uncertainty(NamedTuple):
+    """How the covariance of combinations of the coefficients depends on the variance parameters.
+
+    Attributes:
+        V: covariance of the combinations, (n, r, r).
+        slopes: its derivatives in k variance parameters, (n, k, r, r).
+        C: covariance of these parameters, (n, k, k).
+    """
+
+    V: np.ndarray
+    slopes: np.ndarray
+    C: np.ndarray
+
+
+def degrees(of: Uncertainty) -> np.ndarray:
+    """Return Satterthwaite's degrees of freedom of each combination on its own, (n, r)."""
+    f = np.einsum("nrr->nr", of.V)
+    g = np.einsum("nkrr->nkr", of.slopes)
+    variance = np.einsum("nkr,nkl,nlr->nr", g, of.C, g)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(variance > 0.0, 2.0 * f**2 / variance, np.inf))
+
+
+def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return F and its denominator degrees of freedom for joint tests, (n,) each.
+
+    As for a single fit: in coordinates in which the combinations are uncorrelated, with the
+    degrees of freedom that give F the expectation of the mean of r squared t statistics.
+
+    Args:
+        of: the combinations.
+        difference: their estimates less the hypothetical values, (n, r).
+    """
+    r = difference.shape[1]
+    sound = np.isfinite(of.V).all(axis=(1, 2))
+    values, vectors = np.linalg.eigh(np.where(sound[:, None, None], of.V, np.eye(r)))
+    along = np.einsum("nrj,nr->nj", vectors, difference)
+    turned = np.einsum("nrj,nkrs,nsl->nkjl", vectors, of.slopes, vectors, optimize=True)
+    own = degrees(Uncertainty(values[:, :, None] * np.eye(r), turned, of.C))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        F = np.sum(along**2 / values, axis=1) / r
+        excess = np.sum(2.0 / (own - 2.0), axis=1)
+        df = np.where(excess > 0.0, 2.0 * (1.0 + r / excess), np.inf)
+    df = np.where((own <= 2.0).any(axis=1), 2.0, df)
+    first = own[:, :1]
+    with np.errstate(invalid="ignore"):
+        equal = (np.abs(own - first) < 1e-8 * first).all(axis=1) | np.isinf(own).all(axis=1)
+    df = np.where(equal, own[:, 0], df)
+    return np.where(sound, F, np.nan), np.where(sound, df, np.nan)
+
+
+def tested(of: Uncertainty, difference: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    """Return statistic, degrees of freedom, first estimate and its error of a test, (n,) each."""
+    error = np.sqrt(of.V[:, 0, 0])
+    if difference.shape[1] == 1:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            statistic, df = difference[:, 0] / error, degrees(of)[:, 0]
+    else:
+        statistic, df = joint(of, difference)
+    return [statistic, df, difference[:, 0] + values[0], error]
+
+
+def engine_of(prepared: Prepared, settings: Settings, tests: Sequence[Hypothesis]) -> Engine:
+    """Return the fastest engine for a design."""
+    terms = prepared.terms
+    free = not settings.fix and len(terms) == 1 and terms[0].pattern is not None
+    if settings.engine in ("auto", "grouped") and one_variance.suits(prepared.layout, free):
+        found = one_variance.one_variance(prepared.layout)
+        if found is not None:
+            return LineEngine(prepared, found, settings.reml, tuple(tests))
+    return GeneralEngine(prepared, settings, tuple(tests))
+
+
+def _without_offset(design: Design, y: np.ndarray) -> np.ndarray:
+    return y if design.offset is None else y - design.offset[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class LineEngine:
+    """Models with one variance besides the residual's."""
+
+    prepared: Prepared
+    line: one_variance.OneVariance
+    reml: bool
+    tests: tuple[Hypothesis, ...]
+
+    @property
+    def name(self) -> str:
+        """See `Engine`."""
+        count = len(self.line.eigenvalues) + len(self.line.set_kappa)
+        return f"one variance: a search on a line, {count} numbers per response"
+
+    def fit(self, y: np.ndarray) -> Record:
+        """See `Engine`."""
+        return self.of_statistics(
+            one_variance.statistics(self.line, _without_offset(self.prepared.design, y))
+        )
+
+    def of_statistics(self, stats: one_variance.Statistics) -> Record:
+        """Fit from statistics."""
+        found, design = one_variance.fits(self.line, stats, self.reml), self.prepared.design
+        n, p, kept = len(found.scale), len(design.x_names), self.prepared.layout.fixed.kept
+        params, bse, df = np.full((3, n, p), np.nan)
+        singular = found.variance == 0.0
+        usable = found.status == Status.CONVERGED
+        C = np.full((n, 2, 2), np.nan)
+        C[usable] = 0.0
+        inside, at_zero = usable & ~singular, usable & singular
+        C[inside] = np.linalg.inv(found.information[inside])
+        C[at_zero, 1, 1] = 1.0 / found.information[at_zero, 1, 1]
+        params[:, kept] = found.beta
+        for j, row in zip(kept, np.eye(len(kept)), strict=True):
+            of = self._uncertainty(found, C, row[None])
+            bse[:, j], df[:, j] = np.sqrt(of.V[:, 0, 0]), degrees(of)[:, 0]
+        results = np.full((4, n, len(self.tests)), np.nan)
+        for h, test in enumerate(self.tests):
+            L = test.L[:, kept]
+            of = self._uncertainty(found, C, L)
+            results[:, :, h] = tested(of, found.beta @ L.T - test.values, test.values)
+        return Record(
+            params,
+            bse,
+            df,
+            (found.variance * found.scale)[:, None, None],
+            found.scale,
+            -0.5 * found.criterion,
+            found.status,
+            singular,
+            found.steps,
+            np.abs(np.where(singular, 0.0, found.gradient)),
+            *results,
+        )
+
+    def _uncertainty(self, found: one_variance.Fits, C: np.ndarray, L: np.ndarray) -> Uncertainty:
+        """Return that of combinations L (r, p); the parameters are d and the log of the scale."""
+        unscaled, slope = self.line.unscaled_covariance(found.variance, L)
+        V = found.scale[:, None, None] * unscaled
+        return Uncertainty(V, np.stack([found.scale[:, None, None] * slope, V], axis=1), C)
+
+
+@dataclass(eq=False)
+class GeneralEngine:
+    """Any other model: one grouping factor in lanes, several one response after the other.
+
+    Attributes:
+        prepared: the design.
+        settings: how to estimate.
+        tests: hypotheses on the coefficients.
+        template: a fit to one of the responses, which lends the others a start.
+    """
+
+    prepared: Prepared
+    settings: Settings
+    tests: tuple[Hypothesis, ...]
+    template: Fit | None = None
+
+    @property
+    def name(self) -> str:
+        """See `Engine`."""
+        return f"{self.prepared.layout.engine.name}: Newton's method in lanes"
+
+    def fit(self, y: np.ndarray) -> Record:
+        """See `Engine`."""
+        around = _without_offset(self.prepared.design, y)
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread = np.ptp(around, axis=0)
+        sound = np.flatnonzero(np.isfinite(spread) & (spread > 0.0))
+        found = self._empty(y.shape[1])
+        for lane in sound:
+            if self.template is not None:
+                break
+            self.template = self._single(y[:, lane])
+        if self.template is None:
+            return found
+        if vectorises(self.template):
+            parts = self._lanes(y[:, sound])
+        else:
+            fits = [self._single(column) for column in y[:, sound].T]
+            parts = stacked([self._row(fit) for fit in fits])
+        for mine, part in zip(found, parts, strict=True):
+            mine[sound] = part
+        return found
+
+    def _empty(self, n: int) -> Record:
+        design, layout = self.prepared.design, self.prepared.layout
+        return empty(n, len(design.x_names), len(layout.A), len(self.tests))
+
+    def _single(self, y: np.ndarray) -> Fit | None:
+        """Fit one response; None if the data cannot identify its variances."""
+        design = replace(self.prepared.design, y=np.ascontiguousarray(y, dtype=float))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.simplefilter("ignore", RankWarning)
+            try:
+                if self.template is None:
+                    return fit_prepared(prepare(design, self.settings.engine), self.settings)
+                return self.template.refit(design.y)
+            except DataError:
+                return None
+
+    def _row(self, fit: Fit | None) -> Record:
+        """Return the record of one fit."""
+        found = self._empty(1)
+        if fit is None:
+            return found
+        kept, test = fit.layout.fixed.kept, fit.denominator()
+        found.params[0], found.bse[0] = fit.params, fit.bse
+        found.df[0, kept] = test.degrees(np.eye(len(kept)))
+        found.cov_re[0], found.scale[0], found.llf[0] = fit.cov_re, fit.scale, fit.llf
+        found.status[0], found.singular[0] = int(fit.estimates.status), fit.singular
+        found.steps[0] = int(fit.estimates.solution.steps)
+        found.gradient[0] = fit.convergence.gradient_norm
+        for h, asked in enumerate(self.tests):
+            L = asked.L[:, kept]
+            difference = L @ fit.estimates.beta - asked.values
+            found.estimate[0, h] = difference[0] + asked.values[0]
+            found.error[0, h] = test.errors(L)[0]
+            if len(L) == 1:
+                found.statistic[0, h] = difference[0] / found.error[0, h]
+                found.df_den[0, h] = test.degrees(L)[0]
+            else:
+                joint_test = test.joint(L, difference)
+                found.statistic[0, h] = joint_test.statistic
+                found.df_den[0, h] = joint_test.df_den
+        return found
+
+    def _lanes(self, y: np.ndarray) -> Record:
+        """Fit responses side by side."""
+        template = self.template
+        assert template is not None
+        if self._shared is None:
+            self._shared = shared_designs(template)
+        solved = solve_statistics(
+            template, self._shared, project(self._shared, _without_offset(template.design, y).T)
+        )
+        own, ends = solved.estimates, solved.ends
+        kept, n = template.layout.fixed.kept, y.shape[1]
+        found = self._empty(n)
+        for name in ("params", "bse", "cov_re", "scale", "llf", "status", "singular"):
+            getattr(found, name)[...] = getattr(own, name)
+        found.steps[:] = ends.steps
+        found.gradient[:] = solved.gradient
+        plain = solved.uncertain & own.converged & ~own.singular
+        at = np.flatnonzero(plain)
+        C = solved.parameter_covariance(at)
+        for j, row in zip(kept, np.eye(len(kept)), strict=True):
+            found.df[at, j] = degrees(Uncertainty(*solved.combined(at, row[None]), C))[:, 0]
+        for h, asked in enumerate(self.tests):
+            L = asked.L[:, kept]
+            difference = own.params[at][:, kept] @ L.T - asked.values
+            values = tested(Uncertainty(*solved.combined(at, L), C), difference, asked.values)
+            for name, value in zip(
+                ("statistic", "df_den", "estimate", "error"), values, strict=True
+            ):
+                getattr(found, name)[at, h] = value
+        # At a boundary, and with structures, as a fit of its own has them.
+        for lane in np.flatnonzero(~plain & own.converged):
+            alone = self._row(self._single(y[:, lane]))
+            for name in ("df", "statistic", "df_den", "estimate", "error"):
+                getattr(found, name)[lane] = getattr(alone, name)[0]
+        return found
+
+    _shared: SharedDesigns | None = None
+
+
+def empty(n: int, p: int, q: int, n_tests: int) -> Record:
+    """Return a record of n responses that were not fitted.
+
+    Args:
+        n: number of responses.
+        p: number of columns of X.
+        q: number of random effects.
+        n_tests: number of hypotheses.
+    """
+    nan = np.full
+    return Record(
+        params=nan((n, p), np.nan),
+        bse=nan((n, p), np.nan),
+        df=nan((n, p), np.nan),
+        cov_re=nan((n, q, q), np.nan),
+        scale=nan(n, np.nan),
+        llf=nan(n, np.nan),
+        status=nan(n, int(Status.NOT_FINITE)),
+        singular=nan(n, False),
+        steps=nan(n, 0),
+        gradient=nan(n, np.nan),
+        statistic=nan((n, n_tests), np.nan),
+        df_den=nan((n, n_tests), np.nan),
+        estimate=nan((n, n_tests), np.nan),
+        error=nan((n, n_tests), np.nan),
+    )
+
+
+def stacked(rows: Sequence[Record]) -> Record:
+    """Return records one after the other as one."""
+    return Record(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))

@@ -1,0 +1,319 @@
+"""What `fit_many` returns: estimates, tests and certificates of many fits."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from ..constraints import Settings
+from ..fit import fit_prepared, prepare
+from ..inference.denominator import f_pvalues, t_pvalues, t_quantiles
+from ..inference.wald import linear_hypotheses
+from ..matrices import Design
+from ..results import Fit
+from ..solve import Status
+from .engines import Hypothesis, Record
+from .multiple import qvalues
+
+
+class Source(Protocol):
+    """Where a response is read again, for a fit of its own."""
+
+    def column(self, number: int) -> np.ndarray:
+        """Return one response on the rows of the design, NaN where it is missing, (n,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class BatchFit:
+    """Fits of one model to many responses; made by :func:`lmmax.fit_many`.
+
+    ``batch[i]``, or ``batch[name]``, is the ordinary :class:`lmmax.Fit` of a response, fitted
+    again.
+
+    Attributes:
+        names: names of the responses.
+        record: the arrays behind everything, an entry for each response.
+        design: the design, with no response of its own.
+        settings: how the models were fitted.
+        hypotheses: what was tested besides the coefficients.
+        n_obs: number of rows of each response that were not missing, (n,).
+        engine: how the responses were fitted.
+        notes: what a reader should know.
+    """
+
+    names: pd.Index
+    record: Record
+    design: Design
+    settings: Settings
+    hypotheses: tuple[Hypothesis, ...]
+    n_obs: np.ndarray
+    engine: str
+    notes: tuple[str, ...]
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    # --- estimates --------------------------------------------------------------------------
+
+    def _frame(self, values: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame(values, index=self.names, columns=list(self.design.x_names))
+
+    @property
+    def params(self) -> pd.DataFrame:
+        """Coefficients, a row per response; NaN where there is no fit."""
+        return self._frame(self.record.params)
+
+    @property
+    def bse(self) -> pd.DataFrame:
+        """Their standard errors."""
+        return self._frame(self.record.bse)
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """Their degrees of freedom, by Satterthwaite's method."""
+        return self._frame(self.record.df)
+
+    @property
+    def tvalues(self) -> pd.DataFrame:
+        """Coefficients over their standard errors."""
+        return self._frame(self.record.params / self.record.bse)
+
+    @cached_property
+    def pvalues(self) -> pd.DataFrame:
+        """Two-sided p-values of the coefficients."""
+        return self._frame(t_pvalues(self.record.params / self.record.bse, self.record.df))
+
+    def qvalues(self, method: str = "bh") -> pd.DataFrame:
+        """Return false discovery rates over the responses, for each coefficient.
+
+        Args:
+            method: "bh", "by" or "storey"; see :func:`lmmax.batch.multiple.qvalues`.
+        """
+        p = self.pvalues
+        return p.apply(lambda column: qvalues(column.to_numpy(), method))
+
+    def conf_int(self, coefficient: str, alpha: float = 0.05) -> pd.DataFrame:
+        """Return confidence limits of one coefficient, a row per response."""
+        j = self._column(coefficient)
+        half = t_quantiles(alpha, self.record.df[:, j]) * self.record.bse[:, j]
+        centre = self.record.params[:, j]
+        return pd.DataFrame({"lower": centre - half, "upper": centre + half}, index=self.names)
+
+    def _column(self, coefficient: str) -> int:
+        if coefficient not in self.design.x_names:
+            raise KeyError(
+                f"{coefficient!r} is no coefficient; use one of {', '.join(self.design.x_names)}"
+            )
+        return self.design.x_names.index(coefficient)
+
+    @property
+    def llf(self) -> pd.Series:
+        """Log-likelihoods, restricted under REML."""
+        return pd.Series(self.record.llf, index=self.names, name="llf")
+
+    @property
+    def scale(self) -> pd.Series:
+        """Residual variances."""
+        return pd.Series(self.record.scale, index=self.names, name="scale")
+
+    @property
+    def cov_re(self) -> np.ndarray:
+        """Covariances of the random effects, natural units, (n, q, q)."""
+        return self.record.cov_re
+
+    @cached_property
+    def variances(self) -> pd.DataFrame:
+        """Variances and covariances of the random effects, and the residual variance."""
+        at, columns = 0, {}
+        order = sorted(range(len(self.design.blocks)), key=self._position)
+        for number in order:
+            block = self.design.blocks[number]
+            group = self.design.groupings[block.grouping].name
+            for i, effect in enumerate(block.names):
+                for j in range(i + 1):
+                    label = effect if i == j else f"{block.names[j]}, {effect}"
+                    columns[f"{group}: {label}"] = self.record.cov_re[:, at + i, at + j]
+            at += len(block.names)
+        return pd.DataFrame({**columns, "residual": self.record.scale}, index=self.names)
+
+    def _position(self, number: int) -> tuple[int, int]:
+        return self.design.blocks[number].grouping, number
+
+    @property
+    def icc(self) -> pd.Series:
+        """Share of the random effects' variances in the total, where all are intercepts.
+
+        Raises:
+            ValueError: for a model with random slopes, where the share depends on the row.
+        """
+        if any(block.names != ("Intercept",) for block in self.design.blocks):
+            raise ValueError("the model has random slopes: the share depends on the covariates")
+        parts = np.einsum("nqq->n", self.record.cov_re)
+        return pd.Series(parts / (parts + self.record.scale), index=self.names, name="icc")
+
+    # --- tests ------------------------------------------------------------------------------
+
+    def test(self, name: str) -> pd.DataFrame:
+        """Return the test of a hypothesis that `fit_many` was asked for.
+
+        Returns:
+            A row per response: ``estimate``, ``std err``, ``df``, ``t`` and ``p`` for a single
+            combination; ``F``, ``df_num``, ``df_den`` and ``p`` for several.
+        """
+        known = [hypothesis.name for hypothesis in self.hypotheses]
+        if name not in known:
+            raise KeyError(f"{name!r} was not tested; there are {', '.join(known) or 'no tests'}")
+        h = known.index(name)
+        r, record = len(self.hypotheses[h].L), self.record
+        statistic, df = record.statistic[:, h], record.df_den[:, h]
+        if r == 1:
+            columns = {
+                "estimate": record.estimate[:, h],
+                "std err": record.error[:, h],
+                "df": df,
+                "t": statistic,
+                "p": t_pvalues(statistic, df),
+            }
+        else:
+            p = f_pvalues(statistic, r, df)
+            columns = {"F": statistic, "df_num": np.full(len(self), r), "df_den": df, "p": p}
+        return pd.DataFrame(columns, index=self.names)
+
+    def frame(self, q: str = "bh") -> pd.DataFrame:
+        """Return all coefficients as one tidy data frame, a row per response and coefficient.
+
+        Args:
+            q: how false discovery rates are controlled, over the responses.
+        """
+        n, p = self.record.params.shape
+        rates = self.qvalues(q).to_numpy()
+        return pd.DataFrame(
+            {
+                "response": np.repeat(self.names.to_numpy(), p),
+                "coefficient": np.tile(np.array(self.design.x_names, dtype=object), n),
+                "coef": self.record.params.ravel(),
+                "std err": self.record.bse.ravel(),
+                "df": self.record.df.ravel(),
+                "t": (self.record.params / self.record.bse).ravel(),
+                "p": self.pvalues.to_numpy().ravel(),
+                "q": rates.ravel(),
+            }
+        )
+
+    # --- certificates -----------------------------------------------------------------------
+
+    @property
+    def converged(self) -> np.ndarray:
+        """Whether each optimum was reached, (n,)."""
+        return np.asarray(self.record.status == Status.CONVERGED)
+
+    @property
+    def certificate(self) -> pd.DataFrame:
+        """How each fit ended: status, whether it is singular, steps, gradient, rows used."""
+        words = np.array([Status(k).name.lower() for k in range(len(Status))], dtype=object)
+        return pd.DataFrame(
+            {
+                "status": words[self.record.status],
+                "singular": self.record.singular,
+                "steps": self.record.steps,
+                "gradient": self.record.gradient,
+                "n_obs": self.n_obs,
+            },
+            index=self.names,
+        )
+
+    @property
+    def status(self) -> dict[str, int]:
+        """How many fits ended in each way, and how many are singular."""
+        codes, counts = np.unique(self.record.status, return_counts=True)
+        found = {
+            Status(int(code)).name.lower(): int(count)
+            for code, count in zip(codes, counts, strict=True)
+        }
+        return {**found, "singular": int(np.sum(self.record.singular & self.converged))}
+
+    # --- single fits ------------------------------------------------------------------------
+
+    def __getitem__(self, which: Any) -> Fit:
+        number = self._number(which)
+        y = self.source.column(number)
+        from .rows import subset
+
+        design = subset(self.design, np.flatnonzero(~np.isnan(y)), y[~np.isnan(y)])
+        return fit_prepared(prepare(design, self.settings.engine), self.settings)
+
+    def _number(self, which: Any) -> int:
+        if isinstance(which, int | np.integer) and not isinstance(which, bool):
+            if not -len(self) <= which < len(self):
+                raise IndexError(f"there are {len(self)} responses, not one number {which}")
+            return int(which) % len(self)
+        found = self.names.get_indexer(pd.Index([which]))[0]
+        if found < 0:
+            raise KeyError(f"{which!r} is no response")
+        return int(found)
+
+    # --- output -----------------------------------------------------------------------------
+
+    def summary(self) -> pd.DataFrame:
+        """Return the distribution of the estimates over the responses, a row per parameter."""
+        every = pd.concat([self.params, self.variances], axis=1)[self.converged]
+        table = every.quantile([0.0, 0.25, 0.5, 0.75, 1.0]).T
+        table.columns = pd.Index(["min", "25%", "median", "75%", "max"])
+        p = self.pvalues[self.converged]
+        table["p < 0.05"] = (p < 0.05).mean().reindex(table.index)
+        return table
+
+    def _lines(self) -> list[str]:
+        counts = ", ".join(f"{count} {name}" for name, count in self.status.items())
+        head = f"{len(self)} fits of {self.design.spec.formula}"
+        return [head, f"{counts}; {self.engine}", *self.notes]
+
+    def __str__(self) -> str:
+        table = self.summary().to_string(float_format="{:.4g}".format, na_rep="")
+        return "\n".join([*self._lines()[:2], "", table, *self._lines()[2:]])
+
+    def __repr__(self) -> str:
+        return f"<lmmax.BatchFit {self._lines()[0]!r}, {self.status}>"
+
+    def _repr_html_(self) -> str:
+        table = self.summary().to_html(float_format="{:.4g}".format, na_rep="")
+        lines = [f"<p>{escape(line)}</p>" for line in self._lines()]
+        return "\n".join([*lines[:2], table, *lines[2:]])
+
+    def save(self, path: str | Path) -> None:
+        """Write the batch to a file; read it back with `BatchFit.load`.  Open files you trust."""
+        with open(path, "wb") as file:
+            pickle.dump(self, file)
+
+    @staticmethod
+    def load(path: str | Path) -> BatchFit:
+        """Read a batch written by `save`."""
+        with open(path, "rb") as file:
+            found = pickle.load(file)
+        if not isinstance(found, BatchFit):
+            raise ValueError(f"{str(path)!r} does not hold a batch of fits")
+        return found
+
+
+def hypotheses(asked: Any, names: Sequence[str]) -> tuple[Hypothesis, ...]:
+    """Read the `tests` argument of `fit_many`.
+
+    Args:
+        asked: None, or a mapping of names to what ``Fit.t_test`` takes.
+        names: names of the coefficients.
+    """
+    found = []
+    zero = pd.Series(0.0, index=list(names))
+    for name, hypothesis in (asked or {}).items():
+        L, values, _ = linear_hypotheses(zero, hypothesis)
+        found.append(Hypothesis(str(name), L, values))
+    return tuple(found)

@@ -1,0 +1,234 @@
+"""`fit_many`: every lane equals a fit of its own, whatever the others are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lmmax
+from lmmax.batch.multiple import qvalues
+
+N_RESPONSES = 40
+BAD = {3: "constant", 7: "infinite", 11: "missing"}
+GAPS = (5, 6, 20)
+TESTS = {"slope": "Days = 10", "both": "Intercept = 250, Days = 10"}
+
+
+def simulated(sleep: pd.DataFrame) -> np.ndarray:
+    """Responses with all kinds of variances, zero among them, and some that cannot be fitted."""
+    rng = np.random.default_rng(5)
+    codes, days = pd.factorize(sleep["Subject"])[0], sleep["Days"].to_numpy(dtype=float)
+    intercepts = rng.normal(size=(18, N_RESPONSES)) * rng.choice([0.0, 25.0], size=N_RESPONSES)
+    slopes = rng.normal(size=(18, N_RESPONSES)) * rng.choice([0.0, 6.0], size=N_RESPONSES)
+    y = 250.0 + 10.0 * days[:, None] + intercepts[codes] + slopes[codes] * days[:, None]
+    y += 25.0 * rng.normal(size=y.shape)
+    y[2, list(GAPS)] = np.nan
+    y[17, GAPS[-1]] = np.nan
+    y[:, 3], y[:, 11] = 4.0, np.nan
+    y[0, 7] = np.inf
+    return y
+
+
+MODELS = {
+    "intercept": "~ Days + (1 | Subject)",
+    "slope": "~ Days + (0 + Days | Subject)",
+    "both": "~ Days + (1 + Days | Subject)",
+}
+
+
+@pytest.fixture(scope="module")
+def sleep() -> pd.DataFrame:
+    return lmmax.datasets.load("sleepstudy")
+
+
+@pytest.fixture(scope="module", params=[(m, r) for m in MODELS for r in (True, False)])
+def batch(request: Any, sleep: pd.DataFrame) -> lmmax.BatchFit:
+    model, reml = request.param
+    return lmmax.fit_many(MODELS[model], sleep, simulated(sleep), reml=reml, tests=TESTS)
+
+
+def test_every_lane_equals_a_fit_of_its_own(batch: lmmax.BatchFit) -> None:
+    singular = 0
+    for i in [i for i in range(N_RESPONSES) if i not in BAD]:
+        alone = batch[i]
+        assert abs(batch.llf.iloc[i] - alone.llf) < 5e-8
+        np.testing.assert_allclose(
+            batch.params.iloc[i], alone.params, atol=1e-6 * float(alone.bse.max())
+        )
+        np.testing.assert_allclose(batch.bse.iloc[i], alone.bse, rtol=1e-6)
+        np.testing.assert_allclose(batch.df.iloc[i], alone.df, rtol=1e-6)
+        np.testing.assert_allclose(batch.pvalues.iloc[i], alone.pvalues, rtol=1e-6, atol=1e-12)
+        size = float(np.abs(alone.cov_re.to_numpy()).max()) + 1e-3 * alone.scale
+        np.testing.assert_allclose(batch.cov_re[i], alone.cov_re, atol=1e-5 * size)
+        assert batch.scale.iloc[i] == pytest.approx(alone.scale, rel=1e-6)
+        assert batch.record.singular[i] == alone.singular
+        slope = alone.t_test(TESTS["slope"]).table.iloc[0]
+        mine = batch.test("slope").iloc[i]
+        assert mine["t"] == pytest.approx(slope["t"], rel=1e-6, abs=1e-8)
+        assert mine["df"] == pytest.approx(slope["df"], rel=1e-6)
+        both, joint = alone.f_test(TESTS["both"]), batch.test("both").iloc[i]
+        assert joint["F"] == pytest.approx(both.statistic, rel=1e-6)
+        assert joint["df_den"] == pytest.approx(both.df_denom, rel=1e-5)
+        assert joint["p"] == pytest.approx(both.pvalue, rel=1e-5, abs=1e-14)
+        singular += alone.singular
+    assert 0 < singular < N_RESPONSES
+
+
+def test_what_cannot_be_fitted_says_so_and_disturbs_nobody(batch: lmmax.BatchFit) -> None:
+    certificate = batch.certificate
+    assert list(np.flatnonzero(~batch.converged)) == sorted(BAD)
+    assert set(certificate["status"].iloc[list(BAD)]) == {"not_finite"}
+    assert batch.params.iloc[list(BAD)].isna().all(axis=None)
+    assert (certificate["gradient"][batch.converged] < 1e-3).all()
+    assert certificate["n_obs"].iloc[[0, *GAPS]].tolist() == [180, 179, 179, 178]
+    assert any("3 responses have missing values" in note for note in batch.notes) or any(
+        "4 responses have missing values" in note for note in batch.notes
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_results_do_not_depend_on_the_chunks(sleep: pd.DataFrame, chunk: int) -> None:
+    y = simulated(sleep)[:, :14]
+    whole = lmmax.fit_many(MODELS["intercept"], sleep, y)
+    parts = lmmax.fit_many(MODELS["intercept"], sleep, y, chunk=chunk)
+    for name in ("params", "bse", "df", "scale", "llf", "cov_re"):
+        a, b = getattr(whole.record, name), getattr(parts.record, name)
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_float32_responses_are_summed_in_float64(sleep: pd.DataFrame) -> None:
+    y = simulated(sleep)[:, [0, 1, 2]].astype(np.float32)
+    found = lmmax.fit_many(MODELS["intercept"], sleep, y)
+    same = lmmax.fit_many(MODELS["intercept"], sleep, y.astype(float))
+    assert (found.llf == same.llf).all()
+
+
+def test_an_enormous_mean_costs_no_digits(sleep: pd.DataFrame) -> None:
+    y = simulated(sleep)[:, [0]]
+    near = lmmax.fit_many(MODELS["intercept"], sleep, y)
+    far = lmmax.fit_many(MODELS["intercept"], sleep, y + 1e9)
+    # 1e9 itself has lost all but seven digits of the noise.
+    np.testing.assert_allclose(far.scale, near.scale, rtol=1e-6)
+    np.testing.assert_allclose(far.params["Days"], near.params["Days"], rtol=1e-6)
+
+
+def test_a_response_that_x_explains_nearly_is_residualised_first(sleep: pd.DataFrame) -> None:
+    y = simulated(sleep)[:, [0]]
+    steep = y + 1e7 * sleep["Days"].to_numpy()[:, None]
+    near, far = (lmmax.fit_many(MODELS["intercept"], sleep, each) for each in (y, steep))
+    np.testing.assert_allclose(far.scale, near.scale, rtol=1e-7)
+    np.testing.assert_allclose(far.llf, near.llf, atol=1e-6)
+
+
+def test_weights_and_offset_and_unbalanced_groups() -> None:
+    rng = np.random.default_rng(1)
+    codes = np.repeat(np.arange(30), rng.integers(1, 8, size=30))
+    n = len(codes)
+    data = pd.DataFrame({"x": rng.normal(size=n), "g": codes, "w": rng.uniform(0.5, 2.0, size=n)})
+    offset = rng.normal(size=n)
+    y = 1.0 + rng.normal(size=(30, 6))[codes] + rng.normal(size=(n, 6)) + offset[:, None]
+    batch = lmmax.fit_many("~ x + (1 | g)", data, y, weights="w", offset=offset)
+    for i in range(6):
+        frame = data.assign(y=y[:, i])
+        alone = lmmax.fit("y ~ x + (1 | g)", frame, weights="w", offset=offset)
+        assert abs(batch.llf.iloc[i] - alone.llf) < 5e-8
+        np.testing.assert_allclose(batch.df.iloc[i], alone.df, rtol=1e-6)
+        np.testing.assert_allclose(batch[i].params, alone.params, rtol=1e-10)
+
+
+def test_a_relationship_matrix_is_one_decomposition() -> None:
+    rng = np.random.default_rng(2)
+    m, k = 40, 5
+    half = rng.normal(size=(m, 60))
+    kinship = half @ half.T / 60 + 0.05 * np.eye(m)
+    labels = [f"a{i:02d}" for i in range(m)]
+    codes = np.concatenate([np.arange(m), rng.integers(0, m, size=30)])
+    data = pd.DataFrame({"x": rng.normal(size=len(codes)), "id": np.array(labels)[codes]})
+    u = np.linalg.cholesky(kinship) @ rng.normal(size=(m, k)) * np.array([0.0, 0.5, 1, 2, 3])
+    y = u[codes] + rng.normal(size=(len(codes), k))
+    relmat = {"id": pd.DataFrame(kinship, index=labels, columns=labels)}
+    batch = lmmax.fit_many("~ x + (1 | id)", data, y, relmat=relmat)
+    assert "search on a line" in batch.engine
+    for i in range(k):
+        frame = data.assign(y=y[:, i])
+        alone = lmmax.fit("y ~ x + (1 | id)", frame, relmat=relmat)
+        assert abs(batch.llf.iloc[i] - alone.llf) < 5e-8
+        np.testing.assert_allclose(batch.bse.iloc[i], alone.bse, rtol=1e-6)
+
+
+def test_several_factors_are_fitted_one_by_one() -> None:
+    data = lmmax.datasets.load("pastes")
+    rng = np.random.default_rng(3)
+    y = data["strength"].to_numpy()[:, None] + rng.normal(size=(60, 2))
+    batch = lmmax.fit_many("~ 1 + (1 | batch/cask)", data, y)
+    for i in range(2):
+        alone = lmmax.fit("y ~ 1 + (1 | batch/cask)", data.assign(y=y[:, i]))
+        assert abs(batch.llf.iloc[i] - alone.llf) < 5e-8
+        np.testing.assert_allclose(batch.df.iloc[i], alone.df, rtol=1e-5)
+
+
+def test_tables(batch: lmmax.BatchFit) -> None:
+    frame = batch.frame()
+    assert len(frame) == N_RESPONSES * 2
+    assert list(frame.columns[:3]) == ["response", "coefficient", "coef"]
+    days = frame[frame["coefficient"] == "Days"].set_index("response")
+    np.testing.assert_array_equal(days["q"], batch.qvalues()["Days"])
+    assert "40 fits of" in str(batch) and "37 converged" in str(batch)
+    limits = batch.conf_int("Days")
+    assert (limits["lower"] < batch.params["Days"])[batch.converged].all()
+
+
+def test_data_frames_and_names(sleep: pd.DataFrame) -> None:
+    y = simulated(sleep)[:, :2]
+    wide = sleep.assign(a=y[:, 0], b=y[:, 1])
+    by_name = lmmax.fit_many(MODELS["intercept"], wide, ["a", "b"])
+    by_frame = lmmax.fit_many(MODELS["intercept"], sleep, wide[["a", "b"]])
+    assert list(by_name.names) == ["a", "b"] == list(by_frame.names)
+    np.testing.assert_array_equal(by_name.params, by_frame.params)
+    assert by_name["b"].params["Days"] == pytest.approx(by_name.params.loc["b", "Days"], rel=1e-9)
+    with pytest.raises(KeyError, match="'c' is no response"):
+        by_name["c"]
+
+
+def test_rows_with_missing_covariates_are_left_out(sleep: pd.DataFrame) -> None:
+    y = simulated(sleep)[:, :2]
+    gappy = sleep.assign(Days=sleep["Days"].astype(float))
+    gappy.loc[gappy.index[4], "Days"] = np.nan
+    found = lmmax.fit_many(MODELS["intercept"], gappy, y)
+    keep = np.arange(180) != 4
+    same = lmmax.fit_many(MODELS["intercept"], sleep[keep], y[keep])
+    np.testing.assert_allclose(found.params, same.params, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        (np.zeros((5, 2)), "responses has 5 rows, data has 180"),
+        (np.zeros((2, 180)), "they may be transposed"),
+        (np.zeros(180), "two-dimensional"),
+        (["nowhere"], "'nowhere', which is no column of data"),
+        (np.zeros((180, 0)), "no column"),
+    ],
+)
+def test_wrong_responses(sleep: pd.DataFrame, responses: Any, message: str) -> None:
+    with pytest.raises(lmmax.DataError, match=message):
+        lmmax.fit_many(MODELS["intercept"], sleep, responses)
+
+
+def test_qvalues_of_benjamini_and_hochberg() -> None:
+    # Table 1 of Benjamini and Hochberg (1995): 15 p-values, four of them called at 0.05.
+    p = np.array(
+        [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344]
+        + [0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0]
+    )
+    assert int(np.sum(qvalues(p) <= 0.05)) == 4
+    harmonic = np.sum(1.0 / np.arange(1, 16))
+    np.testing.assert_allclose(qvalues(p, "by"), np.minimum(qvalues(p) * harmonic, 1.0))
+    assert np.isnan(qvalues(np.append(p, np.nan))[-1])
+    null = (1.0 + 4) / (0.5 * 15)
+    np.testing.assert_allclose(qvalues(p, "storey"), qvalues(p) * min(null, 1.0))
+    with pytest.raises(ValueError, match="method='fdr'"):
+        qvalues(p, "fdr")
