@@ -183,8 +183,9 @@ def _structure_rows(fit: Fit, term: TermColumns) -> list[list[Any]]:
     ):
         name = label.removeprefix("sd(").removesuffix(")") if "(" in label else "each effect"
         rows.append([name, False, sd**2, 2.0 * sd * se, sd])
-    if not rows:
-        # A structure of the user's own, without standard deviations among its parameters.
+    if len(rows) != term.width and not any(row[0] == "each effect" for row in rows):
+        # Some variances are no parameters: held, or of a structure of the user's own.
+        rows = []
         variances = np.diag(fit.cov_re.to_numpy())[term.columns]
         errors = np.diag(fit.cov_re_se.to_numpy())[term.columns]
         names = fit.effect_names[term.columns]
