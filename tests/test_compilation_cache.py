@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -25,7 +26,7 @@ from lmmax.compilation_cache import compilation_cache, status
 PREAMBLE = """
 import json, os, sys, time, warnings
 warnings.simplefilter("error")
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, numpy as np
 from jax._src import compilation_cache as slot
 from lmmax.compilation_cache import compilation_cache, status
 
@@ -34,6 +35,9 @@ def slow(x):
     for i in range(15):
         x = jnp.sin(x @ x) + jnp.linalg.inv(x + i * jnp.eye(6))
     return x
+
+def quick(x):
+    return jnp.sin(x @ x)
 
 def report(**values):
     now = status()
@@ -68,8 +72,8 @@ def run(body: str, **environment: str | None) -> dict:
 
 
 COMPILE_INSIDE = """
-f = jax.jit(slow)
-x = jnp.eye(6)
+f = jax.jit(quick)
+x = np.eye(6)
 lowered = f.lower(x)
 start = time.perf_counter()
 with compilation_cache():
@@ -79,9 +83,18 @@ report(seconds=seconds, value=float(y.sum()))
 """
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A directory with the entry of one process."""
+    directory = tmp_path_factory.mktemp("filled")
+    run(COMPILE_INSIDE, LMMAX_CACHE_DIR=str(directory))
+    return directory
+
+
 def test_second_process_finds_the_code(tmp_path):
-    first = run(COMPILE_INSIDE, LMMAX_CACHE_DIR=str(tmp_path))
-    second = run(COMPILE_INSIDE, LMMAX_CACHE_DIR=str(tmp_path))
+    body = COMPILE_INSIDE.replace("quick", "slow")
+    first = run(body, LMMAX_CACHE_DIR=str(tmp_path))
+    second = run(body, LMMAX_CACHE_DIR=str(tmp_path))
     assert (first["hits"], first["writes"], first["entries"]) == (0, 1, 1)
     assert (second["hits"], second["writes"], second["entries"]) == (1, 0, 1)
     assert second["value"] == first["value"]
@@ -233,8 +246,8 @@ def test_home_of_an_unknown_user(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
-def test_directory_that_others_can_write_is_refused(tmp_path):
-    run(COMPILE_INSIDE, LMMAX_CACHE_DIR=str(tmp_path))
+def test_directory_that_others_can_write_is_refused(filled, tmp_path):
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
     (directory,) = (tmp_path / "xla").iterdir()
     directory.chmod(0o777)
     result = run(COMPILE_INSIDE, LMMAX_CACHE_DIR=str(tmp_path))
@@ -252,8 +265,8 @@ def test_directory_that_cannot_be_made(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "flipped"])
-def test_damaged_entry_is_replaced_without_a_warning(tmp_path, damage):
-    run(COMPILE_INSIDE, LMMAX_CACHE_DIR=str(tmp_path))
+def test_damaged_entry_is_replaced_without_a_warning(filled, tmp_path, damage):
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
     (entry,) = tmp_path.glob("xla/*/*.xla")
     content = entry.read_bytes()
     flipped = bytearray(content)

@@ -13,10 +13,12 @@ import pytest
 
 import lmmax
 from lmmax import functional
+from tests.compiled import jit
 from tests.simulate import simulate
 
-SOLVE = jax.jit(functional.solve)
-CRITERION = jax.jit(functional.criterion)
+SOLVE = jit(functional.solve)
+CRITERION = jit(functional.criterion)
+COMPRESS = jit(functional.padded_problem)
 SIZES = np.full(20, 6)
 
 
@@ -65,7 +67,7 @@ def test_float32_after_a_fit_in_float64() -> None:
     case = balanced(1)
     fit = lmmax.fit_arrays(case["y"], case["X"], case["codes"], case["Z"])
     with jax.enable_x64(False):
-        optimum = jax.jit(lambda p: functional.solve(p))(problem_of(case))
+        optimum = jit(lambda p: functional.solve(p))(problem_of(case))
         assert optimum.beta.dtype == jnp.float32
     assert float(optimum.criterion) == pytest.approx(fit.deviance, rel=1e-5)
 
@@ -73,7 +75,7 @@ def test_float32_after_a_fit_in_float64() -> None:
 def test_start_needs_fewer_steps_and_finds_the_same_optimum() -> None:
     problem = problem_of(balanced(1))
     cold = SOLVE(problem)
-    warm = jax.jit(lambda p, start: functional.solve(p, start=start))(problem, cold.theta)
+    warm = SOLVE(problem, start=cold.theta)
     assert int(warm.steps) < int(cold.steps)
     assert float(warm.criterion) == pytest.approx(float(cold.criterion), rel=1e-13)
 
@@ -81,8 +83,8 @@ def test_start_needs_fewer_steps_and_finds_the_same_optimum() -> None:
 def test_vmap_over_problems_equals_one_by_one() -> None:
     problems = [problem_of(balanced(seed)) for seed in range(8)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *problems)
-    together = jax.jit(jax.vmap(functional.solve))(stacked)
-    values = jax.jit(jax.vmap(functional.criterion))(stacked, together.theta)
+    together = jit(jax.vmap(functional.solve))(stacked)
+    values = jit(jax.vmap(functional.criterion))(stacked, together.theta)
     assert np.allclose(values, together.criterion, rtol=1e-12)
     for i, problem in enumerate(problems):
         alone = SOLVE(problem)
@@ -93,7 +95,7 @@ def test_vmap_over_problems_equals_one_by_one() -> None:
 
 def test_padded_problem_equals_the_host_compression() -> None:
     case = balanced(3)
-    inside = jax.jit(lambda y, X, Z: functional.padded_problem(y, X, Z))(*padded(case))
+    inside = COMPRESS(*padded(case))
     theta = jnp.array([0.7, -0.2, 0.5])
     for reml in (True, False):
         assert float(CRITERION(inside, theta, reml)) == pytest.approx(
@@ -103,11 +105,9 @@ def test_padded_problem_equals_the_host_compression() -> None:
 
 def test_padded_rows_count_for_nothing() -> None:
     y, X, Z = padded(balanced(3))
-    inside = functional.padded_problem(y, X, Z)
+    inside = COMPRESS(y, X, Z)
     rows = ((0, 2), (0, 0))
-    longer = functional.padded_problem(
-        jnp.pad(y, rows), jnp.pad(X, ((0, 0), *rows)), jnp.pad(Z, ((0, 0), *rows))
-    )
+    longer = COMPRESS(jnp.pad(y, rows), jnp.pad(X, ((0, 0), *rows)), jnp.pad(Z, ((0, 0), *rows)))
     theta = jnp.array([0.7, -0.2, 0.5])
     assert float(CRITERION(longer, theta)) == pytest.approx(float(CRITERION(inside, theta)))
 
@@ -116,15 +116,16 @@ def test_optimum_is_differentiable_in_the_data() -> None:
     y, X, Z = padded(balanced(2))
     direction = jnp.asarray(np.random.default_rng(0).normal(size=y.shape))
 
-    @jax.jit
-    def estimates(t: jax.Array) -> jax.Array:
-        optimum = functional.solve(functional.padded_problem(y + t * direction, X, Z))
+    def packed(optimum: functional.Optimum) -> jax.Array:
         return jnp.concatenate([optimum.theta, optimum.beta, optimum.scale[None]])
 
-    forward = jax.jit(jax.jacfwd(estimates))(0.0)
-    backward = jax.jit(jax.jacrev(estimates))(0.0)
+    def estimates(t: jax.Array) -> jax.Array:
+        return packed(functional.solve(functional.padded_problem(y + t * direction, X, Z)))
+
+    forward = jit(jax.jacfwd(estimates))(0.0)
+    backward = jit(jax.jacrev(estimates))(0.0)
     h = 1e-4
-    values = [estimates(k * h) for k in (-2, -1, 1, 2)]
+    values = [packed(SOLVE(COMPRESS(y + k * h * direction, X, Z))) for k in (-2, -1, 1, 2)]
     central = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
     assert np.allclose(forward, central, rtol=1e-6, atol=1e-7)
     assert np.allclose(backward, forward, rtol=1e-9, atol=1e-12)
@@ -136,12 +137,12 @@ def test_derivative_at_a_boundary_keeps_the_variance_at_zero() -> None:
     noise -= noise.mean(axis=0)  # less variation between groups than chance gives
     y, X, Z = jnp.asarray(noise), jnp.ones((1, 6, 20)), jnp.ones((1, 6, 20))
 
-    @jax.jit
     def theta(t: jax.Array) -> jax.Array:
         return functional.solve(functional.padded_problem(y * (1.0 + t * X[0]), X, Z)).theta[0]
 
-    assert float(theta(0.0)) < 1e-6
-    assert abs(float(jax.grad(theta)(0.0))) < 1e-6
+    value, slope = jit(jax.value_and_grad(theta))(0.0)
+    assert float(value) < 1e-6
+    assert abs(float(slope)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ def test_bad_arrays(change: dict[str, Any], message: str) -> None:
 BATCH = """
 import jax, jax.numpy as jnp, numpy as np
 from lmmax import functional
+from lmmax.compilation import CPU_OPTIONS
 rng = np.random.default_rng(0)
 with jax.enable_x64(True):
     m, h, models = 6, 8, 20_000
@@ -168,7 +170,10 @@ with jax.enable_x64(True):
     X = Z[:2]
     b = rng.normal(size=(models, 3, m))
     y = jnp.asarray(np.einsum("qhm,kqm->khm", Z, b) + rng.normal(size=(models, h, m)))
-    solve = jax.jit(jax.vmap(lambda y: functional.solve(functional.padded_problem(y, X, Z))))
+    solve = jax.jit(
+        jax.vmap(lambda y: functional.solve(functional.padded_problem(y, X, Z))),
+        compiler_options=CPU_OPTIONS,
+    )
     optimum = jax.block_until_ready(solve(y))
     print(int(jnp.sum(optimum.status == 1)))
 """

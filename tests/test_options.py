@@ -18,6 +18,7 @@ import pytest
 
 import lmmax
 from lmmax import functional
+from tests.compiled import jit
 from tests.oracles import dense
 from tests.simulate import simulate
 
@@ -117,7 +118,7 @@ def test_a_start_by_term(data: pd.DataFrame) -> None:
 
 def test_the_solver_cannot_go_back_and_forth(data: pd.DataFrame) -> None:
     """The criterion is even in theta; from 1, steps no longer than 2 could take it to -1."""
-    solve = jax.jit(functional.solve)
+    solve = jit(functional.solve)
     with jax.enable_x64(True):
         for seed in range(20):
             rng = np.random.Generator(np.random.PCG64(seed))

@@ -12,6 +12,7 @@ from scipy.linalg import block_diag
 
 import lmmax
 from lmmax import likelihood
+from tests.compiled import jit
 from tests.reference import (
     as_in_formula,
     effect_name,
@@ -21,7 +22,7 @@ from tests.reference import (
     matrix,
 )
 
-CRITERION = jax.jit(likelihood.criterion)
+CRITERION = jit(likelihood.criterion)
 RECORDS = {record["id"]: record for record in load_records(kinds=("lmm",), several=False)}
 SEVERAL = {record["id"]: record for record in load_records(kinds=("lmm",), several=True)}
 OVER_PARAMETRISED = {"orthodont_bysex_reml"}  # only parts of the covariance are identified

@@ -15,6 +15,7 @@ import pytest
 
 import lmmax
 from lmmax import functional
+from tests.compiled import jit
 from tests.reference import load_data
 from tests.validation.models import make_model
 
@@ -22,7 +23,7 @@ sm = pytest.importorskip("statsmodels.api")
 mixed = pytest.importorskip("statsmodels.regression.mixed_linear_model")
 ConvergenceWarning = pytest.importorskip("statsmodels.tools.sm_exceptions").ConvergenceWarning
 
-CRITERION = jax.jit(functional.criterion)
+CRITERION = jit(functional.criterion)
 # Unrestricted, unweighted models of the validation matrix: one, two, three, and four effects.
 NUMBERS = (0, 11, 1, 23, 4, 26, 6, 39)
 

@@ -17,7 +17,8 @@ Example:
     >>> y = X @ [1.0, 2.0] + rng.normal(size=20)[groups] + rng.normal(size=120)
     >>> problem = functional.problem(y, X, groups)
     >>> optimum = jax.jit(functional.solve)(problem)
-    >>> gradient = jax.grad(functional.criterion, argnums=1)(problem, optimum.theta)
+    >>> slope = jax.jit(jax.grad(functional.criterion, argnums=1))
+    >>> gradient = slope(problem, optimum.theta)
     >>> bool(abs(gradient[0]) < 1e-2)
     True
 """

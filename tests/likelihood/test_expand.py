@@ -12,6 +12,7 @@ import pytest
 
 from lmmax import functional, likelihood
 from lmmax.parameters import pack_triangle, unpack_symmetric
+from tests.compiled import jit, oracle
 from tests.likelihood.test_several import covariance, made
 from tests.oracles.problems import simulate
 
@@ -34,10 +35,10 @@ def reduced(problem: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return likelihood.reduce(problem, unpack_symmetric(x))
 
 
-EXPAND = jax.jit(likelihood.expand)
-VALUE = jax.jit(reduced)
-SLOPE = jax.jit(jax.jacfwd(reduced, argnums=1))
-HELD = jax.jit(likelihood.derivatives)
+EXPAND = jit(likelihood.expand)
+HELD = jit(likelihood.derivatives)
+VALUE = oracle(reduced)
+SLOPE = oracle(jax.jacfwd(reduced, argnums=1))
 
 
 @pytest.mark.parametrize("rank", [None, 1])
@@ -91,7 +92,7 @@ def test_second_derivatives_equal_central_differences_of_the_first(kind: str) ->
 def test_held_coefficient_equals_a_column_moved_to_the_response(kind: str) -> None:
     """ML with a coefficient held is ML without its column, its part taken out of the response."""
     problem, inside = problem_of(kind)
-    p, j, value, s = len(problem.beta_origin), 1, 0.3, -4.0
+    p, j, value, s = len(problem.beta_origin), 1, 0.3, np.float64(-4.0)
     T = np.delete(np.eye(p + 1), j, axis=1)
     T[j, -1] = -value
     with jax.enable_x64(True):

@@ -13,12 +13,27 @@ from lmmax import functional, likelihood
 from lmmax.likelihood import grouped
 from lmmax.parameters import pack_triangle, unpack_lower
 from lmmax.solve import evaluate, unstructured
+from tests.compiled import jit, oracle
 from tests.oracles import dense, lindstrom_bates
 from tests.simulate import simulate
 
-CRITERION = jax.jit(functional.criterion)
-GRADIENT = jax.jit(jax.grad(functional.criterion, argnums=1))
-HESSIAN = jax.jit(jax.hessian(functional.criterion, argnums=1))
+
+def joint(problem: functional.Problem, x: jax.Array, reml: jax.Array) -> jax.Array:
+    """The criterion of (log scale, root of D), by the route that autodiff can follow."""
+    q = len(problem.n_groups)
+    root = x[1:].reshape(q, q)
+    S, logdet = grouped.reduce(problem, root @ root.T)
+    d = likelihood.degrees_of_freedom(problem, reml)
+    return likelihood.objective(S, logdet, x[0], d, reml)
+
+
+CRITERION = jit(functional.criterion)
+GRADIENT = jit(jax.grad(functional.criterion, argnums=1))
+HESSIAN = jit(jax.hessian(functional.criterion, argnums=1))
+SOLVE = jit(functional.solve)
+EVALUATE = jit(evaluate)
+JOINT, JOINT_GRADIENT = oracle(joint), oracle(jax.grad(joint, argnums=1))
+JOINT_HESSIAN = oracle(jax.hessian(joint, argnums=1))
 CASES = [(q, weighted) for q in (1, 2, 3) for weighted in (False, True)]
 
 
@@ -84,24 +99,17 @@ def test_gradient_equals_central_differences(case: dict[str, Any], reml: bool) -
 def test_newton_derivatives_equal_autodiff(case: dict[str, Any], reml: bool) -> None:
     q = case["Z"].shape[1]
     problem = problem_of(case)
-    flag = jnp.asarray(float(reml))
-    L = jnp.asarray(unpack_lower(random_theta(q, 2)))
-    point = jax.jit(evaluate)(problem, unstructured(q), flag, L @ L.T, jnp.zeros(()), jnp.zeros(0))
+    flag = np.asarray(float(reml))
+    L = unpack_lower(random_theta(q, 2))
+    point = EVALUATE(problem, unstructured(q), flag, L @ L.T, np.zeros(()), np.zeros(0))
     assert np.allclose(point.root @ point.root.T, L @ L.T, rtol=1e-12, atol=1e-12)
-
-    def joint(x: jax.Array) -> jax.Array:
-        root = x[1:].reshape(q, q)
-        S, logdet = grouped.reduce(problem, root @ root.T)
-        d = likelihood.degrees_of_freedom(problem, flag)
-        return likelihood.objective(S, logdet, x[0], d, flag)
-
-    x = jnp.append(point.s, point.root)
+    x = np.append(point.s, point.root)
     free = np.asarray(point.free) > 0.0
     assert np.sum(free) == q * (q + 1) // 2 + 1
-    expected = jax.jit(jax.hessian(joint))(x)[np.ix_(free, free)]
+    expected = np.asarray(JOINT_HESSIAN(problem, x, flag))[np.ix_(free, free)]
     size = float(np.max(np.abs(expected)))
-    assert float(point.at.value) == pytest.approx(float(joint(x)), rel=1e-13)
-    gradient = jax.jit(jax.grad(joint))(x)[free]
+    assert float(point.at.value) == pytest.approx(float(JOINT(problem, x, flag)), rel=1e-13)
+    gradient = np.asarray(JOINT_GRADIENT(problem, x, flag))[free]
     assert np.allclose(point.gradient[free], gradient, rtol=1e-10, atol=1e-11 * size)
     assert np.allclose(point.hessian[np.ix_(free, free)], expected, rtol=1e-9, atol=1e-11 * size)
     assert abs(float(point.gradient[0])) < 1e-10 * size  # the scale is profiled
@@ -111,7 +119,7 @@ def test_derivatives_in_the_data_equal_central_differences() -> None:
     case = simulate(7, q=2)
     problem = problem_of(case)
     theta = random_theta(2)
-    gradient = jax.jit(jax.grad(functional.criterion))(problem, theta, True)
+    gradient = jit(jax.grad(functional.criterion))(problem, theta, True)
     rng = np.random.default_rng(0)
     for name in ("U", "Y", "C", "weight"):
         leaf = np.asarray(getattr(problem, name))
@@ -133,11 +141,12 @@ def test_derivatives_in_the_data_equal_central_differences() -> None:
 def test_chunks_of_groups_give_the_same_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
     case = simulate(3, sizes=np.random.default_rng(3).integers(1, 7, 64))
     problem = problem_of(case)
-    L = jnp.asarray(unpack_lower(random_theta(2)))
-    arguments = (problem, unstructured(2), jnp.asarray(1.0), L @ L.T, jnp.zeros(()), jnp.zeros(0))
-    whole = evaluate(*arguments)
+    L = unpack_lower(random_theta(2))
+    arguments = (problem, unstructured(2), np.asarray(1.0), L @ L.T, np.zeros(()), np.zeros(0))
+    whole = EVALUATE(*arguments)
     monkeypatch.setattr(grouped, "CHUNK_GROUPS", 16)
-    chunked = evaluate(*arguments)
+    # A function of its own, since JAX remembers what it traced.
+    chunked = jit(lambda *arguments: evaluate(*arguments))(*arguments)
     assert "scan[" in str(jax.make_jaxpr(evaluate)(*arguments))  # the loop over chunks is there
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
         assert np.allclose(a, b, rtol=1e-11, atol=1e-11 * float(jnp.max(jnp.abs(whole.hessian))))
@@ -153,8 +162,8 @@ def test_float32_is_usable() -> None:
         value = CRITERION(single, jnp.asarray(theta, jnp.float32))
         assert value.dtype == jnp.float32
         assert float(value) == pytest.approx(exact, rel=2e-6)
-        optimum = jax.jit(functional.solve)(single)
-    double = jax.jit(functional.solve)(problem)
+        optimum = SOLVE(single)
+    double = SOLVE(problem)
     assert int(optimum.status) == 1
     assert float(optimum.criterion) == pytest.approx(float(double.criterion), rel=2e-6)
     assert np.allclose(optimum.beta, double.beta, rtol=1e-4)

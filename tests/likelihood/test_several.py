@@ -17,6 +17,7 @@ from lmmax.design import build_design
 from lmmax.fit import arrange
 from lmmax.likelihood.cells import DenseCells, SparseCells
 from lmmax.parameters import pack_triangle, unpack_symmetric
+from tests.compiled import jit, oracle
 from tests.oracles.designs import simulate
 
 # Design and form; the nested ones also by the crossed form.
@@ -43,10 +44,10 @@ def joint(problem: Any, x: jax.Array, reml: float) -> jax.Array:
 
 
 # Compiled once for each shape, for all tests.
-CRITERION = jax.jit(likelihood.criterion)
-EVALUATE = jax.jit(likelihood.derivatives)
-VALUE, SLOPE = jax.jit(joint), jax.jit(jax.jacfwd(joint, argnums=1))
-BEND = jax.jit(jax.jacfwd(jax.jacfwd(joint, argnums=1), argnums=1))
+CRITERION = jit(likelihood.criterion)
+EVALUATE = jit(likelihood.derivatives)
+VALUE, SLOPE = oracle(joint), oracle(jax.jacfwd(joint, argnums=1))
+BEND = oracle(jax.jacfwd(jax.jacfwd(joint, argnums=1), argnums=1))
 
 
 @pytest.fixture(autouse=True)

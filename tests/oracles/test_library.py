@@ -10,13 +10,14 @@ import pytest
 
 import lmmax
 from lmmax import functional
+from tests.compiled import jit
 from tests.oracles import dense
 from tests.oracles import lindstrom_bates as lb
 from tests.oracles.problems import simulate
 
-CRITERION = jax.jit(functional.criterion)
-GRADIENT = jax.jit(jax.grad(functional.criterion, argnums=1))
-HESSIAN = jax.jit(jax.hessian(functional.criterion, argnums=1))
+CRITERION = jit(functional.criterion)
+GRADIENT = jit(jax.grad(functional.criterion, argnums=1))
+HESSIAN = jit(jax.hessian(functional.criterion, argnums=1))
 CASES = [(q, reml, weighted) for q in (1, 2, 3) for reml in (True, False) for weighted in (0, 1)]
 
 
