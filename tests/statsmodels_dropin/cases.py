@@ -30,7 +30,7 @@ def quiet() -> Iterator[None]:
 @cache
 def simulated(seed: int = 5) -> pd.DataFrame:
     """15 groups of 6 rows: ``v`` nested (labels used again), ``w`` crossed with it in each group,
-    ``h1`` and ``h2`` crossed over all rows."""
+    ``h1`` and ``h2`` crossed over all rows; ``ys`` has a slope of ``z3`` in each group besides."""
     rng = np.random.default_rng(seed)
     n = 90
     g = np.repeat(np.arange(15), 6)
@@ -43,7 +43,9 @@ def simulated(seed: int = 5) -> pd.DataFrame:
     yc = 1.0 + 0.5 * x + rng.normal(size=6)[h1] + 0.7 * rng.normal(size=5)[h2]
     yc += 0.8 * rng.normal(size=n)
     columns = {"g": g, "x": x, "z1": z1, "z2": z2, "v": v, "w": w, "one": 1, "y": y}
-    return pd.DataFrame({**columns, "h1": h1, "h2": h2, "yc": yc})
+    z3 = rng.normal(size=n)
+    ys = y + rng.normal(size=15)[g] * z3
+    return pd.DataFrame({**columns, "h1": h1, "h2": h2, "yc": yc, "z3": z3, "ys": ys})
 
 
 @cache

@@ -53,8 +53,8 @@ def log_likelihood(model: Any, fe: Any, cov_re: Any, vcomp: Any, reml: bool) -> 
 
 @pytest.fixture(scope="module")
 def slopes() -> Any:
-    """Two random effects and a component; three coefficients."""
-    return mixedlm("y ~ x + z1", DATA, groups="g", re_formula="~ z1", vc_formula={"v": "0 + C(v)"})
+    """Two random effects and a component on one factor, which compiles fast."""
+    return mixedlm("ys ~ x + z1", DATA, groups="g", re_formula="~ z1", vc_formula={"s": "0 + z3"})
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +201,10 @@ def test_covariances_that_are_held(use_sqrt: bool, cov_re: Any, vcomp: Any) -> N
     kwargs: dict[str, Any] = {
         "groups": "g",
         "re_formula": "~ z1",
-        "vc_formula": {"v": "0 + C(v)"},
+        "vc_formula": {"s": "0 + z3"},
         "use_sqrt": use_sqrt,
     }
-    model = mixedlm("y ~ x + z1", DATA, **kwargs)
+    model = mixedlm("ys ~ x + z1", DATA, **kwargs)
     start = START.copy()
     if np.array_equal(cov_re, np.eye(2)):
         start.cov_re = np.diag([2.0, 1.0])
@@ -214,7 +214,7 @@ def test_covariances_that_are_held(use_sqrt: bool, cov_re: Any, vcomp: Any) -> N
     packed = free.get_packed(use_sqrt=False) != 0
     found = result.params_object.get_packed(use_sqrt=use_sqrt)
     np.testing.assert_allclose(found[~packed], start.get_packed(use_sqrt)[~packed], atol=1e-12)
-    other = prepared(theirs.MixedLM.from_formula("y ~ x + z1", DATA, **kwargs), True, use_sqrt)
+    other = prepared(theirs.MixedLM.from_formula("ys ~ x + z1", DATA, **kwargs), True, use_sqrt)
     point = theirs.MixedLMParams.from_components(
         result.fe_params, result.cov_re_unscaled, vcomp=result.params_object.vcomp
     )
@@ -439,6 +439,20 @@ def test_collinear_columns() -> None:
     np.testing.assert_allclose(result.fe_params[:3], expected.fe_params, rtol=1e-9)
     np.testing.assert_allclose(result.bse_fe[:3], expected.bse_fe, rtol=1e-9)
     np.testing.assert_allclose(result.predict(), expected.predict(), rtol=1e-9)
+    # Hypotheses, draws and replicates are those of the columns that have coefficients.
+    mine, other = result.t_test("x = 0.1"), expected.t_test("x = 0.1")
+    np.testing.assert_allclose(mine.pvalue, other.pvalue, rtol=1e-8)
+    mine, other = (each.wald_test("x = z2, const = 0", scalar=True) for each in (result, expected))
+    np.testing.assert_allclose(mine.statistic, other.statistic, rtol=1e-8)
+    with pytest.raises(ValueError, match="hypothesis is on 'again', which has no coefficient"):
+        result.t_test("again = 0")
+    draws = [
+        each.model.get_distribution(each.params, each.scale).rvs(rng=np.random.RandomState(2))
+        for each in (result, expected)
+    ]
+    np.testing.assert_allclose(*draws, rtol=1e-8, atol=1e-8)
+    mean, _, replicates = result.bootstrap(3, rng=1)
+    assert np.isnan(replicates[:, 3]).all() and np.isfinite(np.delete(mean, 3)).all()
 
 
 def test_generalised_least_squares_errors(slopes: Any, plain: Any) -> None:
@@ -516,10 +530,10 @@ def test_covariances_that_are_none() -> None:
     np.testing.assert_allclose(model.loglike(point, profile_fe=False), expected, rtol=1e-12)
 
 
-def test_indefinite_covariances_with_several_factors(slopes: Any) -> None:
-    point = MixedLMParams.from_components(np.zeros(3), np.array([[1, 2], [2, 1]]), None, [1.0])
+def test_indefinite_covariances_with_several_factors() -> None:
+    model = pair("nested")[0]
     with pytest.raises(ValueError, match="must be positive semidefinite"):
-        slopes.loglike(point)
+        model.loglike(MixedLMParams.from_components(np.zeros(2), np.eye(1), None, [-0.1]))
 
 
 def test_a_plain_fit_warns_of_nothing(slopes: Any) -> None:

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import statsmodels.api
 import statsmodels.regression.mixed_linear_model as theirs
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from scipy.stats import norm
 from statsmodels.iolib.summary2 import summary_col
 from statsmodels.tools.numdiff import approx_hess
 
-from lmmax.statsmodels import MixedLM, MixedLMResults, mixedlm
+from lmmax.statsmodels import MixedLM, MixedLMParams, MixedLMResults, mixedlm
 from tests.statsmodels_dropin.cases import fit, pair, prepared, simulated, their_results
 
 DATA = simulated()
@@ -26,7 +26,7 @@ DATA = simulated()
 def result() -> Any:
     """Two random effects and a component; coefficients of a factor."""
     return mixedlm(
-        "y ~ x + C(w)", DATA, groups="g", re_formula="~ z1", vc_formula={"v": "0 + C(v)"}
+        "ys ~ x + C(w)", DATA, groups="g", re_formula="~ z1", vc_formula={"s": "0 + z3"}
     ).fit()
 
 
@@ -72,7 +72,7 @@ def test_errors_of_variances(dietox: Any) -> None:
 
 def test_errors_of_variances_with_components(result: Any) -> None:
     """statsmodels fails at `bse_re` of any model with components."""
-    names = ["g Var", "g x z1 Cov", "z1 Var", "v Var"]
+    names = ["g Var", "g x z1 Cov", "z1 Var", "s Var"]
     for errors in (result.bse_re, result.bse_re_natural):
         assert list(errors.index) == names and np.isfinite(errors).all()
     np.testing.assert_allclose(result.bse_re, np.sqrt(result.scale) * result.bse[names], rtol=1e-14)
@@ -81,48 +81,53 @@ def test_errors_of_variances_with_components(result: Any) -> None:
 # --- variances over their range -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dietox", "pastes"])
-def test_profile_of_a_variance(name: str) -> None:
-    """The variance itself is held, and the scale maximised by SciPy; one other variance at most."""
-    model = pair(name)[0]
-    found = fit(model)
-    if name == "dietox":
-        profile = found.profile_re(0, "re", num_low=1, dist_low=9.0, num_high=2, dist_high=9.0)
-        grid = found.cov_re.iloc[0, 0] + np.array([-9.0, 0.0, 4.5, 9.0])
-    else:
-        profile = found.profile_re("cask", "vc", num_low=1, dist_low=4.0, num_high=1, dist_high=4.0)
-        grid = found.vcomp[0] + np.array([-4.0, 0.0, 4.0])
+def test_profile_of_a_variance(dietox: Any) -> None:
+    """The variance itself is held, and the scale maximised by SciPy."""
+    profile = dietox.profile_re(0, "re", num_low=1, dist_low=9.0, num_high=2, dist_high=9.0)
+    grid = dietox.cov_re.iloc[0, 0] + np.array([-9.0, 0.0, 4.5, 9.0])
     np.testing.assert_allclose(profile[:, 0], grid, rtol=1e-12)
-    np.testing.assert_allclose(profile[1, 1], found.llf, rtol=1e-11)
+    np.testing.assert_allclose(profile[1, 1], dietox.llf, rtol=1e-11)
 
     def best(variance: float) -> float:
-        def at(scale: float, other: float) -> float:
-            if name == "dietox":
-                return -natural_log_likelihood(name, np.array([[variance]]), np.zeros(0), scale)
-            cov_re, vcomp = np.array([[other]]), np.array([variance])
-            return -natural_log_likelihood(name, cov_re, vcomp, scale)
-
-        def over_scale(other: float) -> Any:
-            bounds = (found.scale / 5.0, found.scale * 5.0)
-            return minimize_scalar(
-                at, bounds=bounds, args=(other,), method="bounded", options={"xatol": 1e-9}
-            ).fun
-
-        if name == "dietox":
-            return -over_scale(0.0)
+        cov_re = np.array([[variance]])
         return -minimize_scalar(
-            over_scale, bounds=(1e-3, 20.0), method="bounded", options={"xatol": 1e-6}
+            lambda scale: -natural_log_likelihood("dietox", cov_re, np.zeros(0), scale),
+            bounds=(dietox.scale / 2.0, dietox.scale * 2.0),
+            method="bounded",
+            options={"xatol": 1e-6},
         ).fun
 
-    expected = [best(variance) for variance in grid[[0, -1]]]
-    np.testing.assert_allclose(profile[[0, -1], 1], expected, atol=1e-7)
+    np.testing.assert_allclose(profile[[0, 3], 1], [best(v) for v in grid[[0, 3]]], atol=1e-7)
+
+
+def test_profile_of_a_component(result: Any) -> None:
+    """No other parameters give more at a value that is held, and those near by give less."""
+    profile = result.profile_re("s", "vc", num_low=1, dist_low=0.2, num_high=1, dist_high=0.5)
+    grid = result.vcomp[0] + np.array([-0.2, 0.0, 0.5])
+    np.testing.assert_allclose(profile[:, 0], grid, rtol=1e-12)
+    np.testing.assert_allclose(profile[1, 1], result.llf, rtol=1e-11)
+    model = result.model
+
+    def objective(x: np.ndarray) -> float:
+        """Over the roots of `cov_re` and of the scale, which sets the ratio to it."""
+        scale = np.exp(x[3])
+        point = MixedLMParams.from_packed(np.append(x[:3], 1.0), 3, 2, True, False)
+        point.vcomp = np.array([grid[2] / scale])
+        fe, _ = model.get_fe_params(point.cov_re, point.vcomp)
+        best = model.get_scale(fe, point.cov_re, point.vcomp)
+        d = model.nobs - model.k_fe
+        # From the likelihood with the best scale to that with this one.
+        return -(model.loglike(point) - 0.5 * d * (np.log(scale / best) + best / scale - 1.0))
+
+    found = minimize(objective, [1.0, 0.0, 1.0, 0.0], method="BFGS", options={"gtol": 1e-5})
+    np.testing.assert_allclose(profile[2, 1], -found.fun, atol=1e-7)
 
 
 def test_wrong_profiles(result: Any) -> None:
     for args, message in (
         ((5, "re"), "re_ix=5 must be 0 to 1"),
         (("g", "re"), "re_ix='g' must be 0 to 1"),
-        (("q", "vc"), r"re_ix='q' is no variance component; use one of \['v'\]"),
+        (("q", "vc"), r"re_ix='q' is no variance component; use one of \['s'\]"),
         ((0, "fe"), "vtype='fe' must be"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -257,7 +262,8 @@ def test_native(result: Any, dietox: Any) -> None:
 
 
 def test_remove_data() -> None:
-    model = mixedlm("y ~ x + C(w)", DATA, groups="g", vc_formula={"v": "0 + C(v)"})
+    kwargs: dict[str, Any] = {"re_formula": "~ z1", "vc_formula": {"s": "0 + z3"}}
+    model = mixedlm("ys ~ x + C(w)", DATA, groups="g", **kwargs)
     found, other = model.fit(), model.fit()
     text, before = other.summary().as_text(), len(pickle.dumps(found))
     found.remove_data()
@@ -284,8 +290,8 @@ def test_remove_data() -> None:
 
 
 @pytest.mark.parametrize("remove", [False, True])
-def test_saved_results(result: Any, remove: bool, tmp_path: Path) -> None:
-    model = mixedlm("y ~ x + C(w)", DATA, groups="g")
+def test_saved_results(remove: bool, tmp_path: Path) -> None:
+    model = mixedlm("ys ~ x + C(w)", DATA, groups="g")
     found = model.fit()
     file = tmp_path / "fit.pickle"
     found.save(file, remove_data=remove)

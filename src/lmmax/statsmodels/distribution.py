@@ -31,7 +31,8 @@ class Distribution:
             raise ValueError(
                 f"exog has {len(self.exog)} rows; it needs {model.nobs}, those of the groups"
             )
-        self.fe_params = np.asarray(point.fe_params)
+        # Columns without a coefficient are linear combinations of others.
+        self.fe_params = np.nan_to_num(np.asarray(point.fe_params))
         self.cov_re = scale * np.asarray(point.cov_re)
         self.vcomp = scale * np.asarray(point.vcomp)
         self.scale = scale

@@ -15,7 +15,7 @@ from statsmodels.formula._manager import FormulaManager
 from statsmodels.tools.sm_exceptions import MissingDataError
 
 from ..frames import DataError, unknown_column
-from .components import Component, FormulaVCSpec, VCSpec, checked_length, from_matrices
+from .components import Component, FormulaVCSpec, from_matrices
 
 SHOWN = 100
 """Most rows on which the engine is asked how it sees a factor: its matrices are dense."""
@@ -112,65 +112,6 @@ def names(texts: Iterable[str]) -> list[str]:
             elif token.type == tokenize.STRING:
                 found[str(ast.literal_eval(token.string))] = None
     return list(found)
-
-
-def grouping(groups: Any, n: int) -> tuple[np.ndarray, Any]:
-    """Return the codes (n,) and the sorted labels of the groups."""
-    labels = np.asarray(groups)
-    if labels.shape != (n,):
-        raise DataError(f"groups has shape {labels.shape}; it needs one label for each of {n} rows")
-    if pd.isna(labels).any():
-        raise MissingDataError("groups has missing values: use missing='drop'")
-    try:
-        codes, found = pd.factorize(labels, sort=True)
-    except TypeError:
-        codes, found = pd.factorize(labels)
-        # Labels of several types have no order of their own.
-        order = sorted(range(len(found)), key=lambda i: (type(found[i]).__name__, str(found[i])))
-        codes, found = np.argsort(order)[codes], found[order]
-    return codes.astype(np.int64), found
-
-
-def drop_rows(
-    endog: Any, exog: Any, groups: Any, exog_re: Any, exog_vc: VCSpec | None
-) -> tuple[Any, Any, Any, Any, VCSpec | None]:
-    """Leave out rows with a missing value in any of the arrays."""
-    labels = np.asarray(groups)
-    n = len(labels)
-    complete = pd.notna(labels)
-    for name, values in (("endog", endog), ("exog", exog), ("exog_re", exog_re)):
-        if values is None:
-            continue
-        present = pd.notna(np.asarray(values)).reshape(len(values), -1)
-        if len(present) != n:
-            raise DataError(f"{name} has {len(present)} rows, groups has {n}")
-        complete &= present.all(axis=1)
-    in_group: list[np.ndarray] = []
-    if exog_vc is not None:
-        labelled = np.flatnonzero(pd.notna(labels))
-        codes, found = grouping(labels[labelled], len(labelled))
-        in_group = [labelled[codes == i] for i in range(len(found))]
-        for name, mats in zip(exog_vc.names, exog_vc.mats, strict=True):
-            for rows, matrix in zip(in_group, checked_length(name, mats, len(found)), strict=True):
-                dense = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
-                complete[rows] &= pd.notna(dense).reshape(len(rows), -1).all(axis=1)
-    if complete.all():
-        return endog, exog, groups, exog_re, exog_vc
-    if exog_vc is not None:
-        left = [i for i, rows in enumerate(in_group) if complete[rows].any()]
-        exog_vc = VCSpec(
-            exog_vc.names,
-            [[names[i] for i in left] for names in exog_vc.colnames],
-            [[_take(mats[i], complete[in_group[i]]) for i in left] for mats in exog_vc.mats],
-        )
-    parts = [None if v is None else _take(v, complete) for v in (endog, exog, exog_re)]
-    return parts[0], parts[1], _take(groups, complete), parts[2], exog_vc
-
-
-def _take(values: Any, mask: np.ndarray) -> Any:
-    if isinstance(values, pd.DataFrame | pd.Series) or hasattr(values, "tocsr"):
-        return values[mask]
-    return np.asarray(values)[mask]
 
 
 # --- designs --------------------------------------------------------------------------------

@@ -9,16 +9,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from statsmodels.base import model as base
 from statsmodels.base._penalties import Penalty
-from statsmodels.tools.sm_exceptions import MissingDataError
 
 from ..fit import Prepared, arrange, prepare
-from ..frames import DataError, plural, row_text
+from ..frames import DataError
 from ..inference.given_coefficients import GivenCovariance, given_covariance
 from ..results import Fit
-from . import estimation, formulas
+from . import arguments, estimation, formulas
 from .components import Component, FormulaVCSpec, VCSpec, from_mapping, from_matrices
 from .distribution import Distribution
 from .params import MixedLMParams
@@ -93,15 +91,15 @@ class MixedLM(base.LikelihoodModel):
                 stacklevel=2,
             )
             exog_vc = from_mapping(exog_vc)
-        _check_spec(exog_vc)
+        arguments.check_spec(exog_vc)
         if missing == "drop":
-            endog, exog, groups, exog_re, exog_vc = formulas.drop_rows(
+            endog, exog, groups, exog_re, exog_vc = arguments.drop_rows(
                 endog, exog, groups, exog_re, exog_vc
             )
         default = exog_re is None and (exog_vc is None or not len(exog_vc.names))
-        exog, exog_re = _column(exog), _column(exog_re)
+        exog, exog_re = arguments.as_column(exog), arguments.as_column(exog_re)
         for name, values in (("endog", endog), ("exog", exog), ("exog_re", exog_re)):
-            _check_numbers(name, values, groups)
+            arguments.check_numbers(name, values, groups)
         super().__init__(
             endog, exog, groups=groups, exog_re=exog_re, missing=_checking(missing), **kwargs
         )
@@ -110,8 +108,8 @@ class MixedLM(base.LikelihoodModel):
         self.k_vc = len(self.exog_vc.names)
         self.k_fe = self.exog.shape[1]
         self.nobs = self.n_totobs = len(self.endog)
-        self._codes, self._labels = formulas.grouping(self.groups, self.nobs)
-        self.group_labels = _own_labels(groups, self._codes)
+        self._codes, self._labels = arguments.grouping(self.groups, self.nobs)
+        self.group_labels = arguments.own_labels(groups, self._codes)
         self.n_groups = len(self.group_labels)
         if default:
             self.exog_re = np.ones((self.nobs, 1))
@@ -119,7 +117,7 @@ class MixedLM(base.LikelihoodModel):
         elif exog_re is None:
             names = []
         else:
-            names = _re_names(exog_re)
+            names = arguments.re_names(exog_re)
             self.exog_re = np.asarray(self.exog_re, dtype=float)
         self.data.exog_re = self.exog_re
         self._group_name, self._group_column = "Group", None
@@ -205,7 +203,7 @@ class MixedLM(base.LikelihoodModel):
             exog_re = None
         exog_vc = None
         if vc_formula is not None:
-            codes, labels = formulas.grouping(groups, len(data))
+            codes, labels = arguments.grouping(groups, len(data))
             exog_vc = formulas.variance_components(
                 vc_formula, data, codes, labels, use_sparse, formulas.depth(env, 1)
             )
@@ -584,77 +582,8 @@ class MixedLM(base.LikelihoodModel):
 mixedlm = MixedLM.from_formula
 
 
-def _check_spec(exog_vc: Any) -> None:
-    # To ask one that came from formulas for its matrices would make them.
-    if exog_vc is None or isinstance(exog_vc, FormulaVCSpec):
-        return
-    if not all(hasattr(exog_vc, name) for name in ("names", "colnames", "mats")):
-        raise DataError("exog_vc must be a VCSpec, or a dict of dicts: a matrix by name and group")
-    sizes = len(exog_vc.names), len(exog_vc.colnames), len(exog_vc.mats)
-    if len(set(sizes)) > 1:
-        raise DataError(f"exog_vc has {sizes} names, colnames and mats; give as many of each")
-
-
-def _check_numbers(name: str, values: Any, groups: Any) -> None:
-    """Raise unless an argument has a row of finite numbers for each label."""
-    if values is None:
-        if name == "exog_re":
-            return
-        hint = ": np.ones((n, 1)) is a constant alone" if name == "exog" else ""
-        raise DataError(f"{name} is None; it needs numbers{hint}")
-    if groups is None:
-        raise DataError("groups is None; it needs the label of each row's group")
-    if len(values) != len(groups):
-        raise DataError(f"{name} has {len(values)} rows, but groups has {len(groups)} labels")
-    if not len(values):
-        raise DataError(f"{name} has no rows")
-    if np.ndim(values) == 2 and not np.shape(values)[1] and name == "exog_re":
-        raise DataError("exog_re has no columns; leave it out")
-    frame = values if isinstance(values, pd.DataFrame) else pd.DataFrame(np.asarray(values))
-    index = frame.index if frame is values else getattr(values, "index", frame.index)
-    for j, column in enumerate(frame.columns):
-        here = frame.iloc[:, j]
-        label = f"column {column} of {name}" if np.ndim(values) == 2 else name
-        if not pd.api.types.is_numeric_dtype(here.dtype):
-            raise DataError(
-                f"{label} has the type {here.dtype}, not numbers; convert it with .astype(float), "
-                "or use from_formula, which makes indicators of labels"
-            )
-        bad = ~np.isfinite(here.to_numpy(dtype=float))
-        if bad.any():
-            raise MissingDataError(
-                f"{label} is missing or infinite in {plural(bad.sum(), 'row')}, first in "
-                f"{row_text(index, np.argmax(bad))}: use missing='drop', or leave out the rows"
-            )
-
-
-def _own_labels(groups: Any, codes: np.ndarray) -> list[Any]:
-    """Return the labels of the groups as the user's object has them: a Series has Python's."""
-    first = np.unique(codes, return_index=True)[1]
-    if hasattr(groups, "iloc"):
-        return list(groups.iloc[first].tolist())
-    return [groups[i] for i in first]
-
-
 def _checking(missing: str) -> str:
     return "raise" if missing == "raise" else "none"
-
-
-def _column(matrix: Any) -> Any:
-    """Return a vector as a matrix of one column; pandas objects are left to statsmodels."""
-    if matrix is None or isinstance(matrix, (pd.DataFrame, pd.Series)):
-        return matrix.to_frame() if isinstance(matrix, pd.Series) else matrix
-    array = np.asarray(matrix)
-    return array[:, None] if array.ndim == 1 else array
-
-
-def _re_names(exog_re: Any) -> list[Any]:
-    if isinstance(exog_re, pd.DataFrame):
-        # A Series without a name became a column named 0.
-        if exog_re.columns.equals(pd.RangeIndex(1)):
-            return ["x_re1"]
-        return exog_re.columns.tolist()
-    return [f"x_re{j + 1}" for j in range(np.asarray(exog_re).shape[1])]
 
 
 def _singular(cov_re: Any, vcomp: Any, tol: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.base import model as base
 from statsmodels.base import wrapper as wrap
+from statsmodels.formula._manager import FormulaManager
 
 from ..constraints import Settings
 from ..fit import fit_prepared, prepare
@@ -365,6 +367,29 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
             )
         return np.pad(matrix, ((0, 0), (0, len(self.params) - self.k_fe)))
 
+    def _estimable(self, r_matrix: Any) -> tuple[MixedLMResults, Any]:
+        """Return results in which no coefficient is missing, and a hypothesis on those there are.
+
+        Raises:
+            ValueError: for a hypothesis on a column without a coefficient.
+        """
+        aliased = np.append(np.isnan(self.fe_params), np.zeros(self.k_re2 + self.k_vc, dtype=bool))
+        if not aliased.any():
+            return self, r_matrix
+        names = self.model.data.cov_names
+        read = FormulaManager().get_linear_constraints(r_matrix, names)
+        for j in np.flatnonzero(aliased & (read.constraint_matrix != 0.0).any(axis=0)):
+            raise ValueError(
+                f"the hypothesis is on {names[j]!r}, which has no coefficient, as a linear "
+                "combination of other columns"
+            )
+        whole = copy.copy(self)
+        whole.params = np.where(aliased, 0.0, self.params)
+        cov = np.array(self.normalized_cov_params)
+        cov[aliased] = cov[:, aliased] = 0.0
+        whole.normalized_cov_params = cov
+        return whole, (read.constraint_matrix, read.constraint_values)
+
     def t_test(self, r_matrix: Any, use_t: bool | None = None, cov_p: Any = None) -> Any:
         """Test each linear hypothesis on its own; normal unless `use_t`.
 
@@ -379,7 +404,8 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
             raise ValueError(
                 f"r_matrix for t-test should have {self.k_fe} columns, one for each coefficient"
             )
-        return super().t_test(self._padded(r_matrix), cov_p=cov_p, use_t=use_t)
+        results, hypothesis = self._estimable(self._padded(r_matrix))
+        return super(MixedLMResults, results).t_test(hypothesis, cov_p=cov_p, use_t=use_t)
 
     def t_test_pairwise(
         self,
@@ -396,7 +422,8 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
 
     def wald_test(self, r_matrix: Any, *args: Any, **kwargs: Any) -> Any:
         """Test linear hypotheses jointly; see statsmodels. Takes what :meth:`t_test` takes."""
-        return super().wald_test(self._padded(r_matrix), *args, **kwargs)
+        results, hypothesis = self._estimable(self._padded(r_matrix))
+        return super(MixedLMResults, results).wald_test(hypothesis, *args, **kwargs)
 
     def profile_re(
         self,
@@ -485,7 +512,7 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
             state = check_random_state(rng)
             draw = getattr(state, "integers", None) or state.randint
             seed = int(draw(2**31 - 1))
-        fit, aliased = self.native, np.isnan(self.fe_params)
+        fit = self.native
         slices = [term.columns for term in fit.terms]
 
         def parameters(b: Any) -> np.ndarray:
@@ -501,15 +528,18 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
 
         found = bootstrap(fit, n=nrep, statistic=parameters, seed=seed).replicates.to_numpy()
         replicates = np.full((nrep, len(self.params)), np.nan)
-        held = ~aliased
+        free = np.ones(self.k_fe, dtype=bool)
         if self.freepat is not None:
-            held = held & (np.asarray(self.freepat.fe_params) != 0.0)
+            free = np.asarray(self.freepat.fe_params) != 0.0
             replicates[:, : self.k_fe] = self.fe_params
-        at = np.append(np.flatnonzero(held), np.arange(self.k_fe, len(self.params)))
+        at = np.append(np.flatnonzero(free), np.arange(self.k_fe, len(self.params)))
         replicates[:, at] = found
         if store:
             self.bootstrap_results = replicates
-        return np.nanmean(replicates, axis=0), np.nanstd(replicates, axis=0), replicates
+        with warnings.catch_warnings():
+            # Of columns without a coefficient there is no mean.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return np.nanmean(replicates, axis=0), np.nanstd(replicates, axis=0), replicates
 
     # --- output -----------------------------------------------------------------------------
 
