@@ -36,6 +36,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no exog": (lambda: MixedLM(Y, None, G), DataError, r"exog is None.*np.ones"),
     "no endog": (lambda: MixedLM(None, X, G), DataError, "endog is None"),
     "no groups": (lambda: MixedLM(Y, X, None), DataError, "groups is None"),
+    "no groups to drop from": (
+        lambda: MixedLM(Y, X, None, missing="drop"),
+        DataError,
+        "groups is None",
+    ),
     "few groups": (lambda: MixedLM(Y, X, G[:-1]), DataError, "endog has 90 rows.* 89 labels"),
     "short exog_re": (lambda: MixedLM(Y, X, G, X[1:]), DataError, "exog_re has 89 rows"),
     "groups of two columns": (

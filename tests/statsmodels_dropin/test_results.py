@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import statsmodels.api
 import statsmodels.regression.mixed_linear_model as theirs
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 from statsmodels.iolib.summary2 import summary_col
 from statsmodels.tools.numdiff import approx_hess
 
-from lmmax.statsmodels import MixedLM, MixedLMParams, MixedLMResults, mixedlm
+from lmmax.statsmodels import MixedLM, MixedLMResults, mixedlm
 from tests.statsmodels_dropin.cases import fit, pair, prepared, simulated, their_results
 
 DATA = simulated()
@@ -35,11 +35,11 @@ def dietox() -> Any:
     return fit(pair("dietox")[0])
 
 
-def natural_log_likelihood(name: str, cov_re: np.ndarray, vcomp: np.ndarray, scale: float) -> float:
+def natural_log_likelihood(model: Any, cov_re: Any, vcomp: Any, scale: float) -> float:
     """REML log-likelihood at a scale that is not profiled out, from statsmodels' profiled one."""
-    model = prepared(pair(name)[1], True)
+    prepared(model, True)
     point = theirs.MixedLMParams.from_components(
-        np.zeros(model.k_fe), cov_re / scale, None, vcomp / scale
+        np.zeros(model.k_fe), np.asarray(cov_re) / scale, None, np.asarray(vcomp) / scale
     )
     fe, _ = model.get_fe_params(point.cov_re, point.vcomp)
     d = model.nobs - model.k_fe
@@ -56,7 +56,7 @@ def test_errors_of_variances(dietox: Any) -> None:
     at = np.array([dietox.cov_re.iloc[0, 0], dietox.scale])
 
     def log_likelihood(x: np.ndarray) -> float:
-        return natural_log_likelihood("dietox", np.array([[x[0]]]), np.zeros(0), x[1])
+        return natural_log_likelihood(pair("dietox")[1], [[x[0]]], [], x[1])
 
     expected = np.sqrt(np.diag(np.linalg.inv(-approx_hess(at, log_likelihood))))
     np.testing.assert_allclose(dietox.bse_re_natural, expected[:1], rtol=1e-4)
@@ -81,46 +81,34 @@ def test_errors_of_variances_with_components(result: Any) -> None:
 # --- variances over their range -------------------------------------------------------------
 
 
-def test_profile_of_a_variance(dietox: Any) -> None:
+@pytest.mark.parametrize("vtype", ["re", "vc"])
+def test_profile_of_a_variance(vtype: str, dietox: Any) -> None:
     """The variance itself is held, and the scale maximised by SciPy."""
-    profile = dietox.profile_re(0, "re", num_low=1, dist_low=9.0, num_high=2, dist_high=9.0)
-    grid = dietox.cov_re.iloc[0, 0] + np.array([-9.0, 0.0, 4.5, 9.0])
+    if vtype == "re":
+        found, other, which, reach = dietox, pair("dietox")[1], 0, 9.0
+        estimate = found.cov_re.iloc[0, 0]
+    else:
+        found, other = (
+            each.from_formula("y ~ x", DATA, groups="g", vc_formula={"z": "0 + z1"})
+            for each in (MixedLM, theirs.MixedLM)
+        )
+        found, which, reach = found.fit(), "z", 0.3
+        estimate = found.vcomp[0]
+    profile = found.profile_re(which, vtype, num_low=1, dist_low=reach, num_high=2, dist_high=reach)
+    grid = estimate + reach * np.array([-1.0, 0.0, 0.5, 1.0])
     np.testing.assert_allclose(profile[:, 0], grid, rtol=1e-12)
-    np.testing.assert_allclose(profile[1, 1], dietox.llf, rtol=1e-11)
+    np.testing.assert_allclose(profile[1, 1], found.llf, rtol=1e-11)
 
     def best(variance: float) -> float:
-        cov_re = np.array([[variance]])
+        given = ([[variance]], []) if vtype == "re" else (np.zeros((0, 0)), [variance])
         return -minimize_scalar(
-            lambda scale: -natural_log_likelihood("dietox", cov_re, np.zeros(0), scale),
-            bounds=(dietox.scale / 2.0, dietox.scale * 2.0),
+            lambda scale: -natural_log_likelihood(other, *given, scale),
+            bounds=(found.scale / 2.0, found.scale * 2.0),
             method="bounded",
             options={"xatol": 1e-6},
         ).fun
 
     np.testing.assert_allclose(profile[[0, 3], 1], [best(v) for v in grid[[0, 3]]], atol=1e-7)
-
-
-def test_profile_of_a_component(result: Any) -> None:
-    """No other parameters give more at a value that is held, and those near by give less."""
-    profile = result.profile_re("s", "vc", num_low=1, dist_low=0.2, num_high=1, dist_high=0.5)
-    grid = result.vcomp[0] + np.array([-0.2, 0.0, 0.5])
-    np.testing.assert_allclose(profile[:, 0], grid, rtol=1e-12)
-    np.testing.assert_allclose(profile[1, 1], result.llf, rtol=1e-11)
-    model = result.model
-
-    def objective(x: np.ndarray) -> float:
-        """Over the roots of `cov_re` and of the scale, which sets the ratio to it."""
-        scale = np.exp(x[3])
-        point = MixedLMParams.from_packed(np.append(x[:3], 1.0), 3, 2, True, False)
-        point.vcomp = np.array([grid[2] / scale])
-        fe, _ = model.get_fe_params(point.cov_re, point.vcomp)
-        best = model.get_scale(fe, point.cov_re, point.vcomp)
-        d = model.nobs - model.k_fe
-        # From the likelihood with the best scale to that with this one.
-        return -(model.loglike(point) - 0.5 * d * (np.log(scale / best) + best / scale - 1.0))
-
-    found = minimize(objective, [1.0, 0.0, 1.0, 0.0], method="BFGS", options={"gtol": 1e-5})
-    np.testing.assert_allclose(profile[2, 1], -found.fun, atol=1e-7)
 
 
 def test_wrong_profiles(result: Any) -> None:

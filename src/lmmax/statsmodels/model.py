@@ -91,6 +91,7 @@ class MixedLM(base.LikelihoodModel):
                 stacklevel=2,
             )
             exog_vc = from_mapping(exog_vc)
+        arguments.check_groups(groups)
         arguments.check_spec(exog_vc)
         if missing == "drop":
             endog, exog, groups, exog_re, exog_vc = arguments.drop_rows(
