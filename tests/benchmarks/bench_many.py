@@ -1,0 +1,165 @@
+"""Fits a second of one model to many responses, ours and those of peers, in one table.
+
+Usage: ``python -m tests.benchmarks.bench_many [--quick]``
+
+How rates are taken: "statistics" is from the sufficient statistics of the responses to estimates,
+standard errors and degrees of freedom; "rows" adds the passes over the responses, in memory;
+compiling is left out (every call is made once before).  Peers fit response after response in the
+same process: glmm, and lmmax's own ``Fit.refit``; their rates are of 50 responses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+PEER_RESPONSES = 50
+
+
+def intercepts(m: int, p: int, k: int, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, str]:
+    """Groups of 2 to 11 rows, half of the covariates between groups; variances of 0 to 2."""
+    rng = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(m), rng.integers(2, 12, size=m))
+    n = len(codes)
+    X = {f"x{j}": rng.normal(size=n) if j % 2 else rng.normal(size=m)[codes] for j in range(1, p)}
+    sd = np.sqrt(rng.uniform(0.0, 2.0, size=k)) * (rng.random(k) > 0.1)
+    y = sd * rng.normal(size=(m, k))[codes] + rng.normal(size=(n, k))
+    return pd.DataFrame({**X, "g": codes}), y, f"~ {' + '.join(X) or '1'} + (1 | g)"
+
+
+def slopes(m: int, visits: tuple[int, int], p: int, k: int) -> tuple[pd.DataFrame, np.ndarray, str]:
+    """Random intercepts and slopes, over equal visits or over times of each row's own."""
+    rng = np.random.default_rng(1)
+    low, high = visits
+    sizes = np.full(m, low) if low == high else rng.integers(low, high + 1, size=m)
+    codes = np.repeat(np.arange(m), sizes)
+    n = len(codes)
+    t = np.tile(np.arange(low), m) if low == high else rng.normal(size=n)
+    X = {f"x{j}": rng.normal(size=m)[codes] for j in range(2, p)}
+    b = rng.normal(size=(2, m, k)) * np.array([1.0, 0.4])[:, None, None]
+    y = b[0][codes] + b[1][codes] * t[:, None] + rng.normal(size=(n, k))
+    right = " + ".join(["t", *X])
+    return pd.DataFrame({"t": t, **X, "g": codes}), y, f"~ {right} + (1 + t | g)"
+
+
+def relatives(q: int, p: int, k: int) -> tuple[pd.DataFrame, np.ndarray, str, Any]:
+    """One record of each of q related individuals, and a second of some."""
+    rng = np.random.default_rng(2)
+    half = rng.normal(size=(q, 2 * q))
+    kinship = half @ half.T / (2 * q)
+    labels = [f"a{i:04d}" for i in range(q)]
+    codes = np.concatenate([np.arange(q), rng.integers(0, q, size=q // 2)])
+    X = {f"x{j}": rng.normal(size=len(codes)) for j in range(1, p)}
+    u = np.linalg.cholesky(kinship) @ rng.normal(size=(q, k))
+    y = u[codes] + rng.normal(size=(len(codes), k))
+    data = pd.DataFrame({**X, "id": np.array(labels)[codes]})
+    return (
+        data,
+        y,
+        f"~ {' + '.join(X)} + (1 | id)",
+        {"id": pd.DataFrame(kinship, index=labels, columns=labels)},
+    )
+
+
+def seconds(call: Callable[[], Any], rounds: int = 3) -> float:
+    """Return the least seconds of a few calls, after one that is not counted."""
+    call()
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None) -> dict[str, Any]:
+    """Return fits a second by each way, and how much work lanes waste."""
+    import lmmax
+    from lmmax.batch import one_variance, solve_statistics
+    from lmmax.batch.engines import LineEngine, engine_of
+    from lmmax.batch.many import _design
+    from lmmax.batch.statistics import project, shared_designs
+    from lmmax.constraints import Settings
+    from lmmax.fit import prepare
+
+    k = y.shape[1]
+    design, _ = _design(formula, data, relmat=relmat)
+    work = engine_of(prepare(design), Settings(), ())
+    found: dict[str, Any] = {}
+    if isinstance(work, LineEngine):
+        stats = one_variance.statistics(work.line, y)
+        found["statistics"] = k / seconds(lambda: work.of_statistics(stats))
+    else:
+        work.fit(y[:, :64])
+        template = work.template
+        shared = shared_designs(template)
+        responses = project(shared, y.T)
+        found["statistics"] = k / seconds(lambda: solve_statistics(template, shared, responses))
+    found["rows"] = k / seconds(lambda: lmmax.fit_many(formula, data, y, relmat=relmat))
+    frame = data.assign(response=y[:, 0])
+    single = lmmax.fit(f"response {formula}", frame, relmat=relmat)
+    few = y[:, :PEER_RESPONSES].T
+    found["refit"] = len(few) / seconds(lambda: [single.refit(each) for each in few], 1)
+    if importlib.util.find_spec("glmm") and relmat is None:
+        import glmm
+
+        frames = [data.assign(response=each) for each in few]
+        text = f"response {formula}"
+        found["glmm"] = len(few) / seconds(
+            lambda: [glmm.fit(frame, text, satterthwaite=True) for frame in frames], 1
+        )
+    return found
+
+
+def cases(quick: bool) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
+    """Bars (fits a second from statistics) and measurements."""
+    k = 2_000 if quick else 20_000
+    return {
+        "intercept, 200 groups, p = 2": (50_000, lambda: measure(*intercepts(200, 2, k))),
+        "intercept, 1,000 groups, p = 10": (
+            50_000,
+            lambda: measure(*intercepts(1_000, 10, k // 2)),
+        ),
+        "intercept, 5,000 groups, p = 25": (
+            50_000,
+            lambda: measure(*intercepts(5_000, 25, k // 10)),
+        ),
+        "slope, 50 groups of 8 equal visits, p = 3": (
+            20_000,
+            lambda: measure(*slopes(50, (8, 8), 3, k)),
+        ),
+        "slope, 1,000 groups of 2 to 8, p = 10": (
+            1_000,
+            lambda: measure(*slopes(1_000, (2, 8), 10, k // 40)),
+        ),
+        "relationship matrix, q = 259, p = 49": (
+            5_000,
+            lambda: measure(*relatives(259, 49, k // 2)),
+        ),
+    }
+
+
+def main() -> None:
+    """Measure everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer responses")
+    quick = parser.parse_args().quick
+    head = f"{'fits a second':44}{'bar':>9}{'statistics':>12}{'rows':>10}{'refit':>8}{'glmm':>8}"
+    print(head)
+    for name, (bar, run) in cases(quick).items():
+        found = run()
+        cells = [f"{found[key]:,.0f}" if key in found else "-" for key in
+                 ("statistics", "rows", "refit", "glmm")]  # fmt: skip
+        widths = (12, 10, 8, 8)
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:44}{bar:>9,}{line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
