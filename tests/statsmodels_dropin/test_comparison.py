@@ -151,8 +151,10 @@ def test_derivatives_at_shared_parameters(name: str, reml: bool, use_sqrt: bool)
             close(mine, expected.score(point, profile_fe=profile), 1e-10)
         close(found.loglike(packed), expected.loglike(packed), 1e-12)
         close(found.score(packed), expected.score(packed), 1e-10)
-        close(found.hessian(point)[0], expected.hessian(point)[0], 1e-10)
-    whole = points(name)[1].get_packed(use_sqrt=use_sqrt, has_fe=True)
+    # Elsewhere their Hessian lacks terms that vanish at the best coefficients.
+    best = points(name)[1]
+    close(found.hessian(best)[0], expected.hessian(best)[0], 1e-10)
+    whole = best.get_packed(use_sqrt=use_sqrt, has_fe=True)
     close(found.hessian(whole)[0], expected.hessian(whole)[0], 1e-10)
     prepared(found, True), prepared(expected, True)
 
