@@ -24,7 +24,12 @@ from .spec import RandomTerm as RandomTerm
 
 if _TYPE_CHECKING:
     from .batch.many import fit_many as fit_many
+    from .batch.plan import Plan as Plan
+    from .batch.plan import PlanError as PlanError
+    from .batch.plan import plan as plan
     from .batch.result import BatchFit as BatchFit
+    from .batch.store import StoreError as StoreError
+    from .batch.stream import LostWorkerWarning as LostWorkerWarning
     from .inference.anova import anova as anova
     from .inference.bootstrap import BootstrapError as BootstrapError
     from .inference.bootstrap import bootstrap as bootstrap
@@ -49,7 +54,10 @@ __version__ = "0.1.0"
 # long to import as a small fit.
 _LATER = {
     "batch.many": ("fit_many",),
+    "batch.plan": ("Plan", "PlanError", "plan"),
     "batch.result": ("BatchFit",),
+    "batch.store": ("StoreError",),
+    "batch.stream": ("LostWorkerWarning",),
     "inference.anova": ("anova",),
     "inference.bootstrap": ("BootstrapError", "bootstrap"),
     "inference.bootstrap_comparison": ("bootstrap_test",),

@@ -38,19 +38,22 @@ def moment_start(problem: GroupedProblem) -> Any:
     Column a's sums ``u_i' r_i`` over a group's least-squares residuals have expected square
     ``scale (U'U)_aa + scale D_aa (U'U)_aa^2``, ignoring the other columns.  Never below a tenth of
     the noise in such an estimate, so that EM does not start at a boundary.  A problem of NumPy
-    arrays gives a NumPy array.
+    arrays gives a NumPy array.  Leading axes of the problem's leaves are those of the result.
     """
     U, Y, weight = problem.U, problem.Y, problem.weight
     xp: Any = np if isinstance(U, np.ndarray) else jnp
-    squares = (U * U).sum(0)
-    sums = (U * Y[:, -1][:, None]).sum(0)
-    residual_df = problem.n_obs - problem.n_fixed - len(U) * weight.sum()
+    q = U.shape[-2]
+    squares = (U * U).sum(-3)
+    sums = (U * Y[..., -1, :][..., None, :]).sum(-3)
+    residual_df = problem.n_obs - problem.n_fixed - q * weight.sum(-1)
     # With few rows per group nothing may be left outside Z; then the total variance stands in.
     enough = residual_df > 0.1 * problem.n_obs
-    total = problem.C[-1, -1] + (Y[:, -1] ** 2).sum()
-    inside = problem.C[-1, -1] / xp.where(enough, residual_df, 1.0)
+    outside = problem.C[..., -1, -1]
+    total = outside + (Y[..., -1, :] ** 2).sum((-2, -1))
+    inside = outside / xp.where(enough, residual_df, 1.0)
     scale = xp.where(enough & (inside > 0.0), inside, 0.5 * total / problem.n_obs)
-    noise = (weight * squares).sum(1)
-    signal = (weight * squares * squares).sum(1)
-    estimate = ((sums * sums).sum(1) / scale - noise) / signal
-    return xp.diag(xp.maximum(estimate, 0.1 * noise / signal))
+    weighted = weight[..., None, :] * squares
+    noise = weighted.sum(-1)
+    signal = (weighted * squares).sum(-1)
+    estimate = ((sums * sums).sum(-1) / scale[..., None] - noise) / signal
+    return xp.maximum(estimate, 0.1 * noise / signal)[..., None] * xp.eye(q)

@@ -18,8 +18,9 @@ from ..constraints import read_constraints
 from ..estimation import Estimates, estimate, group_noise
 from ..parameters import pack_triangle
 from ..solve import NEWTON_LIMIT, Constraints, Status
-from .solve import BatchEstimates, Ends, Lanes, Start, in_user_units, join, solve, stack
+from .solve import BatchEstimates, Ends, Lanes, Start, in_user_units, join, snapped, solve, stack
 from .statistics import Responses, SharedDesigns, project, shared_designs, with_responses
+from .uncertainty import parameter_covariance
 
 if TYPE_CHECKING:
     from ..results import Fit
@@ -95,17 +96,24 @@ class Solved(NamedTuple):
         estimates: the estimates.
         ends: where each lane ended, working coordinates.
         free: which entries of D's lower triangle, and the scale, are estimated freely, (k + 1,).
-        to_user: from working coefficients to the user's, (p, p).
-        uncertain: whether all of D is free but for entries that are zero, and no structure.
+        to_user: from working coefficients to the user's, (p, p), or (n, p, p) if they differ.
+        uncertain: whether all of D is free but for entries that are zero, without structure, and
+            the data determine it; of all lanes, or (n,).
         y_scale: units of the data per working unit, (n,).
+        D: where each lane ended, exactly singular where it counts as such, (n, q, q).
+        noise: standard deviation of one average group's mean, relative to the residual's, (n, q).
+        blocks: 1.0 where an entry of D belongs to a term, (q, q).
     """
 
     estimates: BatchEstimates
     ends: Ends
     free: np.ndarray
     to_user: np.ndarray
-    uncertain: bool
+    uncertain: bool | np.ndarray
     y_scale: np.ndarray
+    D: np.ndarray
+    noise: np.ndarray
+    blocks: np.ndarray
 
     @property
     def gradient(self) -> np.ndarray:
@@ -124,8 +132,22 @@ class Solved(NamedTuple):
 
     def parameter_covariance(self, lanes: np.ndarray) -> np.ndarray:
         """Return the covariance of the free entries of D and s of some lanes, (n, k, k)."""
-        own = np.ix_(lanes, self.free, self.free)
-        return 2.0 * np.linalg.inv(self.ends.hessian[own])
+        own, k = np.ix_(lanes, self.free, self.free), int(self.free.sum())
+        singular = self.estimates.singular[lanes]
+        C = 2.0 * np.linalg.inv(
+            np.where(singular[:, None, None], np.eye(k), self.ends.hessian[own])
+        )
+        at = lanes[singular]
+        if at.size:
+            found = parameter_covariance(
+                Ends(*(leaf[at] for leaf in self.ends)),
+                self.D[at],
+                self.blocks,
+                self.noise[at],
+                bool(self.free[-1]),
+            )
+            C[singular] = found[:, self.free][:, :, self.free]
+        return np.asarray(C)
 
     def combined(self, lanes: np.ndarray, L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the covariance of ``L beta`` and its derivatives in the same parameters.
@@ -134,10 +156,11 @@ class Solved(NamedTuple):
             lanes: the lanes, n of them.
             L: combinations of the coefficients that were kept, (r, p).
         """
-        p = len(self.to_user)
+        p = self.to_user.shape[-1]
         scale = self.estimates.scale[lanes, None, None]
-        inner = self.ends.beta_inverse[lanes, :p, :p] @ (L @ self.to_user).T
-        V = scale * (L @ self.to_user @ inner)
+        turned = L @ (self.to_user if self.to_user.ndim == 2 else self.to_user[lanes])
+        inner = self.ends.beta_inverse[lanes, :p, :p] @ np.swapaxes(turned, -1, -2)
+        V = scale * (turned @ inner)
         slopes = self.ends.x_slope[:, self.free[:-1]][lanes][:, :, :p, :p]
         moved = -np.einsum("npr,ncpq,nqs->ncrs", inner, slopes, inner, optimize=True)
         return V, np.concatenate([scale[:, None] * moved, V[:, None]], axis=1)
@@ -171,6 +194,9 @@ def solve_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> S
         np.asarray(shared.problem.x_inverse)[: len(kept), : len(kept)],
         not constraints.structures and not np.any(constraints.held),
         y_scale,
+        snapped(ends, constraints, fit.terms, lanes.noise)[0],
+        lanes.noise,
+        np.asarray(constraints.blocks),
     )
 
 

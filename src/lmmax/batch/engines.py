@@ -6,7 +6,7 @@ An engine takes responses as columns and returns a :class:`Record` of arrays, on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -18,7 +18,7 @@ from ..fit import ConvergenceWarning, Prepared, RankWarning, fit_prepared, prepa
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
-from . import one_variance, solve_statistics, vectorises
+from . import Solved, one_variance, solve_statistics, vectorises
 from .statistics import SharedDesigns, project, shared_designs
 
 
@@ -231,13 +231,17 @@ class GeneralEngine:
         prepared: the design.
         settings: how to estimate.
         tests: hypotheses on the coefficients.
-        template: a fit to one of the responses, which lends the others a start.
+        template: a fit to the response of the design, which lends the others a start; if that
+            cannot be fitted, to the first that can.
     """
 
     prepared: Prepared
     settings: Settings
     tests: tuple[Hypothesis, ...]
     template: Fit | None = None
+
+    def __post_init__(self) -> None:
+        self.template = self._single(self.prepared.design.y)
 
     @property
     def name(self) -> str:
@@ -285,29 +289,7 @@ class GeneralEngine:
 
     def _row(self, fit: Fit | None) -> Record:
         """Return the record of one fit."""
-        found = self._empty(1)
-        if fit is None:
-            return found
-        kept, test = fit.layout.fixed.kept, fit.denominator()
-        found.params[0], found.bse[0] = fit.params, fit.bse
-        found.df[0, kept] = test.degrees(np.eye(len(kept)))
-        found.cov_re[0], found.scale[0], found.llf[0] = fit.cov_re, fit.scale, fit.llf
-        found.status[0], found.singular[0] = int(fit.estimates.status), fit.singular
-        found.steps[0] = int(fit.estimates.solution.steps)
-        found.gradient[0] = fit.convergence.gradient_norm
-        for h, asked in enumerate(self.tests):
-            L = asked.L[:, kept]
-            difference = L @ fit.estimates.beta - asked.values
-            found.estimate[0, h] = difference[0] + asked.values[0]
-            found.error[0, h] = test.errors(L)[0]
-            if len(L) == 1:
-                found.statistic[0, h] = difference[0] / found.error[0, h]
-                found.df_den[0, h] = test.degrees(L)[0]
-            else:
-                joint_test = test.joint(L, difference)
-                found.statistic[0, h] = joint_test.statistic
-                found.df_den[0, h] = joint_test.df_den
-        return found
+        return self._empty(1) if fit is None else record_of(fit, self.tests)
 
     def _lanes(self, y: np.ndarray) -> Record:
         """Fit responses side by side."""
@@ -318,34 +300,86 @@ class GeneralEngine:
         solved = solve_statistics(
             template, self._shared, project(self._shared, _without_offset(template.design, y).T)
         )
-        own, ends = solved.estimates, solved.ends
-        kept, n = template.layout.fixed.kept, y.shape[1]
-        found = self._empty(n)
-        for name in ("params", "bse", "cov_re", "scale", "llf", "status", "singular"):
-            getattr(found, name)[...] = getattr(own, name)
-        found.steps[:] = ends.steps
-        found.gradient[:] = solved.gradient
-        plain = solved.uncertain & own.converged & ~own.singular
-        at = np.flatnonzero(plain)
-        C = solved.parameter_covariance(at)
-        for j, row in zip(kept, np.eye(len(kept)), strict=True):
-            found.df[at, j] = degrees(Uncertainty(*solved.combined(at, row[None]), C))[:, 0]
-        for h, asked in enumerate(self.tests):
-            L = asked.L[:, kept]
-            difference = own.params[at][:, kept] @ L.T - asked.values
-            values = tested(Uncertainty(*solved.combined(at, L), C), difference, asked.values)
-            for name, value in zip(
-                ("statistic", "df_den", "estimate", "error"), values, strict=True
-            ):
-                getattr(found, name)[at, h] = value
-        # At a boundary, and with structures, as a fit of its own has them.
-        for lane in np.flatnonzero(~plain & own.converged):
-            alone = self._row(self._single(y[:, lane]))
-            for name in ("df", "statistic", "df_den", "estimate", "error"):
-                getattr(found, name)[lane] = getattr(alone, name)[0]
-        return found
+        kept = template.layout.fixed.kept
+        return record_of_lanes(
+            solved, kept, self.tests, lambda lane: self._row(self._single(y[:, lane]))
+        )
 
     _shared: SharedDesigns | None = None
+
+
+def record_of(fit: Fit, tests: Sequence[Hypothesis]) -> Record:
+    """Return the record of one fit."""
+    found = empty(1, len(fit.design.x_names), len(fit.layout.A), len(tests))
+    kept, test = fit.layout.fixed.kept, fit.denominator()
+    found.params[0], found.bse[0] = fit.params, fit.bse
+    found.df[0, kept] = test.degrees(np.eye(len(kept)))
+    found.cov_re[0], found.scale[0], found.llf[0] = fit.cov_re, fit.scale, fit.llf
+    found.status[0], found.singular[0] = int(fit.estimates.status), fit.singular
+    found.steps[0] = int(fit.estimates.solution.steps)
+    found.gradient[0] = fit.convergence.gradient_norm
+    for h, asked in enumerate(tests):
+        if not estimable(asked, kept):
+            continue
+        L = asked.L[:, kept]
+        difference = L @ fit.estimates.beta - asked.values
+        found.estimate[0, h] = difference[0] + asked.values[0]
+        found.error[0, h] = test.errors(L)[0]
+        if len(L) == 1:
+            found.statistic[0, h] = difference[0] / found.error[0, h]
+            found.df_den[0, h] = test.degrees(L)[0]
+        else:
+            joint_test = test.joint(L, difference)
+            found.statistic[0, h] = joint_test.statistic
+            found.df_den[0, h] = joint_test.df_den
+    return found
+
+
+def record_of_lanes(
+    solved: Solved,
+    kept: np.ndarray,
+    tests: Sequence[Hypothesis],
+    alone: Callable[[int], Record],
+) -> Record:
+    """Return the record of fits that were solved side by side.
+
+    Args:
+        solved: the fits.
+        kept: positions of the columns of X that were kept.
+        tests: hypotheses on the coefficients.
+        alone: the record of a lane's own fit, which a lane takes its inference from that has a
+            structure, or too few data to tell how certain its variances are.
+    """
+    own, ends = solved.estimates, solved.ends
+    (n, p), q = own.params.shape, own.cov_re.shape[1]
+    found = empty(n, p, q, len(tests))
+    for name in ("params", "bse", "cov_re", "scale", "llf", "status", "singular"):
+        getattr(found, name)[...] = getattr(own, name)
+    found.steps[:] = ends.steps
+    found.gradient[:] = solved.gradient
+    plain = solved.uncertain & own.converged
+    at = np.flatnonzero(plain)
+    C = solved.parameter_covariance(at)
+    for j, row in zip(kept, np.eye(len(kept)), strict=True):
+        found.df[at, j] = degrees(Uncertainty(*solved.combined(at, row[None]), C))[:, 0]
+    for h, asked in enumerate(tests):
+        if not estimable(asked, kept):
+            continue
+        L = asked.L[:, kept]
+        difference = own.params[at][:, kept] @ L.T - asked.values
+        values = tested(Uncertainty(*solved.combined(at, L), C), difference, asked.values)
+        for name, value in zip(("statistic", "df_den", "estimate", "error"), values, strict=True):
+            getattr(found, name)[at, h] = value
+    for lane in np.flatnonzero(~plain & own.converged):
+        by_itself = alone(int(lane))
+        for name in ("df", "statistic", "df_den", "estimate", "error"):
+            getattr(found, name)[lane] = getattr(by_itself, name)[0]
+    return found
+
+
+def estimable(asked: Hypothesis, kept: np.ndarray) -> bool:
+    """Return whether a hypothesis is about coefficients that were kept only."""
+    return not np.delete(asked.L, kept, axis=1).any()
 
 
 def empty(n: int, p: int, q: int, n_tests: int) -> Record:

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import pandas as pd
 
 from ..constraints import Settings
-from ..design import DataError, Design, build_design
-from ..fit import Prepared, check_reml, prepare
+from ..design import Design, build_design
+from ..fit import check_reml
 from ..formula import parse_formula
 from ..frames import as_table
 from ..spec import ModelSpec
-from .engines import Engine, Record, empty, engine_of, stacked
+from .engines import stacked
 from .result import BatchFit, hypotheses
-from .rows import subset
 from .sources import Columns, columns
 from .store import Store, columns_of, fingerprint
+from .stream import stream
+from .subsets import SUBSETS, Subsets, SubsetWork, read_subsets
+from .work import Work, arrays
 
 CHUNK_BYTES = 1 << 27
 """Most bytes of responses, in double precision, that are worked on at once."""
-WINDOW = 8
-"""Most chunks that are handed to workers before the first of them is waited for."""
-PATTERNS = 64
-"""Most designs on some of the rows that are kept for responses with the same missing values."""
+CANDIDATES = 32
+"""Responses among which one is sought that lends the others a start."""
 
 
 def fit_many(
     formula: str | ModelSpec,
     data: Any,
-    responses: Any,
+    responses: Any = None,
     *,
+    by: Any = None,
     reml: bool = True,
     tests: Mapping[str, Any] | None = None,
     weights: Any = None,
@@ -59,19 +57,28 @@ def fit_many(
     progress: bool = False,
     context: Mapping[str, Any] | None = None,
 ) -> BatchFit:
-    """Fit one model to many responses, each to its own optimum.
+    """Fit one model to many responses, or to many subsets of the rows, each to its own optimum.
 
     What the responses share is worked out once.  A model with one random intercept, one random
     slope or one known relationship matrix is then a search on a line for each response; other
     models with one grouping factor are solved side by side; those with several one by one.
 
+    With `by` there is one fit for each level of a column, to its rows, and the response is that of
+    the formula.  Columns of the design are those of all rows together: subsets share names and
+    contrasts, ``scale(x)`` scales by all rows, and a coefficient that a subset cannot tell, such as
+    that of a level it lacks, is NaN there.  Models with one grouping factor are solved side by
+    side.
+
     Args:
-        formula: the model, ``"~ age + (1 | subject)"``; what is left of the tilde is a label.
+        formula: the model, ``"~ age + (1 | subject)"``; what is left of the tilde is a label.  With
+            `by` the whole model, ``"sales ~ price + (1 + price | product)"``.
         data: the covariates and groups, n rows.
         responses: an array (n, k), memory-mapped or not, Zarr, SciPy sparse, a data frame with k
             columns, a list of columns of ``data``, or the path of a ``.npy`` or ``.parquet`` file,
             of which a block at a time is read.  A response may have missing values (NaN), which
             are left out: this is nearly as fast while many responses lack the same rows.
+        by: in place of `responses`, name of the column whose levels are the subsets, or a list of
+            several names; rows where it is missing are left out.
         reml: restricted maximum likelihood or, if False, maximum likelihood.
         tests: hypotheses to test in each fit besides the single coefficients, by name, each in a
             form that :meth:`lmmax.Fit.t_test` takes.
@@ -96,9 +103,10 @@ def fit_many(
 
     Returns:
         The fits.  A response that cannot be fitted (constant, infinite, too few rows) has NaN and
-        its status, and does not disturb the others.
+        its status, and does not disturb the others; so has a subset.
 
     Raises:
+        ValueError: unless one of `responses` and `by` is given.
         DataError: if the responses have another number of rows than the data, and as for
             :func:`lmmax.fit`.
         StoreError: if `out` holds other results.
@@ -111,32 +119,50 @@ def fit_many(
         >>> batch = lmmax.fit_many("~ Days + (1 + Days | Subject)", sleep, y)
         >>> batch.params.round(2)
            Intercept   Days
-        0     250.81  10.54
-        1     250.85  10.46
-        2     254.96  10.39
+        0     247.48  10.98
+        1     260.95   8.56
+        2     250.38  10.49
+        >>> pastes = lmmax.datasets.load("pastes")
+        >>> by_batch = lmmax.fit_many("strength ~ 1 + (1 | cask)", pastes, by="batch")
+        >>> by_batch.variances.loc["C"].round(3).to_dict()
+        {'cask: Intercept': 11.563, 'residual': 0.828}
+        >>> by_batch["C"].n_groups
+        3
     """
+    if (responses is None) == (by is None):
+        raise ValueError(
+            "give one of responses= (many for the same rows) and by= (a column whose levels are "
+            "fitted each on its own)"
+        )
     settings = Settings(
         reml=check_reml(reml), solver=solver, tol=tol, max_steps=max_steps, engine=engine
     )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
-    design, rows = _design(
-        formula,
-        data,
-        weights=weights,
-        offset=offset,
-        contrasts=contrasts,
-        relmat=relmat,
-        missing=missing,
-        context=context,
-    )
-    source = columns(responses, as_table(data), rows)
-    work = Work(design, settings, hypotheses(tests, design.x_names))
-    size = chunk or max(1, min(1 << 16, CHUNK_BYTES // (8 * len(design.y))))
+    options: dict[str, Any] = {
+        "weights": weights,
+        "offset": offset,
+        "contrasts": contrasts,
+        "relmat": relmat,
+        "missing": missing,
+        "context": context,
+    }
+    source: Columns | Subsets
+    work: Work | SubsetWork
+    if by is None:
+        design, rows = _design(formula, data, **options)
+        source = columns(responses, as_table(data), rows)
+        work = Work(lent(design, source), settings, hypotheses(tests, design.x_names))
+        size = block_size(chunk, len(design.y))
+    else:
+        design, source = read_subsets(formula, data, by, **options)
+        work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
+        size = chunk or SUBSETS
+    engine = work.name
     store = None if out is None else _store(Path(out), work, source, size, resume)
     records, counts = [], []
     with _bar(len(source.names), progress) as bar:
-        for record, n_obs in _chunks(work, source, size, store, executor):
+        for record, n_obs in stream(work, source, size, store, executor):
             records.append(record)
             counts.append(n_obs)
             bar.update(len(n_obs))
@@ -147,99 +173,45 @@ def fit_many(
         settings=settings,
         hypotheses=work.tests,
         n_obs=np.concatenate(counts),
-        engine=work.name,
+        engine=engine,
         notes=work.notes(np.concatenate(counts)),
         source=source,
     )
 
 
-_Done = tuple[Record, np.ndarray]
+def block_size(chunk: int | None, n: int) -> int:
+    """Return how many responses of n rows are worked on at once."""
+    return chunk or max(1, min(1 << 16, CHUNK_BYTES // (8 * n)))
 
 
-def _chunks(
-    work: Work, source: Columns, size: int, store: Store | None, executor: Executor | None
-) -> Iterator[_Done]:
-    """Yield the results of the chunks in order; what is in the store is not fitted again.
+def lent(design: Design, source: Columns) -> Design:
+    """Return the design with the first response that varies, from which fits may start.
 
-    Reading runs ahead of fitting, by one chunk, or by a few for each worker.
+    The same for the same responses, whichever of them are fitted first, and where.
     """
-    k = len(source.names)
-
-    def names(first: int) -> Any:
-        return source.names[first : first + size]
-
-    def finished(first: int, done: _Done) -> _Done:
-        if store is not None:
-            store.write(first, names(first), *done)
-        return done
-
-    starts = range(0, k, size)
-    waiting: deque[tuple[int, Any]] = deque()
-    with ThreadPoolExecutor(1) as reader:
-        blocks: deque[tuple[int, Any]] = deque()
-        todo = deque(starts)
-        ahead = 1 if executor is None else WINDOW
-        while todo or blocks or waiting:
-            while todo and len(blocks) + len(waiting) <= ahead:
-                first = todo.popleft()
-                known = None if store is None else store.read(first)
-                if known is not None:
-                    blocks.append((first, known))
-                else:
-                    last = min(first + size, k)
-                    blocks.append((first, reader.submit(source.block, first, last)))
-            first, block = blocks.popleft() if blocks else (-1, None)
-            if isinstance(block, tuple):
-                waiting.append((first, block))
-            elif block is not None and executor is not None:
-                y = block.result()
-                waiting.append((first, _submitted(executor, work, y)))
-            elif block is not None:
-                waiting.append((first, partial(fitted, work, block.result())))
-            if executor is None or not blocks or len(waiting) > ahead:
-                first, result = waiting.popleft()
-                yield result if isinstance(result, tuple) else finished(first, result())
+    first = source.block(0, min(CANDIDATES, len(source.names)))
+    for y in first.T:
+        known = np.isfinite(y)
+        if 2 * known.sum() > len(y) and y[known].max() > y[known].min():
+            return replace(design, y=np.where(known, y, y[known].mean()))
+    return design
 
 
-def fitted(work: Work, y: np.ndarray) -> _Done:
-    """Fit a block of responses; what a worker does."""
-    here = _WORKS.setdefault(work.key, work)
-    return here.fit(y), len(y) - np.isnan(y).sum(axis=0)
-
-
-_WORKS: WeakValueDictionary[str, Work] = WeakValueDictionary()
-
-
-def _submitted(executor: Executor, work: Work, y: np.ndarray) -> Any:
-    """Hand a block to a worker; what a lost worker does not return is done here."""
-    future: Any
-    try:
-        future = executor.submit(fitted, work, y)
-    except (BrokenExecutor, RuntimeError):
-        return partial(fitted, work, y)
-
-    def result() -> _Done:
-        try:
-            return future.result()
-        except (BrokenExecutor, CancelledError, ConnectionError):
-            return fitted(work, y)
-
-    return result
-
-
-def _store(path: Path, work: Work, source: Columns, size: int, resume: bool) -> Store:
+def _store(
+    path: Path, work: Work | SubsetWork, source: Columns | Subsets, size: int, resume: bool
+) -> Store:
     design = work.design
     store = Store(path, columns_of(design.x_names, work.width, [t.name for t in work.tests]))
-    arrays = [design.X, *(block.Z for block in design.blocks)]
-    arrays += [grouping.codes for grouping in design.groupings]
-    arrays += [part for part in (design.weights, design.offset) if part is not None]
     store.begin(
         {
             "format": 1,
             "formula": str(design.spec),
-            "design": fingerprint(*arrays, *(t.L for t in work.tests)),
+            "design": fingerprint(*arrays(design)),
+            "rows": fingerprint(source.rows),
             "settings": repr(work.settings),
+            "tests": fingerprint(*(part for test in work.tests for part in test)),
             "responses": len(source.names),
+            "values": fingerprint(design.y, source.column(len(source.names) - 1)),
             "names": fingerprint(list(map(str, source.names))),
             "chunk": size,
         },
@@ -278,104 +250,3 @@ def _design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.ndarray
         table = {**table, "response": placeholder}
     design = build_design(spec, table, **options)
     return replace(design, response_name=label), np.asarray(design.index, dtype=np.int64)
-
-
-# --- work -----------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Work:
-    """Fits blocks of responses; designs and templates are shared by all of them.
-
-    Attributes:
-        design: the design.
-        settings: how to fit.
-        tests: what is tested.
-        engines: per pattern of missing values, as bytes, what fits it.
-    """
-
-    design: Design
-    settings: Settings
-    tests: tuple[Any, ...]
-    engines: dict[bytes, Engine | None] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """How the responses without missing values are fitted."""
-        first = next((found for found in self.engines.values() if found is not None), None)
-        return "nothing could be fitted" if first is None else first.name
-
-    def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
-        """What a reader should know.
-
-        Args:
-            n_obs: number of rows that each response had, (k,).
-        """
-        found = []
-        design = self.design
-        if design.n_dropped:
-            found.append(f"{design.n_dropped} rows dropped for missing covariates")
-        gaps = int(np.sum(n_obs < len(design.y)))
-        if gaps:
-            found.append(
-                f"{gaps} responses have missing values; each is fitted to the rows that it has"
-            )
-        return tuple(found)
-
-    @cached_property
-    def key(self) -> str:
-        """The same for the same work, wherever it is done."""
-        return fingerprint(self.design.X, self.design.y, repr(self.settings), self.tests)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"design": self.design, "settings": self.settings, "tests": self.tests}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, engines={})
-
-    def fit(self, y: np.ndarray) -> Record:
-        """Fit a block of responses, NaN where missing, (n, lanes)."""
-        gone = np.isnan(y)
-        if not gone.any():
-            return self._fit(b"", np.arange(len(y)), y)
-        packed = np.packbits(gone, axis=0)
-        keys, which = np.unique(packed, axis=1, return_inverse=True)
-        which = which.reshape(-1)
-        parts: list[tuple[np.ndarray, Record]] = []
-        for number in range(keys.shape[1]):
-            lanes = np.flatnonzero(which == number)
-            rows = np.flatnonzero(~gone[:, lanes[0]])
-            key = b"" if len(rows) == len(y) else keys[:, number].tobytes()
-            parts.append((lanes, self._fit(key, rows, y[np.ix_(rows, lanes)])))
-        order = np.argsort(np.concatenate([lanes for lanes, _ in parts]), kind="stable")
-        whole = stacked([record for _, record in parts])
-        return Record(*(leaf[order] for leaf in whole))
-
-    def _fit(self, key: bytes, rows: np.ndarray, y: np.ndarray) -> Record:
-        if key not in self.engines:
-            if len(self.engines) >= PATTERNS:
-                # The oldest that is not the complete one.
-                self.engines.pop(next(k for k in self.engines if k))
-            self.engines[key] = self._engine(rows)
-        found = self.engines[key]
-        if found is None:
-            return empty(y.shape[1], len(self.design.x_names), self.width, len(self.tests))
-        return found.fit(y)
-
-    @property
-    def width(self) -> int:
-        """Number of random effects, q."""
-        return sum(block.Z.shape[1] for block in self.design.blocks)
-
-    def _engine(self, rows: np.ndarray) -> Engine | None:
-        """Return what fits responses on some of the rows; None if nothing can."""
-        design = subset(self.design, rows, self.design.y[rows])
-        if len(rows) == 0 or any(len(np.unique(g.codes)) < 2 for g in design.groupings):
-            return None
-        try:
-            prepared: Prepared = prepare(design, self.settings.engine)
-            return engine_of(prepared, self.settings, self.tests)
-        except DataError:
-            if len(rows) == len(self.design.y):
-                raise
-            return None

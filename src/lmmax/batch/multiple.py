@@ -23,7 +23,7 @@ def qvalues(p: np.ndarray, method: str = "bh") -> np.ndarray:
 
     Example:
         >>> import numpy as np
-        >>> qvalues(np.array([0.01, 0.02, 0.03, 0.5])).tolist()
+        >>> qvalues(np.array([0.01, 0.02, 0.03, 0.5])).round(6).tolist()
         [0.04, 0.04, 0.04, 0.5]
     """
     from scipy.stats import false_discovery_control

@@ -31,10 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..compilation import Compiled
 from ..compilation_cache import compilation_cache
 from ..compress.layout import Layout
 from ..solve import Status
+from .devices import OverLanes, n_devices
 
 LARGEST = 3000
 """Most eigenvalues; their decomposition takes seconds then."""
@@ -49,8 +49,10 @@ DECREMENT = 1e-16
 """Newton decrement that counts as converged, as for a single fit."""
 BOUNDARY = 1e-8
 """A relative variance below this, in the units of the grid, is zero, as for a single fit."""
+BLOCK_BYTES, BLOCK_LANES = 1 << 23, 128
+"""Bytes of responses that are compressed together, but at least so many responses."""
 SEARCH_LANES = 512
-"""Lanes that are worked on together: their arrays stay in cache."""
+"""Lanes that a device works on together: their arrays stay in cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,8 @@ class OneVariance:
         set_kappa: eigenvalue of each set, (U,).
         set_size: how often it comes, (U,).
         unit: relative variance that is one unit of the grid.
-        groups_X: the groups' sums of z times X, (m, p).
+        to_sums: the groups' weighted sums of z times the rows, sparse, (m, n).
+        groups_X: the same of X, (m, p).
         ones: coefficients of the constant 1 in X, (p,); None where X does not have it.
         loadings: how the coefficients respond to each direction, (p, R).
     """
@@ -90,6 +93,7 @@ class OneVariance:
     set_kappa: np.ndarray
     set_size: np.ndarray
     unit: float
+    to_sums: Any
     groups_X: np.ndarray
     ones: np.ndarray | None
     loadings: np.ndarray
@@ -159,6 +163,8 @@ def suits(layout: Layout, free: bool) -> bool:
 
 def one_variance(layout: Layout) -> OneVariance | None:
     """Analyse the designs; None if there are too many eigenvalues."""
+    from scipy.sparse import csr_array
+
     factor, weights = layout.factors[0], layout.weights
     m, p = factor.n_groups, len(layout.fixed.kept)
     z = factor.blocks[0][:, 0]
@@ -208,6 +214,7 @@ def one_variance(layout: Layout) -> OneVariance | None:
         set_kappa=np.array([kappa[own[0]] for own, _ in members]),
         set_size=np.array([len(own) - basis.shape[1] for own, basis in members], dtype=float),
         unit=unit,
+        to_sums=csr_array((wz, (factor.codes, np.arange(len(wz)))), shape=(m, len(wz))),
         groups_X=groups_X.T,
         ones=ones,
         loadings=layout.fixed.inverse @ X_part.reshape(p, len(kappa_R)) @ vectors,
@@ -220,10 +227,19 @@ def statistics(design: OneVariance, y: np.ndarray) -> Statistics:
     Each is centred before anything is squared; where X explains nearly all of it, its residuals
     are taken first.
     """
-    layout, factor, weights = design.layout, design.layout.factors[0], design.layout.weights
+    # Some columns at a time, which stay near from one pass over them to the next.
+    lanes = max(BLOCK_LANES, BLOCK_BYTES // (8 * len(y)))
+    parts = [
+        _statistics(design, y[:, first : first + lanes]) for first in range(0, y.shape[1], lanes)
+    ]
+    return Statistics(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+
+
+def _statistics(design: OneVariance, y: np.ndarray) -> Statistics:
+    layout, weights = design.layout, design.layout.weights
     kept = layout.fixed.kept
     X = layout.X[:, kept] if len(kept) < layout.X.shape[1] else layout.X
-    y = np.asarray(y, dtype=float)
+    y = np.ascontiguousarray(y, dtype=float)
     with np.errstate(invalid="ignore", over="ignore"):
         centre = y.mean(axis=0) if design.ones is not None else np.zeros(y.shape[1])
         around = y - centre if design.ones is not None else y
@@ -238,11 +254,7 @@ def statistics(design: OneVariance, y: np.ndarray) -> Statistics:
             again = layout.fixed.inverse.T @ (X.T @ weighted)
             total[close] = np.einsum("ij,ij->j", weighted, own)
             total[close] -= np.einsum("ij,ij->j", again, again)
-        z = factor.blocks[0][:, 0]
-        if not (z == 1.0).all():
-            both = both * z[:, None]
-        sums = group_sums(both, factor.codes, factor.n_groups, layout.order)
-        sums -= design.groups_X @ origin
+        sums = design.to_sums @ around - design.groups_X @ origin
         if design.ones is not None:
             origin += design.ones[:, None] * centre
     return from_sums(design, origin.T, total, sums.T)
@@ -268,16 +280,6 @@ def from_sums(
         np.concatenate(inside, axis=1),
         np.stack(sets, axis=1) if sets else np.zeros((len(sums), 0)),
     )
-
-
-def group_sums(
-    values: np.ndarray, codes: np.ndarray, m: int, order: np.ndarray | None
-) -> np.ndarray:
-    """Sum rows by group: (n, lanes) to (m, lanes)."""
-    sizes = np.bincount(codes, minlength=m)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    values = values if order is None else values[order]
-    return np.asarray(np.add.reduceat(values, starts, axis=0))
 
 
 # --- the search -------------------------------------------------------------------------------
@@ -393,7 +395,7 @@ def _search(spectrum: Spectrum, w: Array) -> Minimum:
     return at._replace(value=logdet + spectrum.d * jnp.log(at.rss), converged=at.converged & finite)
 
 
-_search_compiled = Compiled(_search)
+_search_compiled = OverLanes(_search, lambda *_: (-1, 0))
 
 
 def spectrum(design: OneVariance, reml: bool) -> Spectrum:
@@ -461,7 +463,9 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> Fits:
     w = coordinates(design, stats)
     w = np.where(sound[:, None] & np.isfinite(w), w, 1.0)
     with jax.enable_x64(True), compilation_cache():
-        at = Minimum(*_in_chunks(partial(_search_compiled, constants), (w,), SEARCH_LANES))
+        at = Minimum(
+            *_in_chunks(partial(_search_compiled, constants), (w,), SEARCH_LANES * n_devices())
+        )
     d = np.where(at.d <= BOUNDARY, 0.0, at.d)
     rotated = np.where(sound[:, None], stats.inside, 0.0) @ design.vectors
     gain = design.gain(d * design.unit)

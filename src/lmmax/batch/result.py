@@ -252,7 +252,9 @@ class BatchFit:
         return fit_prepared(prepare(design, self.settings.engine), self.settings)
 
     def _number(self, which: Any) -> int:
-        if isinstance(which, int | np.integer) and not isinstance(which, bool):
+        # Whole numbers are positions, but where the names are whole numbers of their own.
+        by_position = isinstance(self.names, pd.RangeIndex) or self.names.dtype.kind not in "iu"
+        if by_position and isinstance(which, int | np.integer) and not isinstance(which, bool):
             if not -len(self) <= which < len(self):
                 raise IndexError(f"there are {len(self)} responses, not one number {which}")
             return int(which) % len(self)

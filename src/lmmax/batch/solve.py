@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..compilation import Compiled
 from ..compilation_cache import compilation_cache
 from ..constraints import Settings, TermColumns
 from ..em import moment_start
@@ -35,6 +34,7 @@ from ..estimation import (
 )
 from ..likelihood.grouped import GroupedProblem
 from ..solve import Constraints, Options, Status, newton
+from .devices import OverLanes, n_devices
 
 LANES = 256
 """Most lanes that run together."""
@@ -72,8 +72,10 @@ class Lanes:
 
     @property
     def noise(self) -> np.ndarray:
-        """Standard deviation, relative to the residual's, of one average group's mean, (q,)."""
-        return np.sqrt(np.asarray(self.problem.n_groups) / np.mean(self.problem.n_obs))
+        """Standard deviation, relative to the residual's, of one average group's mean, (n, q)."""
+        groups = np.asarray(self.problem.n_groups)
+        found = np.sqrt(groups / self.values("n_obs")[:, None])
+        return np.broadcast_to(found, (len(self.natural), groups.shape[-1]))
 
     def values(self, name: str) -> np.ndarray:
         """Return a field that is a number, for each lane, (n,)."""
@@ -261,10 +263,11 @@ def _leave_boundary(
     noise = lanes.noise
     left = np.flatnonzero(ends.status == Status.CONVERGED)
     for _ in range(RESTARTS):
-        left = left[~_interior(ends.D[left], noise) & (ends.status[left] == Status.CONVERGED)]
+        inside = _interior(ends.D[left], noise[left])
+        left = left[~inside & (ends.status[left] == Status.CONVERGED)]
         if not left.size:
             break
-        moved, better = _step_off(lanes, constraints, terms, ends, left, noise)
+        moved, better = _step_off(lanes, constraints, terms, ends, left, noise[left])
         left, better = left[moved], better.take(moved)
         if left.size:
             ends.replaced(left, _run(lanes, constraints, settings, better, left, 0, longest))
@@ -273,15 +276,24 @@ def _leave_boundary(
 def _interior(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Return for each lane whether no direction of the random effects is at the boundary, (n,)."""
     if D.shape[1] == 1:
-        return np.asarray(D[:, 0, 0] > (BOUNDARY * noise[0]) ** 2)
-    return np.asarray(np.linalg.eigvalsh(D / np.outer(noise, noise))[:, 0] > BOUNDARY**2)
+        return np.asarray(D[:, 0, 0] > (BOUNDARY * noise[:, 0]) ** 2)
+    size = noise[:, :, None] * noise[:, None, :]
+    return np.asarray(np.linalg.eigvalsh(D / size)[:, 0] > BOUNDARY**2)
 
 
 def usual_starts(lanes: Lanes, constraints: Constraints, which: np.ndarray) -> list[Start]:
     """Return where a fit without an earlier one starts, for some lanes; several with structures."""
-    D = np.stack([moment_start(lanes.one(lane)) for lane in which])
-    z_inverse = np.asarray(lanes.problem.z_inverse)
-    thetas = [theta_starts(constraints, z_inverse, np.diag(own)) for own in D]
+    here = lanes.take(which)
+    q = len(constraints.blocks)
+    D = np.broadcast_to(moment_start(here.problem), (len(which), q, q))
+    inverses = np.broadcast_to(np.asarray(here.problem.z_inverse), D.shape)
+    if constraints.structures:
+        thetas = [
+            theta_starts(constraints, inverse, np.diag(own))
+            for inverse, own in zip(inverses, D, strict=True)
+        ]
+    else:
+        thetas = [[np.zeros(0)]] * len(which)
     s = np.log(0.5 / lanes.values("n_obs")[which])
     return [
         Start(D * constraints.blocks, s, np.stack(theta)) for theta in zip(*thetas, strict=True)
@@ -333,11 +345,18 @@ def _newton(
     return result
 
 
-_compiled = Compiled(_newton)
+def _axes(lanes: Lanes, *_: Any) -> tuple[Any, ...]:
+    """Return where the arguments of `_newton` have an axis of lanes."""
+    problem = jax.tree.map(lambda _: -1, lanes.problem)
+    problem = replace(problem, **dict.fromkeys(lanes.varying, 0))
+    return replace(lanes, problem=problem, natural=0), -1, -1, 0, 0, 0
+
+
+_compiled = OverLanes(_newton, _axes)
 
 
 def chunk_size(lanes: Lanes) -> int:
-    """Return how many lanes run together."""
+    """Return how many lanes run together on a device."""
     problem = lanes.problem
     q, width, m = np.shape(problem.Y)[-3:]
     fitting = CHUNK_BYTES // (8 * q * (q + width) * m)
@@ -360,7 +379,7 @@ def _run(
         max_steps=max_steps,
         tol=tolerance(lanes.problem) if settings.tol is None else settings.tol,
     )
-    size, n = chunk_size(lanes), len(which)
+    size, n = chunk_size(lanes) * n_devices(), len(which)
     chunks = []
     with jax.enable_x64(True), compilation_cache():
         for first in range(0, n, size):
@@ -404,15 +423,16 @@ def _step_off(
     for term, blocks in free_terms(terms, constraints):
         if term.pattern is None:
             for i in np.flatnonzero(~moved):
-                better = grown(_record(ends, which[i]), constraints, term, lanes.problem, noise)
+                problem = lanes.one(which[i])
+                better = grown(_record(ends, which[i]), constraints, term, problem, noise[i])
                 if better is not None:
                     theta[i], moved[i] = better, True
             continue
         for block in blocks:
             rows_in, columns_in = np.ix_(block, block)
             values, vectors = np.linalg.eigh(ends.D[which][:, rows_in, columns_in])
-            size = float(np.min(noise[block]))
-            null = values <= (BOUNDARY * size) ** 2
+            size = np.min(noise[:, block], axis=1)
+            null = values <= (BOUNDARY * size[:, None]) ** 2
             basis = vectors * null[:, None, :]
             onto = basis @ basis.transpose(0, 2, 1)
             inner = onto @ G[:, rows_in, columns_in] @ onto
@@ -444,7 +464,7 @@ def _record(ends: Ends, lane: int) -> Any:
     return SimpleNamespace(point=point)
 
 
-def _snapped(
+def snapped(
     ends: Ends, constraints: Constraints, terms: Sequence[TermColumns], noise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Set directions at the boundary to exactly zero; return D (n, q, q) and what is singular."""
@@ -455,7 +475,7 @@ def _snapped(
     root, flagged = ends.root[near].copy(), np.zeros(near.size, dtype=bool)
     for term, blocks in free_terms(terms, constraints):
         for block in blocks:
-            size, (i, j) = float(np.min(noise[block])), np.ix_(block, block)
+            size, (i, j) = np.min(noise[near][:, block], axis=1)[:, None], np.ix_(block, block)
             if term.pattern is None:
                 values = np.linalg.eigvalsh(ends.D[near][:, i, j])
                 values = values[:, term.covariance.nullity(term.width) :]
@@ -487,6 +507,7 @@ def in_user_units(
     y_scale: np.ndarray,
     kept: np.ndarray,
     n_columns: int,
+    total: np.ndarray | float = 1.0,
 ) -> BatchEstimates:
     """Map the ends of a solve to the user's units.
 
@@ -501,27 +522,29 @@ def in_user_units(
         y_scale: units of the data per unit of the working response, (n,).
         kept: positions of the columns of X that were kept, (p,).
         n_columns: their number before that.
+        total: sum of squares of the working responses relative to that of the data, (n,).
     """
     problem, n, p = lanes.problem, len(ends.s), len(kept)
     n_obs = lanes.values("n_obs")
     status = ends.status.copy()
     if constraints.scale_free:
-        rounding = (10.0 * np.finfo(float).eps) ** 2 / n_obs
+        rounding = (10.0 * np.finfo(float).eps) ** 2 / (total * n_obs)
         status[np.exp(ends.s) <= rounding] = Status.UNBOUNDED
     scale = np.exp(ends.s) * y_scale**2
     fixed = (settings.fix or {}).get("scale")
     if fixed is not None:
         scale = np.full(n, float(fixed))
-    D, singular = _snapped(ends, constraints, terms, lanes.noise)
+    D, singular = snapped(ends, constraints, terms, lanes.noise)
     z_inverse = np.asarray(problem.z_inverse)
-    cov_re = scale[:, None, None] * (z_inverse @ D @ z_inverse.T)
-    R_inverse = np.asarray(problem.x_inverse)[:p, :p]
+    cov_re = scale[:, None, None] * (z_inverse @ D @ np.swapaxes(z_inverse, -1, -2))
+    R_inverse = np.asarray(problem.x_inverse)[..., :p, :p]
     params = np.full((n, n_columns), np.nan)
-    params[:, kept] = (ends.beta[:, :p] * y_scale[:, None] + origin) @ R_inverse.T
-    half = np.einsum("ij,njk,ik->ni", R_inverse, ends.beta_inverse[:, :p, :p], R_inverse)
+    working = ends.beta[:, :p] * y_scale[:, None] + origin
+    params[:, kept] = np.einsum("...ij,...j->...i", R_inverse, working)
+    half = np.sum((R_inverse @ ends.beta_inverse[:, :p, :p]) * R_inverse, axis=-1)
     bse = np.full((n, n_columns), np.nan)
     bse[:, kept] = np.sqrt(scale[:, None] * half)
     d = n_obs - settings.reml * p
-    constant = 2.0 * (d * np.log(y_scale) + settings.reml * float(problem.x_logdet))
+    constant = 2.0 * (d * np.log(y_scale) + settings.reml * lanes.values("x_logdet"))
     criterion = ends.value + constant - lanes.values("log_weights")
     return BatchEstimates(params, bse, cov_re, scale, -0.5 * criterion, status, singular)

@@ -33,14 +33,17 @@ class Columns:
     path: str | None = None
 
     def block(self, first: int, last: int) -> np.ndarray:
-        """Return responses on the rows of the design, in double precision, (n, last - first)."""
+        """Return responses on the rows of the design, in double precision, (n, last - first).
+
+        Read now, not when used, and laid out in one way: sums round alike whatever the source.
+        """
         if isinstance(self.values, pd.DataFrame):
             part = self.values.iloc[:, first:last].to_numpy(dtype=float, na_value=np.nan)
         else:
             part = self.values[:, first:last]
             part = part.toarray() if hasattr(part, "toarray") else part
-            part = np.asarray(part, dtype=float)
-        return part if len(part) == len(self.rows) else part[self.rows]
+        part = part if len(part) == len(self.rows) else part[self.rows]
+        return np.ascontiguousarray(part, dtype=float)
 
     def column(self, number: int) -> np.ndarray:
         """Return one response on the rows of the design, (n,)."""

@@ -79,6 +79,7 @@ class Store:
 
     def read(self, first: int) -> tuple[Record, np.ndarray] | None:
         """Return the results of a chunk; None if there is no such file, or it is damaged."""
+        import pyarrow as pa
         from pyarrow import parquet
 
         path = self._chunk(first)
@@ -86,7 +87,7 @@ class Store:
             return None
         try:
             table = parquet.read_table(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError, pa.ArrowException):
             return None
         flat = {
             name: table.column(name).to_numpy() for name in table.column_names if name != "response"

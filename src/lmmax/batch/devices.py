@@ -1,0 +1,58 @@
+"""Lanes on all devices of this process: each works on a share of its own.
+
+The devices do not wait for one another in a loop, as they would if its condition were one for all
+lanes: every device runs the whole function on its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from ..compilation import Compiled
+
+AXIS = "lanes"
+
+
+def n_devices() -> int:
+    """Return the number of devices that lanes are spread over."""
+    return len(jax.local_devices())
+
+
+class OverLanes:
+    """A compiled function of lanes, that all local devices share if there are several.
+
+    Args:
+        function: of arrays some of which have a leading axis of lanes, as has all that it returns.
+        axes: returns, for its arguments, where they have that axis: 0 or -1 for nowhere, in the
+            same structure or a prefix of it.
+    """
+
+    def __init__(self, function: Callable[..., Any], axes: Callable[..., Any]) -> None:
+        self._function, self._axes = function, axes
+        self._alone = Compiled(function)
+        self._shared = Compiled(self._spread)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function; with several devices, the lanes must be a multiple of their number."""
+        return (self._alone if n_devices() == 1 else self._shared)(*arguments)
+
+    def _spread(self, *arguments: Any) -> Any:
+        return jax.shard_map(
+            self._function,
+            mesh=Mesh(jax.local_devices(), (AXIS,)),
+            in_specs=jax.tree.map(_spec, self._axes(*arguments)),
+            out_specs=PartitionSpec(AXIS),
+            check_vma=False,
+        )(*arguments)
+
+    def count(self) -> int:
+        """Return how many executables have been compiled, one for each set of shapes."""
+        return self._alone.count() + self._shared.count()
+
+
+def _spec(axis: int) -> PartitionSpec:
+    return PartitionSpec(AXIS) if axis == 0 else PartitionSpec()

@@ -1,0 +1,156 @@
+"""What a worker of `fit_many` does: fit blocks of responses of one design."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from ..constraints import Settings
+from ..design import DataError
+from ..fit import prepare
+from ..matrices import Design
+from .engines import Engine, Record, empty, engine_of, stacked
+from .rows import subset
+from .store import fingerprint
+
+PATTERNS = 64
+"""Most designs on some of the rows that are kept for responses with the same missing values."""
+REMEMBERED = 2
+"""Most works that a process keeps which came from another one."""
+
+Done = tuple[Record, np.ndarray]
+"""Results of a block, and the number of rows of each of its responses."""
+
+
+@dataclass(eq=False)
+class Work:
+    """Fits blocks of responses; designs and templates are shared by all of them.
+
+    A copy in another process, of which each block brings one, is the same object every time.
+
+    Attributes:
+        design: the design; where fits need a start, its response lends them one, so that results
+            do not depend on which responses are fitted together.
+        settings: how to fit.
+        tests: what is tested.
+        engines: per pattern of missing values, as bytes, what fits it.
+    """
+
+    design: Design
+    settings: Settings
+    tests: tuple[Any, ...]
+    engines: dict[bytes, Engine | None] = field(default_factory=dict)
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    @property
+    def name(self) -> str:
+        """How complete responses are fitted."""
+        engine = self._engine_of(b"", np.arange(len(self.design.y)))
+        return "nothing can be fitted" if engine is None else engine.name
+
+    def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
+        """Return what a reader of the results should know.
+
+        Args:
+            n_obs: number of rows that each response has.
+        """
+        design, found = self.design, []
+        if design.n_dropped:
+            found.append(f"{design.n_dropped} rows dropped for missing covariates")
+        gaps = int(np.sum(n_obs < len(design.y)))
+        if gaps:
+            found.append(
+                f"{gaps} responses have missing values; each is fitted to the rows that it has"
+            )
+        return tuple(found)
+
+    @cached_property
+    def key(self) -> str:
+        """The same for the same work, wherever it is done."""
+        return fingerprint(
+            *arrays(self.design), self.design.y, str(self.design.spec), self.settings, self.tests
+        )
+
+    def __reduce__(self) -> Any:
+        return remembered, (self.key, Work, self.design, self.settings, self.tests)
+
+    def done(self, y: np.ndarray) -> Done:
+        """Fit a block of responses and count their rows."""
+        return self.fit(y), len(y) - np.isnan(y).sum(axis=0)
+
+    def fit(self, y: np.ndarray) -> Record:
+        """Fit a block of responses, NaN where missing, (n, lanes)."""
+        gone = np.isnan(y)
+        if not gone.any():
+            return self._fit(b"", np.arange(len(y)), y)
+        packed = np.packbits(gone, axis=0)
+        keys, which = np.unique(packed, axis=1, return_inverse=True)
+        which = which.reshape(-1)
+        parts: list[tuple[np.ndarray, Record]] = []
+        for number in range(keys.shape[1]):
+            lanes = np.flatnonzero(which == number)
+            rows = np.flatnonzero(~gone[:, lanes[0]])
+            key = b"" if len(rows) == len(y) else keys[:, number].tobytes()
+            parts.append((lanes, self._fit(key, rows, y[np.ix_(rows, lanes)])))
+        order = np.argsort(np.concatenate([lanes for lanes, _ in parts]), kind="stable")
+        whole = stacked([record for _, record in parts])
+        return Record(*(leaf[order] for leaf in whole))
+
+    def _fit(self, key: bytes, rows: np.ndarray, y: np.ndarray) -> Record:
+        found = self._engine_of(key, rows)
+        if found is None:
+            return empty(y.shape[1], len(self.design.x_names), self.width, len(self.tests))
+        return found.fit(y)
+
+    @property
+    def width(self) -> int:
+        """Number of random effects, q."""
+        return sum(block.Z.shape[1] for block in self.design.blocks)
+
+    def _engine_of(self, key: bytes, rows: np.ndarray) -> Engine | None:
+        with self._lock:  # of several threads, one analyses the design
+            if key not in self.engines:
+                if len(self.engines) >= PATTERNS:
+                    # The oldest that is not the complete one.
+                    self.engines.pop(next(k for k in self.engines if k))
+                self.engines[key] = self._engine(rows)
+            return self.engines[key]
+
+    def _engine(self, rows: np.ndarray) -> Engine | None:
+        """Return what fits responses on some of the rows; None if nothing can."""
+        if len(rows) == 0:
+            return None
+        design = subset(self.design, rows, self.design.y[rows])
+        if any(len(np.unique(g.codes)) < 2 for g in design.groupings):
+            return None
+        try:
+            return engine_of(prepare(design, self.settings.engine), self.settings, self.tests)
+        except DataError:
+            if len(rows) == len(self.design.y):
+                raise
+            return None
+
+
+def remembered(key: str, make: Callable[..., Any], *parts: Any) -> Any:
+    """Return the work that has come to this process before, with what it has analysed."""
+    work = _WORKS.pop(key, None) or make(*parts)
+    _WORKS[key] = work
+    while len(_WORKS) > REMEMBERED:
+        _WORKS.pop(next(iter(_WORKS)))
+    return work
+
+
+_WORKS: dict[str, Any] = {}
+
+
+def arrays(design: Design) -> list[np.ndarray]:
+    """Return all arrays that make a design, its response apart."""
+    found = [design.X, *(block.Z for block in design.blocks)]
+    for grouping in design.groupings:
+        found += [grouping.codes] + ([] if grouping.root is None else [grouping.root])
+    return found + [part for part in (design.weights, design.offset) if part is not None]

@@ -1,0 +1,366 @@
+"""`fit_many` on files, with workers and devices: what is lost, what is kept, how much memory.
+
+What a run must equal is the plain run on the same responses in memory; `test_fit_many` says that
+this is right.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import lmmax
+from lmmax.batch.engines import Record
+from lmmax.batch.store import StoreError
+from lmmax.batch.stream import LostWorkerWarning, stream
+from lmmax.solve import Status
+from tests import streaming
+from tests.streaming import CHUNK, MODELS, K
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def y() -> np.ndarray:
+    return streaming.responses()
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: Any) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(model: str, y: np.ndarray) -> lmmax.BatchFit:
+    return streaming.fit(model, y)
+
+
+@pytest.fixture(scope="module")
+def files(
+    model: str, y: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, bytes]]:
+    """A directory with the responses, and the results of a run that nothing stops."""
+    here = tmp_path_factory.mktemp(model)
+    np.save(here / "y.npy", y)
+    streaming.fit_file(here, model)
+    return here, contents(here / "out")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def equal(a: Record, b: Record) -> None:
+    for name, mine, other in zip(Record._fields, a, b, strict=True):
+        np.testing.assert_array_equal(mine, other, err_msg=name)
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def test_a_file_gives_the_same_as_memory(
+    plain: lmmax.BatchFit, files: tuple[Path, dict[str, bytes]], model: str
+) -> None:
+    here, written = files
+    assert len(written) == K // CHUNK + 1
+    again = streaming.fit(model, here / "y.npy", out=here / "out", resume=True)
+    equal(again.record, plain.record)
+    np.testing.assert_array_equal(again.n_obs, plain.n_obs)
+    assert again.engine == plain.engine
+    assert plain.notes == (
+        "3 responses have missing values; each is fitted to the rows that it has",
+    )
+    table = pd.read_parquet(here / "out" / f"chunk-{CHUNK:012d}.parquet")
+    np.testing.assert_array_equal(table["params[x]"], plain.params["x"].iloc[CHUNK : 2 * CHUNK])
+
+
+def test_after_kill_9_one_chunk_at_most_is_lost(
+    files: tuple[Path, dict[str, bytes]], model: str, tmp_path: Path, y: np.ndarray
+) -> None:
+    _, written = files
+    np.save(tmp_path / "y.npy", y)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tests.streaming", str(tmp_path), model]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while process.poll() is None and len(list(out.glob("*.parquet"))) < 3:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = contents(out)
+    complete = {name for name in before if name.endswith(".parquet")}
+    assert 3 <= len(complete) < K // CHUNK
+    # All that is complete is right, and comes first; a part may be left of one more.
+    assert all(before[name] == written[name] for name in complete)
+    assert complete == set(sorted(written)[: len(complete)])
+    assert len(before) <= len(complete) + 2
+    stamps = {name: (out / name).stat().st_mtime_ns for name in complete}
+    streaming.fit_file(tmp_path, model, resume=True)
+    assert contents(out) == written
+    assert stamps == {name: (out / name).stat().st_mtime_ns for name in complete}
+
+
+DAMAGES = {
+    "cut off": lambda old: old[: len(old) // 2],
+    "empty": lambda old: b"",
+    "a bit": lambda old: old[:200] + bytes([old[200] ^ 1]) + old[201:],
+    "no file": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_chunk_is_fitted_again(
+    files: tuple[Path, dict[str, bytes]], model: str, damage: str
+) -> None:
+    here, written = files
+    path, change = here / "out" / f"chunk-{3 * CHUNK:012d}.parquet", DAMAGES[damage]
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(written[path.name]))
+    streaming.fit_file(here, model, resume=True)
+    assert contents(here / "out") == written
+
+
+OTHER_WORK: dict[str, dict[str, Any]] = {
+    "settings": {"reml": False},
+    "tests": {"tests": {"slope": "x = 1"}},
+    "chunk": {"chunk": 7},
+    "design": {"weights": np.linspace(1.0, 2.0, len(streaming.data()))},
+}
+
+
+@pytest.mark.parametrize("what", OTHER_WORK)
+def test_a_directory_holds_one_work(files: tuple[Path, dict[str, bytes]], what: str) -> None:
+    here, written = files
+    model = here.name[:-1]
+    options = {"out": here / "out", "resume": True, **OTHER_WORK[what]}
+    with pytest.raises(StoreError, match=rf"other work: .*{what}"):
+        streaming.fit(model, here / "y.npy", **options)
+    with pytest.raises(StoreError, match="holds results already: pass resume=True"):
+        streaming.fit_file(here, model)
+    assert contents(here / "out") == written
+
+
+def test_other_responses_of_the_same_shape_are_other_work(
+    files: tuple[Path, dict[str, bytes]], model: str, y: np.ndarray
+) -> None:
+    out = files[0] / "out"
+    with pytest.raises(StoreError, match="other work: values differ"):
+        streaming.fit(model, y + 1.0, out=out, resume=True)
+
+
+# --- sources --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["intercept"], indirect=True)
+def test_all_sources_give_the_same(
+    plain: lmmax.BatchFit, model: str, y: np.ndarray, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(y))
+    frame = pd.DataFrame(y, columns=[f"v{i}" for i in range(K)])
+    frame.to_parquet(tmp_path / "y.parquet")
+    sliced = streaming.Sliced(y)
+    sources: list[Any] = [
+        tmp_path / "fortran.npy",
+        np.load(tmp_path / "fortran.npy", mmap_mode="r"),
+        str(tmp_path / "y.parquet"),
+        sparse.csc_array(y),
+        sparse.csr_matrix(y),
+        sliced,
+    ]
+    for source in sources:
+        found = streaming.fit(model, source)
+        equal(found.record, plain.record)
+        np.testing.assert_array_equal(found[7].params, plain[7].params)
+    assert list(streaming.fit(model, sources[2]).names) == list(frame.columns)
+    # The first few, one at the end, and then a block each: nothing is read as a whole.
+    assert max(columns for _, columns in sliced.asked) < K // 2
+
+
+# --- workers --------------------------------------------------------------------------------
+
+
+def test_threads_give_the_same(plain: lmmax.BatchFit, model: str, y: np.ndarray) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        equal(streaming.fit(model, y, executor=threads).record, plain.record)
+
+
+@pytest.mark.parametrize("model", ["intercept"], indirect=True)
+def test_processes_give_the_same(plain: lmmax.BatchFit, model: str, y: np.ndarray) -> None:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        equal(streaming.fit(model, y, executor=processes).record, plain.record)
+
+
+class Killing(Executor):
+    """Kills one of its workers when the third block has been handed to them."""
+
+    def __init__(self, executor: Any, pid: Callable[[], int]) -> None:
+        self.executor, self.pid, self.count = executor, pid, 0
+
+    def submit(self, *arguments: Any) -> Any:  # type: ignore[override]
+        self.count += 1
+        future = self.executor.submit(*arguments)
+        if self.count == 3:
+            os.kill(self.pid(), signal.SIGKILL)
+        return future
+
+
+def test_a_killed_worker_loses_nothing(
+    files: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    here, written = files
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        killing = Killing(pool, lambda: next(iter(pool._processes)))
+        with pytest.warns(LostWorkerWarning, match="its responses are fitted here"):
+            streaming.fit(here.name[:-1], here / "y.npy", out=tmp_path / "out", executor=killing)
+    assert contents(tmp_path / "out") == written
+    assert killing.count > 3
+
+
+@pytest.mark.parametrize("model", ["intercept"], indirect=True)
+def test_dask_goes_on_without_a_killed_worker(
+    files: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    import distributed
+
+    here, written = files
+    with (
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address=None,
+            local_directory=str(tmp_path / "dask"),
+            silence_logs="CRITICAL",
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        pids = list(client.run(os.getpid).values())
+        killing = Killing(client.get_executor(), lambda: pids[0])
+        streaming.fit(here.name[:-1], here / "y.npy", out=tmp_path / "out", executor=killing)
+        left = list(client.run(os.getpid).values())
+    assert pids[0] not in left
+    assert killing.count == K // CHUNK
+    assert contents(tmp_path / "out") == written
+
+
+def test_an_error_of_a_fit_is_not_taken_for_a_lost_worker() -> None:
+    class Wrong:
+        def done(self, y: np.ndarray) -> Any:
+            raise ZeroDivisionError("of the fit")
+
+    class Source:
+        names = pd.RangeIndex(3)
+
+        def block(self, first: int, last: int) -> np.ndarray:
+            return np.zeros((4, last - first))
+
+    with ThreadPoolExecutor(1) as threads, warnings.catch_warnings():
+        warnings.simplefilter("ignore", LostWorkerWarning)
+        with pytest.raises(ZeroDivisionError, match="of the fit"):
+            list(stream(Wrong(), Source(), 1, None, threads))  # type: ignore[arg-type]
+
+
+# --- memory and order -----------------------------------------------------------------------
+
+
+class Slow:
+    """Work that returns its responses, later ones sooner."""
+
+    def done(self, y: np.ndarray) -> Any:
+        time.sleep(0.02 if int(y[0, 0]) % 3 == 0 else 0.001)
+        return y[0].copy(), np.full(y.shape[1], len(y))
+
+
+class Numbers:
+    """A source whose blocks are made when asked for, and counted."""
+
+    def __init__(self, rows: int, k: int) -> None:
+        self.rows, self.names, self.made = rows, pd.RangeIndex(k), 0
+
+    def block(self, first: int, last: int) -> np.ndarray:
+        self.made += 1
+        return np.ones((self.rows, 1)) * np.arange(first, last)
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_results_come_in_order_and_little_is_read_ahead(workers: int) -> None:
+    size, rows, k = 5, 20_000, 200
+    source, done = Numbers(rows, k), 0
+    with ThreadPoolExecutor(max(workers, 1)) as threads:
+        tracemalloc.start()
+        executor = threads if workers else None
+        for record, n_obs in stream(Slow(), source, size, None, executor):  # type: ignore[arg-type]
+            np.testing.assert_array_equal(record, np.arange(done, done + size))
+            done += len(n_obs)
+            assert source.made <= done // size + (11 if workers else 2)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert done == k
+    # 40 blocks go through.
+    assert peak < (14 if workers else 5) * 8 * rows * size
+
+
+def test_memory_is_bounded_by_the_chunk(tmp_path: Path) -> None:
+    """Of a file of ten chunks; a second chunk is read while one is fitted."""
+    rng = np.random.default_rng(0)
+    n, chunk = 4000, 100
+    table = pd.DataFrame({"g": np.repeat(np.arange(400), 10), "x": rng.normal(size=n)})
+    held = np.lib.format.open_memmap(
+        tmp_path / "y.npy", mode="w+", dtype=np.float32, shape=(n, 10 * chunk)
+    )
+    for first in range(0, 10 * chunk, chunk):
+        held[:, first : first + chunk] = rng.normal(size=(n, chunk))
+    del held
+
+    def peak(**options: Any) -> int:
+        tracemalloc.start()
+        lmmax.fit_many("~ x + (1 | g)", table, tmp_path / "y.npy", **options)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(chunk=chunk)  # compiles
+    block = 8 * n * chunk
+    assert peak(chunk=chunk) < 5 * block
+    assert peak(chunk=10 * chunk) > 10 * block
+
+
+# --- devices --------------------------------------------------------------------------------
+
+
+def test_results_do_not_depend_on_the_number_of_devices(tmp_path: Path) -> None:
+    running = []
+    for count in (2, 4):  # which share the cores of one
+        flags = f"--xla_force_host_platform_device_count={count}"
+        call = f"from tests.streaming import on_devices; on_devices({str(tmp_path / str(count))!r})"
+        command = [sys.executable, "-c", call]
+        running.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}))
+    streaming.on_devices(str(tmp_path / "here"))
+    one = np.load(tmp_path / "here.npz")
+    for count, process in zip((2, 4), running, strict=True):
+        assert process.wait() == 0
+        found = np.load(tmp_path / f"{count}.npz")
+        # Compiled for all of them, and once.
+        assert found["devices"] == count and found["compiled"].tolist() == [0, 1, 0, 1]
+        for model in MODELS:
+            assert (found[f"{model}.status"] == Status.CONVERGED).all()
+            for field in Record._fields:
+                # What is zero at a minimum has no digits.
+                atol = 1e-9 if field == "gradient" else 1e-12
+                name = f"{model}.{field}"
+                np.testing.assert_allclose(found[name], one[name], 1e-12, atol, err_msg=name)
