@@ -220,10 +220,8 @@ def test_wrong_responses(sleep: pd.DataFrame, responses: Any, message: str) -> N
 
 def test_qvalues_of_benjamini_and_hochberg() -> None:
     # Table 1 of Benjamini and Hochberg (1995): 15 p-values, four of them called at 0.05.
-    p = np.array(
-        [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344]
-        + [0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0]
-    )
+    low = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344]
+    p = np.array([*low, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0])
     assert int(np.sum(qvalues(p) <= 0.05)) == 4
     harmonic = np.sum(1.0 / np.arange(1, 16))
     np.testing.assert_allclose(qvalues(p, "by"), np.minimum(qvalues(p) * harmonic, 1.0))

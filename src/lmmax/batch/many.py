@@ -111,6 +111,9 @@ def fit_many(
             :func:`lmmax.fit`.
         StoreError: if `out` holds other results.
 
+    Warns:
+        LostWorkerWarning: if a worker of the executor is lost; its responses are fitted here.
+
     Example:
         >>> import lmmax, numpy as np
         >>> sleep = lmmax.datasets.load("sleepstudy")
