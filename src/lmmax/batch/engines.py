@@ -194,9 +194,14 @@ class LineEngine:
         C[inside] = np.linalg.inv(found.information[inside])
         C[at_zero, 1, 1] = 1.0 / found.information[at_zero, 1, 1]
         params[:, kept] = found.beta
-        for j, row in zip(kept, np.eye(len(kept)), strict=True):
-            of = self._uncertainty(found, C, row[None])
-            bse[:, j], df[:, j] = np.sqrt(of.V[:, 0, 0]), degrees(of)[:, 0]
+        unscaled, slope = self.line.unscaled_variances(found.variance, np.eye(len(kept)))
+        V = found.scale[:, None] * unscaled
+        g = np.stack([found.scale[:, None] * slope, V])
+        spread = np.einsum("kni,nkl,lni->ni", g, C, g, optimize=True)
+        bse[:, kept] = np.sqrt(V)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            df[:, kept] = np.where(spread > 0.0, 2.0 * V**2 / spread, np.inf)
+        df[~usable] = np.nan
         results = np.full((4, n, len(self.tests)), np.nan)
         for h, test in enumerate(self.tests):
             L = test.L[:, kept]

@@ -108,6 +108,15 @@ class OneVariance:
         d = variance[:, None]
         return np.asarray(d / (1.0 + d * self.eigenvalues))
 
+    def unscaled_variances(
+        self, variance: np.ndarray, contrasts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the diagonals of what `unscaled_covariance` returns, (n, r) each."""
+        own = np.sum((contrasts @ self.layout.fixed.inverse) ** 2, axis=1)
+        squares = ((contrasts @ self.loadings) ** 2).T
+        shrunk = 1.0 / (1.0 + variance[:, None] * self.eigenvalues)
+        return own + (variance[:, None] * shrunk) @ squares, (shrunk * shrunk) @ squares
+
     def unscaled_covariance(
         self, variance: np.ndarray, contrasts: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -414,11 +423,17 @@ def spectrum(design: OneVariance, reml: bool) -> Spectrum:
     return Spectrum(quadratic * unit, logdet * unit, count, d, GRID)
 
 
-def coordinates(design: OneVariance, stats: Statistics) -> np.ndarray:
-    """Return the squared coordinates of the responses relative to their total, (lanes, K)."""
+def coordinates(design: OneVariance, stats: Statistics, rotated: np.ndarray) -> np.ndarray:
+    """Return the squared coordinates of the responses relative to their total, (lanes, K).
+
+    Args:
+        design: the designs.
+        stats: statistics of the responses.
+        rotated: their inside coordinates along the eigenvectors, (lanes, R).
+    """
     top = max(design.eigenvalues.max(initial=0.0), design.set_kappa.max(initial=0.0))
     inside = design.eigenvalues > RANK * top
-    along = (stats.inside @ design.vectors[:, inside]) ** 2 / design.eigenvalues[inside]
+    along = rotated[:, inside] ** 2 / design.eigenvalues[inside]
     parts = np.concatenate([along, stats.sets / design.set_kappa], axis=1)
     rest = (stats.total - parts.sum(axis=1)).clip(min=0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -460,14 +475,14 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> Fits:
     constants = spectrum(design, reml)
     # A lane without variation, or with values that are not finite, goes through as a harmless one.
     sound = np.isfinite(stats.total) & (stats.total > 0.0) & np.isfinite(stats.origin).all(axis=1)
-    w = coordinates(design, stats)
+    rotated = np.where(sound[:, None], stats.inside, 0.0) @ design.vectors
+    w = coordinates(design, stats, rotated)
     w = np.where(sound[:, None] & np.isfinite(w), w, 1.0)
     with jax.enable_x64(True), compilation_cache():
         at = Minimum(
             *_in_chunks(partial(_search_compiled, constants), (w,), SEARCH_LANES * n_devices())
         )
     d = np.where(at.d <= BOUNDARY, 0.0, at.d)
-    rotated = np.where(sound[:, None], stats.inside, 0.0) @ design.vectors
     gain = design.gain(d * design.unit)
     beta = stats.origin @ design.layout.fixed.inverse.T - (rotated * gain) @ design.loadings.T
     contrasts = constants.d
