@@ -41,6 +41,13 @@ def as_table(data: Any) -> Table:
     )
 
 
+def n_rows(table: Table) -> int:
+    """Number of rows; of a mapping without columns none."""
+    if isinstance(table, pd.DataFrame):
+        return len(table)
+    return len(next(iter(table.values()), ()))
+
+
 def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
     """The named columns as they are, with the row labels of the data.
 
@@ -60,7 +67,7 @@ def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name!r} {length}" for name, length in lengths.items())
         raise DataError(f"columns differ in length: {listed}")
-    n = next(iter(lengths.values()), len(next(iter(table.values()), ())))
+    n = next(iter(lengths.values()), n_rows(table))
     # Their arrays, because a dict of Series would be aligned by label.
     arrays = {name: values.array for name, values in read.items()}
     return pd.DataFrame(arrays, index=pd.RangeIndex(n), copy=False)

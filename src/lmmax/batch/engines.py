@@ -99,11 +99,20 @@ class Uncertainty(NamedTuple):
 
 def degrees(of: Uncertainty) -> np.ndarray:
     """Return Satterthwaite's degrees of freedom of each combination on its own, (n, r)."""
-    f = np.einsum("nrr->nr", of.V)
-    g = np.einsum("nkrr->nkr", of.slopes)
-    variance = np.einsum("nkr,nkl,nlr->nr", g, of.C, g)
+    return satterthwaite(np.einsum("nrr->nr", of.V), np.einsum("nkrr->nkr", of.slopes), of.C)
+
+
+def satterthwaite(V: np.ndarray, slopes: np.ndarray, C: np.ndarray) -> np.ndarray:
+    """Return the degrees of freedom of combinations, (n, r), each on its own.
+
+    Args:
+        V: their variances, (n, r).
+        slopes: derivatives of these in the variance parameters, (n, k, r).
+        C: covariance of the parameters, (n, k, k).
+    """
+    variance = np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.where(variance > 0.0, 2.0 * f**2 / variance, np.inf))
+        return np.asarray(np.where(variance > 0.0, 2.0 * V**2 / variance, np.inf))
 
 
 def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,11 +205,9 @@ class LineEngine:
         params[:, kept] = found.beta
         unscaled, slope = self.line.unscaled_variances(found.variance, np.eye(len(kept)))
         V = found.scale[:, None] * unscaled
-        g = np.stack([found.scale[:, None] * slope, V])
-        spread = np.einsum("kni,nkl,lni->ni", g, C, g, optimize=True)
         bse[:, kept] = np.sqrt(V)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            df[:, kept] = np.where(spread > 0.0, 2.0 * V**2 / spread, np.inf)
+        slopes = np.stack([found.scale[:, None] * slope, V], axis=1)
+        df[:, kept] = satterthwaite(V, slopes, C)
         df[~usable] = np.nan
         results = np.full((4, n, len(self.tests)), np.nan)
         for h, test in enumerate(self.tests):

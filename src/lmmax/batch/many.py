@@ -17,7 +17,7 @@ from ..constraints import Settings
 from ..design import Design, build_design
 from ..fit import check_reml
 from ..formula import parse_formula
-from ..frames import as_table
+from ..frames import as_table, n_rows
 from ..spec import ModelSpec
 from .engines import stacked
 from .result import BatchFit, hypotheses
@@ -244,9 +244,8 @@ def _design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.ndarray
     else:
         raise TypeError(f"formula must be text or a ModelSpec, not {type(formula).__name__}")
     table = as_table(data)
-    n = len(table) if isinstance(table, pd.DataFrame) else len(next(iter(table.values())))
     # A response that no design explains; rows keep their positions as labels.
-    placeholder = np.random.default_rng(0).normal(size=n)
+    placeholder = np.random.default_rng(0).normal(size=n_rows(table))
     if isinstance(table, pd.DataFrame):
         table = table.reset_index(drop=True).assign(response=placeholder)
     else:

@@ -23,7 +23,7 @@ holds the search.  So the minimum does not depend on a start, and is the least o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +102,12 @@ class OneVariance:
     def n_fixed(self) -> int:
         """Number of coefficients, p."""
         return len(self.X_part)
+
+    @cached_property
+    def random(self) -> np.ndarray:
+        """Directions that have a random part beside what X takes out, (R,)."""
+        top = max(self.eigenvalues.max(initial=0.0), self.set_kappa.max(initial=0.0))
+        return np.asarray(self.eigenvalues > RANK * top)
 
     def gain(self, variance: np.ndarray) -> np.ndarray:
         """Return ``d / (1 + d l_k)`` of each direction at relative variances d (n,), (n, R)."""
@@ -409,8 +415,7 @@ _search_compiled = OverLanes(_search, lambda *_: (-1, 0))
 
 def spectrum(design: OneVariance, reml: bool) -> Spectrum:
     """Return the constants of the criterion."""
-    top = max(design.eigenvalues.max(initial=0.0), design.set_kappa.max(initial=0.0))
-    inside = design.eigenvalues > RANK * top
+    inside = design.random
     quadratic = np.concatenate([[0.0], design.eigenvalues[inside], design.set_kappa])
     if reml:
         logdet = quadratic
@@ -431,8 +436,7 @@ def coordinates(design: OneVariance, stats: Statistics, rotated: np.ndarray) -> 
         stats: statistics of the responses.
         rotated: their inside coordinates along the eigenvectors, (lanes, R).
     """
-    top = max(design.eigenvalues.max(initial=0.0), design.set_kappa.max(initial=0.0))
-    inside = design.eigenvalues > RANK * top
+    inside = design.random
     along = rotated[:, inside] ** 2 / design.eigenvalues[inside]
     parts = np.concatenate([along, stats.sets / design.set_kappa], axis=1)
     rest = (stats.total - parts.sum(axis=1)).clip(min=0.0)

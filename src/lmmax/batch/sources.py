@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..design import DataError
-from ..frames import Table
+from ..frames import Table, n_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def columns(responses: Any, table: Table, rows: np.ndarray) -> Columns:
     Raises:
         DataError: if they do not fit the data.
     """
-    n = len(table) if isinstance(table, pd.DataFrame) else len(next(iter(table.values())))
+    n = n_rows(table)
     path = None
     if isinstance(responses, str | Path):
         path = str(responses)

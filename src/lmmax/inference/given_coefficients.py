@@ -21,13 +21,11 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from ..compilation import Compiled
 from ..compilation_cache import compilation_cache
 from ..compress import Compression
-from ..likelihood import block_entries, expand
+from ..likelihood import block_entries
 from ..parameters import pack_triangle
-
-_expand = Compiled(expand)
+from .sensitivity import expansion
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +142,7 @@ def given_covariance(
     problem = compression.problem
     A = np.asarray(problem.z_factor)
     with jax.enable_x64(True), compilation_cache():
-        found = jax.tree.map(np.asarray, _expand(problem, A @ D @ A.T))
+        found = jax.tree.map(np.asarray, expansion(problem, A @ D @ A.T))
     p = int(problem.n_fixed)
     kept = np.append(np.arange(p), len(problem.beta_origin))
     own = block_entries(problem.slices, len(A))

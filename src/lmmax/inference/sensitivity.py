@@ -29,7 +29,8 @@ from ..estimation import Estimates
 from ..likelihood import block_entries, expand, user_entries
 from ..parameters import pack_triangle
 
-_expand = Compiled(expand)
+expansion = Compiled(expand)
+"""The expansion of any problem, compiled once for all that asks for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
     problem = compression.problem
     root = np.linalg.solve(estimates.z_inverse, estimates.root)
     with jax.enable_x64(True), compilation_cache():
-        found = jax.tree.map(np.asarray, _expand(problem, root @ root.T))
+        found = jax.tree.map(np.asarray, expansion(problem, root @ root.T))
     p = int(problem.n_fixed)
     kept = np.append(np.arange(p), len(problem.beta_origin))
     unit = np.append(np.ones(p), float(problem.y_scale))

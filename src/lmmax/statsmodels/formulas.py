@@ -19,7 +19,16 @@ from .components import Component, FormulaVCSpec, from_matrices
 
 SHOWN = 100
 """Most rows on which the engine is asked how it sees a factor: its matrices are dense."""
-FACTOR = re.compile(r"~?\s*(?:0\s*\+|-\s*1\s*\+)\s*(C\(\s*[^\W\d]\w*\s*\)|[^\W\d]\w*)\s*")
+_FACTOR = re.compile(r"~?\s*(?:0\s*\+|-\s*1\s*\+)\s*(C\(\s*[^\W\d]\w*\s*\)|[^\W\d]\w*)\s*")
+
+
+def only_factor(formula: str) -> tuple[str, str] | None:
+    """Return the factor of a formula ``0 + C(f)`` or ``0 + x``, and its variable; else None."""
+    match = _FACTOR.fullmatch(formula)
+    if match is None:
+        return None
+    text = match[1]
+    return text, text[2:-1].strip() if text.startswith("C(") else text
 
 
 def depth(env: Any, above: int) -> Any:
@@ -193,11 +202,10 @@ def _one_factor(
     env: Any,
 ) -> tuple[Component, Sequence[Sequence[str]]] | None:
     """Return the component of a formula of one factor, None if it is another formula."""
-    match = FACTOR.fullmatch(formula)
-    if match is None:
+    factor = only_factor(formula)
+    if factor is None:
         return None
-    text = match[1]
-    variable = text[2:-1].strip() if text.startswith("C(") else text
+    text, variable = factor
     if variable not in data.columns:
         return None
     values, what = data[variable], f"vc_formula of {name!r}"

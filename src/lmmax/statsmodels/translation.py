@@ -27,7 +27,7 @@ from ..matrices import Design, NewDesign, RandomBlock, check_response
 from ..spec import ModelSpec, RandomTerm
 from ..terms import plain_terms
 from .components import Component
-from .formulas import FACTOR
+from .formulas import only_factor
 
 if TYPE_CHECKING:
     from .model import MixedLM
@@ -297,11 +297,10 @@ def native_design(model: MixedLM, design: Design) -> Design | None:
     if re_formula is not None or vc_formula is None:
         terms.append(f"({(re_formula or '1').strip().lstrip('~')} | {group})")
     for name in sorted(vc_formula or {}):
-        match = FACTOR.fullmatch(vc_formula[name])
-        if match is None:
+        factor = only_factor(vc_formula[name])
+        if factor is None:
             return None
-        text = match[1]
-        variable = text[2:-1].strip() if text.startswith("C(") else text
+        text, variable = factor
         if text != variable or not pd.api.types.is_numeric_dtype(frame[variable]):
             terms.append(f"(1 | {group}:{quote(variable)})")
         else:
