@@ -15,6 +15,7 @@ import numpy as np
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import ConvergenceWarning, Prepared, RankWarning, fit_prepared, prepare
+from ..inference.denominator import combined
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
@@ -133,14 +134,7 @@ def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarr
     own = degrees(Uncertainty(values[:, :, None] * np.eye(r), turned, of.C))
     with np.errstate(divide="ignore", invalid="ignore"):
         F = np.sum(along**2 / values, axis=1) / r
-        excess = np.sum(2.0 / (own - 2.0), axis=1)
-        df = np.where(excess > 0.0, 2.0 * (1.0 + r / excess), np.inf)
-    df = np.where((own <= 2.0).any(axis=1), 2.0, df)
-    first = own[:, :1]
-    with np.errstate(invalid="ignore"):
-        equal = (np.abs(own - first) < 1e-8 * first).all(axis=1) | np.isinf(own).all(axis=1)
-    df = np.where(equal, own[:, 0], df)
-    return np.where(sound, F, np.nan), np.where(sound, df, np.nan)
+    return np.where(sound, F, np.nan), np.where(sound, combined(own), np.nan)
 
 
 def tested(of: Uncertainty, difference: np.ndarray, values: np.ndarray) -> list[np.ndarray]:

@@ -153,9 +153,7 @@ def fit_many(
     source: Columns | Subsets
     work: Work | SubsetWork
     if by is None:
-        design, rows = _design(formula, data, **options)
-        source = columns(responses, as_table(data), rows)
-        work = Work(lent(design, source), settings, hypotheses(tests, design.x_names))
+        design, source, work = begin(formula, data, responses, settings, tests, options)
         size = block_size(chunk, len(design.y))
     else:
         design, source = read_subsets(formula, data, by, **options)
@@ -180,6 +178,29 @@ def fit_many(
         notes=work.notes(np.concatenate(counts)),
         source=source,
     )
+
+
+def begin(
+    formula: Any,
+    data: Any,
+    responses: Any,
+    settings: Settings,
+    tests: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> tuple[Design, Columns, Work]:
+    """Read the design and the responses, and say what is to be done with them.
+
+    Args:
+        formula: the model.
+        data: covariates and groups.
+        responses: the responses.
+        settings: how to fit.
+        tests: hypotheses.
+        options: of the design.
+    """
+    design, rows = _design(formula, data, **options)
+    source = columns(responses, as_table(data), rows)
+    return design, source, Work(lent(design, source), settings, hypotheses(tests, design.x_names))
 
 
 def block_size(chunk: int | None, n: int) -> int:

@@ -15,11 +15,9 @@ import pandas as pd
 
 from ..constraints import Settings
 from ..fit import check_reml
-from ..frames import as_table
 from ..spec import ModelSpec
-from .many import _design, block_size, lent
-from .result import hypotheses
-from .sources import Columns, columns
+from .many import begin, block_size
+from .sources import Columns
 from .work import Work, arrays
 
 PILOT, FEW, SECONDS = 512, 16, 1.0
@@ -160,18 +158,15 @@ def plan(
     )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
-    design, rows = _design(
-        formula,
-        data,
-        weights=weights,
-        offset=offset,
-        contrasts=contrasts,
-        relmat=relmat,
-        missing=missing,
-        context=context,
-    )
-    source = columns(responses, as_table(data), rows)
-    work = Work(lent(design, source), settings, hypotheses(tests, design.x_names))
+    options = {
+        "weights": weights,
+        "offset": offset,
+        "contrasts": contrasts,
+        "relmat": relmat,
+        "missing": missing,
+        "context": context,
+    }
+    design, source, work = begin(formula, data, responses, settings, tests, options)
     n, k = len(design.y), len(source.names)
     size = min(block_size(chunk, n), k)
     measured = _pilot(work, source, min(size, PILOT))

@@ -174,19 +174,18 @@ class Satterthwaite(Denominator):
         F = wald_form(V, difference) / len(L)
         # Principal axes of L beta as it is given: of the choices that one has, that of lmerTest.
         _, vectors = np.linalg.eigh(V)
-        return f_test(F, len(L), _combined(self.degrees(vectors.T @ L)))
+        return f_test(F, len(L), float(combined(self.degrees(vectors.T @ L))))
 
 
-def _combined(nu: np.ndarray) -> float:
-    """Return the degrees of freedom of a mean of squared t statistics with nu (r,) each."""
-    if np.all(np.abs(nu - nu[0]) < 1e-8 * nu[0]) or len(nu) == 1:
-        return float(nu[0])
-    if not np.isfinite(nu).any():
-        return float(nu[0])
-    if np.any(nu <= 2.0):
-        return 2.0
-    excess = np.sum(2.0 / (nu - 2.0))
-    return float(2.0 * (1.0 + len(nu) / excess)) if excess > 0.0 else np.inf
+def combined(nu: np.ndarray) -> np.ndarray:
+    """Return the degrees of freedom of a mean of r squared t statistics with nu (..., r) each."""
+    first = nu[..., :1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        equal = (np.abs(nu - first) < 1e-8 * first).all(-1) | ~np.isfinite(nu).any(-1)
+        excess = np.sum(2.0 / (nu - 2.0), axis=-1)
+        found = np.where(excess > 0.0, 2.0 * (1.0 + nu.shape[-1] / excess), np.inf)
+    found = np.where((nu <= 2.0).any(-1), 2.0, found)
+    return np.asarray(np.where(equal | (nu.shape[-1] == 1), nu[..., 0], found))
 
 
 def wald_form(V: np.ndarray, difference: np.ndarray) -> float:
