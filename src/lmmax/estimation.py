@@ -59,7 +59,8 @@ class Estimates:
         beta: coefficients of the columns of X that were kept, (p,).
         beta_unscaled: ``(X' V^-1 X)^-1`` with V relative to the scale, (p, p).
         scale: residual variance.
-        root: square root of the relative covariance, ``D = root root'``, (q, q).
+        working_root: square root of the relative covariance of the random effects in working
+            coordinates, exactly singular where the covariance counts as such, (q, q).
         structure_theta: parameters of the terms with a structure, (k,).
         criterion: -2 log-likelihood (the REML criterion if ``reml``).
         reml: whether the criterion is the restricted one.
@@ -78,7 +79,7 @@ class Estimates:
     beta: np.ndarray
     beta_unscaled: np.ndarray
     scale: float
-    root: np.ndarray
+    working_root: np.ndarray
     structure_theta: np.ndarray
     criterion: float
     reml: bool
@@ -94,6 +95,11 @@ class Estimates:
     probes: int = 0
 
     @cached_property
+    def root(self) -> np.ndarray:
+        """Square root of the relative covariance, ``D = root root'``, (q, q)."""
+        return self.z_inverse @ self.working_root
+
+    @cached_property
     def D(self) -> np.ndarray:
         """Covariance of the random effects relative to the scale, (q, q)."""
         return self.root @ self.root.T
@@ -105,19 +111,28 @@ class Estimates:
 
     @cached_property
     def _information(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return curvatures (r,) and directions (k + 1 + t, r) of (vech cov_re, scale, theta).
+        """Return curvatures (r,) and directions (k + 1 + t, r) of (vech cov_re, scale, theta)."""
+        curvatures, directions = self._working_information
+        q = len(self.working_root)
+        k = q * (q + 1) // 2
+        A = self.z_inverse
+        moved = np.einsum("ai,ijr,bj->abr", A, unpack_symmetric(directions[:k]), A, optimize=True)
+        return curvatures, np.concatenate([pack_triangle(moved), directions[k:]])
+
+    @cached_property
+    def _working_information(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same with cov_re in working coordinates, whatever the covariates' origin.
 
         The observed information of the (restricted) likelihood in covariances and scale jointly,
         the coefficients profiled out.  In the coordinates of the root it also holds for singular
         covariances, given their rank.
         """
-        point, q = self.solution.point, len(self.root)
+        point, q = self.solution.point, len(self.working_root)
         free = point.free > 0.0
         # What convergence left of the gradient outside D's null space would pass for curvature.
         G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
         G = G * self.constraints.blocks
-        working = np.linalg.solve(self.z_inverse, self.root)
-        values, vectors = np.linalg.eigh(working @ working.T)
+        values, vectors = np.linalg.eigh(self.working_root @ self.working_root.T)
         null = vectors[:, values <= 1e-12 * values[-1]]
         left = G - null @ (null.T @ G @ null) @ null.T
         n_theta = len(point.theta)
@@ -134,23 +149,25 @@ class Estimates:
         unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
-        # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 A^-1 root root' A^-T.
-        root = self.z_inverse @ point.root
+        # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root'.
+        root = np.asarray(point.root)
         k = q * (q + 1) // 2
         jacobian = np.zeros((k + 1 + n_theta, len(free)))
         for entry, (i, j) in enumerate(np.ndindex(q, q)):
-            half = np.outer(self.z_inverse[:, i], root[:, j])
+            half = np.zeros((q, q))
+            half[i] = root[:, j]
             jacobian[:k, 1 + entry] = self.scale * pack_triangle(half + half.T)
         for part in self.constraints.structures:
             here, at = slice(*part.columns), slice(*part.parameters)
             slope = slopes(part.covariance, point.theta[at], here.stop - here.start)
             for j in range(at.start, at.stop):
                 whole = np.zeros((q, q))
-                whole[here, here] = self.scale * slope[..., j - at.start]
+                z_factor = np.linalg.inv(self.z_inverse[here, here])
+                natural = self.scale * slope[..., j - at.start]
+                whole[here, here] = z_factor @ natural @ z_factor.T
                 jacobian[:k, 1 + q * q + j] = pack_triangle(whole)
                 jacobian[k + 1 + j, 1 + q * q + j] = 1.0
-        D = self.z_inverse @ (point.D * (1.0 - self.constraints.held)) @ self.z_inverse.T
-        jacobian[:k, 0] = self.scale * pack_triangle(D)
+        jacobian[:k, 0] = self.scale * pack_triangle(point.D * (1.0 - self.constraints.held))
         jacobian[k, 0] = self.scale
         return 0.5 * values, (jacobian[:, free] / unit) @ vectors
 
@@ -182,11 +199,18 @@ class Estimates:
         Along directions in which the likelihood is flat it counts no variance;
         :meth:`standard_errors` tells where that matters.
         """
-        curvatures, directions = self._information
+        return self._covariance(*self._information)
+
+    @cached_property
+    def working_variance_cov(self) -> np.ndarray:
+        """The same with cov_re in working coordinates."""
+        return self._covariance(*self._working_information)
+
+    def _covariance(self, curvatures: np.ndarray, directions: np.ndarray) -> np.ndarray:
         curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
-        k = len(self.root) * (len(self.root) + 1) // 2 + 1
+        k = len(self.working_root) * (len(self.working_root) + 1) // 2 + 1
         inside = directions[:k, curved]
-        return (inside / curvatures[curved]) @ inside.T
+        return np.asarray((inside / curvatures[curved]) @ inside.T)
 
     @cached_property
     def hessian_eigenvalues(self) -> np.ndarray:
@@ -280,14 +304,14 @@ def _in_user_units(
     if constraints.scale_free and np.exp(point.s) <= rounding:
         status = Status.UNBOUNDED
     root, boundary = _snap(point, constraints, terms, noise)
-    root = z_inverse @ root
     theta = np.asarray(point.theta)
     if boundary:
         theta = _at_zero(theta, constraints, np.asarray(problem.z_factor), noise)
     for part in constraints.structures:
         here = slice(*part.columns)
         own = theta[slice(*part.parameters)]
-        root[here, here] = factor(matrix_at(part.covariance, own, here.stop - here.start))
+        natural = factor(matrix_at(part.covariance, own, here.stop - here.start))
+        root[here, here] = np.linalg.solve(z_inverse[here, here], natural)
     p = int(problem.n_fixed)
     R_inverse = np.asarray(problem.x_inverse)[:p, :p]
     y_scale = float(problem.y_scale)
@@ -297,7 +321,7 @@ def _in_user_units(
         beta=R_inverse @ (at.beta[:p] + np.asarray(problem.beta_origin)[:p]) * y_scale,
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
-        root=root,
+        working_root=root,
         structure_theta=_canonical(constraints, theta),
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,

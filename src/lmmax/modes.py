@@ -108,7 +108,7 @@ def _at_boundary(
     problem: crossed.CrossedProblem, estimates: Estimates
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """Return the conditional effects at the estimates themselves, working coordinates."""
-    root = np.linalg.solve(estimates.z_inverse, estimates.root)
+    root = estimates.working_root
     with jax.enable_x64(True), compilation_cache():
         found = _crossed(problem, root @ root.T, estimates.solution.point.at.beta)
         return tuple((np.asarray(modes), np.asarray(cov)) for modes, cov in found)
@@ -121,7 +121,7 @@ def _residual(estimates: Estimates, p: int) -> np.ndarray:
 
 def _grouped(statistics: Statistics, estimates: Estimates) -> tuple[np.ndarray, np.ndarray]:
     r = np.einsum("kxm,x->km", statistics.Y, _residual(estimates, statistics.Y.shape[1] - 1))
-    root = np.linalg.solve(estimates.z_inverse, estimates.root)
+    root = estimates.working_root
     G = np.einsum("ijm,jk->mik", statistics.U, root)
     gram = np.eye(G.shape[2]) + np.swapaxes(G, 1, 2) @ G
     u = np.linalg.solve(gram, np.einsum("mik,im->mk", G, r)[..., None])[..., 0]
@@ -133,8 +133,7 @@ def _nested(
     problem: NestedProblem, tree: Tree, layout: Layout, estimates: Estimates
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Up the tree with cross-products, then down with the effects given those above."""
-    whole = np.linalg.solve(estimates.z_inverse, estimates.root)
-    roots = [whole[here, here] for here in problem.slices]
+    roots = [estimates.working_root[here, here] for here in problem.slices]
     sizes = [len(level) for level in tree.levels]
     # Per level (groups first): G, and B = D P for the columns that remain.
     shrunk: list[tuple[np.ndarray, np.ndarray]] = []

@@ -15,6 +15,7 @@ import pytest
 
 import lmmax
 from lmmax.inference.denominator import METHODS
+from lmmax.likelihood import user_entries
 from tests.oracles.dense import Factor, Model
 from tests.oracles.designs import Problem, simulate
 from tests.oracles.problems import simulate as simulate_one
@@ -238,6 +239,8 @@ def test_iterative_engine_uses_the_average_information() -> None:
         fix={"cov_re": iterative.cov_re.to_numpy(), "scale": iterative.scale},
     )
     target = exact.sensitivity
+    to = user_entries(iterative.compression.problem)
+    P = np.concatenate([np.tensordot(to.T, P[:-1], 1), P[-1:]])
     np.testing.assert_allclose(to_x @ Phi @ to_x.T, exact.cov_params(), rtol=1e-7)
     moved = np.einsum("ax,cxy,by->cab", to_x @ Phi, P, to_x @ Phi)
     expected = np.einsum(
@@ -284,3 +287,22 @@ def test_one_contrast_is_its_own_joint_test(sleepstudy_slope: lmmax.Fit, ddf: st
         assert joint.pvalue == pytest.approx(
             sleepstudy_slope.t_test(row, ddf=ddf).table.iloc[0].filter(like="P>").iloc[0], rel=1e-9
         )
+
+
+@pytest.mark.parametrize("own_slopes", [0.0, 1.0], ids=["singular", "regular"])
+def test_degrees_of_freedom_do_not_depend_on_the_origin_of_a_covariate(own_slopes: float) -> None:
+    rng = np.random.default_rng(3)
+    g = np.repeat(np.arange(30), 6)
+    x = rng.uniform(-1.0, 1.0, len(g))
+    b = rng.normal(size=(2, 30))
+    y = 1.0 + 0.5 * x + b[0, g] * (1.0 + 0.8 * x) + own_slopes * b[1, g] * x
+    y += rng.normal(size=len(g))
+    found = []
+    for origin in (0.0, 1000.0):
+        data = pd.DataFrame({"y": y, "x": origin + 10.0 * x, "g": g})
+        fit = lmmax.fit("y ~ x + (1 + x | g)", data)
+        assert fit.singular == (own_slopes == 0.0)
+        # The mean at the middle of x, and the slope.
+        found.append(fit.denominator().degrees(np.array([[1.0, origin], [0.0, 1.0]])))
+    # The search ends within 1e-8 standard errors of the optimum.
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9)

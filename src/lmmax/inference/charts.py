@@ -106,7 +106,7 @@ class Charts:
         self.origin = 2.0 * float(np.log(self.sigma / self.y_scale))
         self.noise = np.asarray(estimates.noise)
         self.blocks = tuple(self._find_blocks())
-        root = np.linalg.solve(self.z_inverse, estimates.root)
+        root = estimates.working_root
         inside = np.zeros(len(root))
         for block in self.blocks:
             inside[block] = 1.0

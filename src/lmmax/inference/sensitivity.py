@@ -86,12 +86,15 @@ class Sensitivity:
 
 
 class CovarianceSlopes(NamedTuple):
-    """The covariance of the coefficients and its first derivatives; fields of a `Sensitivity`.
+    """The covariance of the coefficients and its first derivatives.
+
+    Those are in the entries of cov_re in working coordinates, and the scale: what they give does
+    not depend on the covariates' origins.
 
     Attributes:
-        Phi: (p, p).
+        Phi: as in a `Sensitivity`, (p, p).
         P_x: (k, p, p); the derivatives of Phi are ``Phi P_c Phi``.
-        to_x: (p, p).
+        to_x: as in a `Sensitivity`, (p, p).
     """
 
     Phi: np.ndarray
@@ -104,8 +107,9 @@ def covariance_slopes(compression: Compression, estimates: Estimates) -> Covaria
     problem, at = compression.problem, estimates.solution.point.at
     p, scale = int(problem.n_fixed), estimates.scale
     unscaled = np.asarray(at.beta_inverse)[:p, :p]
-    P = -np.tensordot(user_entries(problem).T, np.asarray(at.x_slope)[:, :p, :p], 1)
-    of_scale = np.linalg.inv(unscaled) - np.tensordot(pack_triangle(estimates.D), P, 1)
+    P = -np.asarray(at.x_slope)[:, :p, :p]
+    D = estimates.working_root @ estimates.working_root.T
+    of_scale = np.linalg.inv(unscaled) - np.tensordot(pack_triangle(D), P, 1)
     return CovarianceSlopes(
         Phi=scale * unscaled,
         P_x=np.concatenate([P, of_scale[None]]) / scale**2,
@@ -126,7 +130,7 @@ def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
             "fits into memory"
         )
     problem = compression.problem
-    root = np.linalg.solve(estimates.z_inverse, estimates.root)
+    root = estimates.working_root
     with jax.enable_x64(True), compilation_cache():
         found = jax.tree.map(np.asarray, expansion(problem, root @ root.T))
     p = int(problem.n_fixed)
