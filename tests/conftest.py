@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,11 +18,18 @@ _own_cache = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the tests out of the user's compilation cache, unless the caller chose a directory.
+    """Register markers, and keep the tests out of the user's compilation cache.
 
     Set before collection and in the environment, so that whatever compiles first and every
-    subprocess share it.
+    subprocess share it; the caller may choose the directory.
     """
+    config.addinivalue_line(
+        "markers",
+        "unoptimised: many models, each fitted a few times to small data: the library's functions "
+        "are compiled in half the time, by LLVM's level 0",
+    )
+    # With a worker for each core, threads that wait for one another in BLAS take time from both.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if CACHE_VARIABLE not in os.environ:
         directory = tempfile.mkdtemp(prefix="lmmax-tests-")
         config.stash[_own_cache] = directory
@@ -34,6 +42,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if directory is not None:
         os.environ.pop(CACHE_VARIABLE, None)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile the library's functions as for users, or quickly where the module is marked so."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("unoptimised") is not None:
+            from lmmax import compilation
+            from tests.compiled import UNOPTIMISED
+
+            patch.setattr(compilation, "CPU_OPTIONS", UNOPTIMISED)
+        yield
 
 
 def _fit(formula: str, name: str) -> lmmax.Fit:

@@ -9,6 +9,7 @@ import pytest
 import lmmax
 from lmmax import compilation, estimation
 from lmmax.compilation import Compiled
+from tests.compiled import UNOPTIMISED
 from tests.simulate import simulate
 
 
@@ -45,6 +46,16 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch) -> N
     double = Compiled(lambda x: 2.0 * x)
     assert float(double(jnp.ones(()))) == 2.0
     assert float(double(jnp.ones(()))) == 2.0
+
+
+def test_options_are_those_of_the_moment_of_a_call(monkeypatch) -> None:
+    double = Compiled(lambda x: 2.0 * x)
+    for x in (1.0, 3.0):
+        assert float(double(jnp.asarray(x))) == 2.0 * x
+    assert double.count() == 1
+    monkeypatch.setattr(compilation, "CPU_OPTIONS", UNOPTIMISED)
+    assert float(double(jnp.ones(()))) == 2.0
+    assert double.count() == 2
 
 
 def test_other_errors_of_the_compiler_are_not_swallowed() -> None:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import lmmax
 from tests.oracles.designs import UNRELATED, Problem, simulate
 
+pytestmark = pytest.mark.unoptimised
+
 SEEDS = st.integers(min_value=0, max_value=2**20)
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 # Changes of labels and order cost a few units in the last place of a sum over rows.

@@ -15,6 +15,8 @@ from tests.oracles.dense import Array, Factor, Model
 from tests.oracles.designs import RELATED, simulate
 from tests.reference import load_data, load_records, matrix
 
+pytestmark = pytest.mark.unoptimised
+
 TMB = load_records(kinds=("glmmTMB",))
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 

@@ -17,6 +17,8 @@ from lmmax.inference.nesting import RandomNesting, random_nesting
 from tests.reference import load_data, load_record, load_records
 from tests.test_reference import fit_record
 
+pytestmark = pytest.mark.unoptimised
+
 CHAINS = [r["id"] for r in load_records(kinds=("lrt",))]
 RANDOM = [r["id"] for r in load_records(kinds=("lmm",)) if "ranova" in r["results"]]
 # Criteria agree to 1e-8 relative, so their differences to 1e-8 of the criteria.

@@ -20,6 +20,8 @@ from tests.oracles.dense import log_det
 from tests.oracles.designs import simulate
 from tests.reference import as_in_formula, load_data, load_record, load_records
 
+pytestmark = pytest.mark.unoptimised
+
 CUTOFF = stats.norm.ppf(0.975)
 DIRECTIONS = np.random.Generator(np.random.PCG64(0)).standard_normal((2, 20))
 ML_RECORDS = [

@@ -21,6 +21,8 @@ from tests.oracles.dense import Array, Factor, Model
 from tests.oracles.designs import Problem, simulate
 from tests.reference import load_data, load_record, load_records, matrix
 
+pytestmark = pytest.mark.unoptimised
+
 RECORDS = [
     record["id"]
     for record in load_records(kinds=("lmm",))

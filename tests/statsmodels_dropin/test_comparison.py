@@ -20,6 +20,8 @@ from statsmodels.tools.numdiff import approx_fprime
 import lmmax.statsmodels as ours
 from tests.statsmodels_dropin.cases import MODELS, fit, pair, prepared, quiet, their_results
 
+pytestmark = pytest.mark.unoptimised
+
 BOUNDARY = "lme01"
 by_model = pytest.mark.parametrize("name", MODELS)
 by_criterion = pytest.mark.parametrize("reml", [True, False], ids=["REML", "ML"])

@@ -23,6 +23,8 @@ from lmmax.fit import RankWarning
 from lmmax.statsmodels import MixedLM, MixedLMParams, mixedlm
 from tests.statsmodels_dropin.cases import fit, pair, prepared, simulated
 
+pytestmark = pytest.mark.unoptimised
+
 DATA = simulated()
 
 

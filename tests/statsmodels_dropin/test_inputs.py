@@ -18,6 +18,8 @@ from lmmax.statsmodels import MixedLM, VCSpec, formulas, mixedlm
 from lmmax.statsmodels.formulas import variance_components
 from tests.statsmodels_dropin.cases import quiet, simulated
 
+pytestmark = pytest.mark.unoptimised
+
 DATA = simulated()
 Y, G = DATA.y.to_numpy(), DATA.g.to_numpy()
 X = np.column_stack([np.ones(len(DATA)), DATA.x])

@@ -19,6 +19,8 @@ from statsmodels.tools.numdiff import approx_hess
 from lmmax.statsmodels import MixedLM, MixedLMResults, mixedlm
 from tests.statsmodels_dropin.cases import fit, pair, prepared, simulated, their_results
 
+pytestmark = pytest.mark.unoptimised
+
 DATA = simulated()
 
 

@@ -16,7 +16,7 @@ import statsmodels.regression.mixed_linear_model as original
 
 import lmmax.statsmodels
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.unoptimised]
 
 NAMES = ("MixedLM", "MixedLMParams", "MixedLMResults", "MixedLMResultsWrapper", "VCSpec")
 
