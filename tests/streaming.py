@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 
 import lmmax
+from lmmax.batch.engines import Record
 
 MODELS = {"intercept": "~ x + (1 | g)", "slope": "~ x + (1 + x | g)"}
+STORES = {"intercept": "out.zarr", "slope": "out"}
 K, CHUNK = 120, 10
 
 
@@ -59,7 +61,7 @@ class Sliced:
 def fit_file(directory: Path, model: str, resume: bool = False, seconds: float = 0.0) -> None:
     """Fit the responses in a file into a directory beside it; reading a block takes a while."""
     y = Sliced(np.load(directory / "y.npy", mmap_mode="r"), seconds)
-    fit(model, y, out=directory / "out", resume=resume)
+    fit(model, y, out=directory / STORES[model], resume=resume)
 
 
 def on_devices(path: str) -> None:
@@ -77,6 +79,24 @@ def on_devices(path: str) -> None:
         each = compilers[model]
         compiled += [each._alone.count(), each._shared.count()]
     np.savez(path, devices=jax.local_device_count(), compiled=compiled, **found)
+
+
+def in_job(number: int, count: int, port: int, directory: str) -> None:
+    """Fit both models as one process of a job, and note what it knows in the end."""
+    import jax
+
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
+    here, y = Path(directory), responses()
+    found = dict(zip(Record._fields, fit("slope", y[:, :25]).record, strict=True))
+    batch = fit("intercept", y, out=here / "out.zarr")
+    found |= {"stored": batch.record.params, "rows": batch.n_obs}
+    errors = []
+    for options in ({"out": here / "out.zarr"}, {"chunk": 7 + number, "out": here / "other"}):
+        try:
+            fit("intercept", y, **options)
+        except ValueError as error:
+            errors.append(str(error))
+    np.savez(here / f"process-{number}.npz", errors=errors, **found)
 
 
 if __name__ == "__main__":

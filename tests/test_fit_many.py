@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,12 @@ import pandas as pd
 import pytest
 
 import lmmax
+from lmmax.batch import one_variance
 from lmmax.batch.multiple import qvalues
+from lmmax.solve import Status
 
 N_RESPONSES = 40
-BAD = {3: "constant", 7: "infinite", 11: "missing"}
+BAD = {3: "constant", 7: "infinite", 11: "too_few", 13: "explained"}
 GAPS = (5, 6, 20)
 TESTS = {"slope": "Days = 10", "both": "Intercept = 250, Days = 10"}
 
@@ -27,7 +31,7 @@ def simulated(sleep: pd.DataFrame) -> np.ndarray:
     y += 25.0 * rng.normal(size=y.shape)
     y[2, list(GAPS)] = np.nan
     y[17, GAPS[-1]] = np.nan
-    y[:, 3], y[:, 11] = 4.0, np.nan
+    y[:, 3], y[:, 11], y[:, 13] = 4.0, np.nan, 5.0 + 0.3 * days
     y[0, 7] = np.inf
     return y
 
@@ -80,13 +84,73 @@ def test_every_lane_equals_a_fit_of_its_own(batch: lmmax.BatchFit) -> None:
 def test_what_cannot_be_fitted_says_so_and_disturbs_nobody(batch: lmmax.BatchFit) -> None:
     certificate = batch.certificate
     assert list(np.flatnonzero(~batch.converged)) == sorted(BAD)
-    assert set(certificate["status"].iloc[list(BAD)]) == {"not_finite"}
+    assert certificate["status"].iloc[list(BAD)].tolist() == list(BAD.values())
     assert batch.params.iloc[list(BAD)].isna().all(axis=None)
     assert (certificate["gradient"][batch.converged] < 1e-3).all()
     assert certificate["n_obs"].iloc[[0, *GAPS]].tolist() == [180, 179, 179, 178]
     assert any("3 responses have missing values" in note for note in batch.notes) or any(
         "4 responses have missing values" in note for note in batch.notes
     )
+
+
+def test_a_lane_that_has_not_converged_tells_no_certainty(
+    sleep: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y = simulated(sleep)[:, :2]
+    original = one_variance.fits
+
+    def stopped(*arguments: Any) -> one_variance.Fits:
+        found = original(*arguments)
+        status = np.array([Status.MAX_STEPS, Status.CONVERGED])
+        return replace(found, status=status)
+
+    monkeypatch.setattr(one_variance, "fits", stopped)
+    batch = lmmax.fit_many(MODELS["intercept"], sleep, y, tests=TESTS)
+    assert batch.certificate["status"].tolist() == ["max_steps", "converged"]
+    for name, df in (("slope", "df"), ("both", "df_den")):
+        assert batch.test(name)[[df, "p"]].isna().all(axis=1).tolist() == [True, False]
+        assert np.isfinite(batch.test(name)).all(axis=1).tolist() == [False, True]
+
+
+def test_lanes_that_fail_are_solved_from_other_starts(
+    sleep: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start of some is no number, so that nothing can come of it."""
+    y = simulated(sleep)[:, [0, 1, 2, 4, 8, 9]]
+    batch_module = sys.modules["lmmax.batch"]
+    usual, original = lmmax.fit_many(MODELS["both"], sleep, y), batch_module.solve
+
+    def poor(
+        lanes: Any, constraints: Any, settings: Any, terms: Any, start: Any, *rest: Any
+    ) -> Any:
+        D = np.array(start.D)
+        D[[1, 4]] = np.nan
+        return original(lanes, constraints, settings, terms, start._replace(D=D), *rest)
+
+    solver, again = sys.modules["lmmax.batch.solve"], []
+    others = solver.usual_starts
+
+    def noted(lanes: Any, constraints: Any, which: np.ndarray) -> Any:
+        again.append(which.tolist())
+        return others(lanes, constraints, which)
+
+    monkeypatch.setattr(batch_module, "solve", poor)
+    monkeypatch.setattr(solver, "usual_starts", noted)
+    found = lmmax.fit_many(MODELS["both"], sleep, y)
+    assert found.converged.all()
+    np.testing.assert_allclose(found.llf, usual.llf, rtol=1e-10)
+    np.testing.assert_allclose(found.bse, usual.bse, rtol=1e-6)
+    assert again == [[1, 4]]
+    untouched = [0, 2, 3, 5]
+    np.testing.assert_array_equal(found.llf.iloc[untouched], usual.llf.iloc[untouched])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_chunk_of_constants_only_is_no_error(sleep: pd.DataFrame, model: str) -> None:
+    y = simulated(sleep)[:, [0, 3, 3, 1]]
+    found = lmmax.fit_many(MODELS[model], sleep, y, chunk=1)
+    assert found.converged.tolist() == [True, False, False, True]
+    assert found.params.iloc[1:3].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40])
@@ -176,7 +240,7 @@ def test_tables(batch: lmmax.BatchFit) -> None:
     assert list(frame.columns[:3]) == ["response", "coefficient", "coef"]
     days = frame[frame["coefficient"] == "Days"].set_index("response")
     np.testing.assert_array_equal(days["q"], batch.qvalues()["Days"])
-    assert "40 fits of" in str(batch) and "37 converged" in str(batch)
+    assert "40 fits of" in str(batch) and "36 converged" in str(batch)
     limits = batch.conf_int("Days")
     assert (limits["lower"] < batch.params["Days"])[batch.converged].all()
 
@@ -208,7 +272,7 @@ def test_rows_with_missing_covariates_are_left_out(sleep: pd.DataFrame) -> None:
     [
         (np.zeros((5, 2)), "responses has 5 rows, data has 180"),
         (np.zeros((2, 180)), "they may be transposed"),
-        (np.zeros(180), "two-dimensional"),
+        (np.zeros((180, 2, 2)), r"two-dimensional.*image\[mask\]"),
         (["nowhere"], "'nowhere', which is no column of data"),
         (np.zeros((180, 0)), "no column"),
     ],

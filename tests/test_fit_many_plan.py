@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,49 @@ def peak(call: Any) -> int:
 
 @pytest.mark.parametrize("formula", MODELS)
 @pytest.mark.parametrize("share", [1, 5])
-def test_peak_memory_is_within_a_factor_of_two(
-    data: pd.DataFrame, path: Path, formula: str, share: int
+def test_peak_memory(
+    data: pd.DataFrame, path: Path, formula: str, share: int, tmp_path: Path
 ) -> None:
     y = np.load(path, mmap_mode="r")[:, : MODELS[formula]]
     chunk = y.shape[1] // share
-    predicted = plan(formula, data, y, chunk=chunk)
-    measured = peak(lambda: lmmax.fit_many(formula, data, y, chunk=chunk))
-    assert 0.5 < predicted.peak_bytes / measured < 2.0
-    assert predicted.chunk == chunk and predicted.chunks == share
-    assert predicted.bytes_to_read == y.nbytes
+    ways: list[dict[str, Any]] = [{}]
+    with ThreadPoolExecutor(2) as threads:
+        if share > 1 and "x |" not in formula:
+            ways += [{"out": tmp_path / "out"}, {"executor": threads}]
+        for way in ways:
+            predicted = plan(formula, data, y, chunk=chunk, **way)
+            measured = peak(
+                lambda way=way: lmmax.fit_many(formula, data, y, chunk=chunk, **way)  # type: ignore[misc]
+            )
+            assert 1 / 1.5 < predicted.peak_bytes / measured < 1.5, way
+            assert predicted.chunk == chunk and predicted.chunks == share
+            assert predicted.bytes_to_read == y.nbytes
+            assert predicted.workers == (2 if "executor" in way else 1)
+            assert predicted.worker_bytes == 0
+
+
+def test_subsets_and_processes(data: pd.DataFrame, path: Path) -> None:
+    y = np.load(path, mmap_mode="r")
+    stores = np.repeat(np.arange(250), 8)
+    table = data.assign(y=y[:, 0], g=np.tile(np.arange(4), 500), store=stores)
+    formula, options = "y ~ x + (1 | g)", {"by": "store", "chunk": 125}
+    found = plan(formula, table, **options)  # type: ignore[arg-type]
+    measured = peak(lambda: lmmax.fit_many(formula, table, **options))  # type: ignore[arg-type]
+    assert 1 / 1.5 < found.peak_bytes / measured < 1.5
+    assert (found.responses, found.chunks, found.rows, found.bytes_to_read) == (250, 2, N, 0)
+    # Those of a pool have a block each, and this process those that wait.
+    with ProcessPoolExecutor(3) as processes:
+        shared = plan("~ x + (1 | g)", data, path, chunk=100, executor=processes)
+        alone = plan("~ x + (1 | g)", data, path, chunk=100)
+        assert (shared.workers, shared.chunks) == (3, 20)
+        block = 4 * N * 100
+        # X, Z and the groups of each row are there as well.
+        assert shared.peak_bytes == 10 * block + alone.result_bytes + 32 * N
+        assert shared.worker_bytes > block
+        with pytest.raises(PlanError, match="pass chunk="):
+            plan("~ x + (1 | g)", data, path, executor=processes, memory=shared.peak_bytes)
+    with pytest.raises(ValueError, match="give one of responses= and by="):
+        plan(formula, table)
 
 
 def test_what_is_known_before(data: pd.DataFrame, path: Path) -> None:
@@ -70,13 +104,20 @@ def test_what_is_known_before(data: pd.DataFrame, path: Path) -> None:
 
 
 def test_it_prints() -> None:
-    found = Plan(1_000_000, 1000, 8 * 10**9, "E", 10_000, 10**8, 5 * 10**8, 2 * 10**10, 512, 4, 20)
+    numbers = (10_000, 10**8, 5 * 10**8, 2 * 10**10, 512, 4, 20)
+    found = Plan(1_000_000, 1000, 8 * 10**9, "E", *numbers)
     assert str(found).splitlines() == [
         "1,000,000 responses of 1,000 rows, 8 GB to read",
         "engine: E",
         "chunks: 100 of 10,000 responses",
         "memory: 500 MB at the peak, of which 100 MB are results; 20 GB are free",
         "time:   20 s, 49,900 responses a second (reading 4 s, fitting 20 s; by a pilot of 512)",
+    ]
+    spread = Plan(1_000_000, 1000, 8 * 10**9, "E", *numbers, 10**7, 4, 2)
+    assert str(spread).splitlines()[2:4] == [
+        "chunks: 100 of 10,000 responses, on 4 workers, on 2 devices",
+        "memory: 500 MB at the peak and 10 MB in each worker, of which 100 MB are results; "
+        "20 GB are free",
     ]
 
 

@@ -23,13 +23,18 @@ from .spec import ModelSpec as ModelSpec
 from .spec import RandomTerm as RandomTerm
 
 if _TYPE_CHECKING:
+    from .batch.exchange import ExchangeError as ExchangeError
     from .batch.many import fit_many as fit_many
     from .batch.plan import Plan as Plan
     from .batch.plan import PlanError as PlanError
     from .batch.plan import plan as plan
+    from .batch.resampling import Resampled as Resampled
+    from .batch.resampling import resample as resample
     from .batch.result import BatchFit as BatchFit
     from .batch.store import StoreError as StoreError
     from .batch.stream import LostWorkerWarning as LostWorkerWarning
+    from .batch.sufficient import SufficientStatistics as SufficientStatistics
+    from .batch.sufficient import sufficient_statistics as sufficient_statistics
     from .inference.anova import anova as anova
     from .inference.bootstrap import BootstrapError as BootstrapError
     from .inference.bootstrap import bootstrap as bootstrap
@@ -53,11 +58,14 @@ __version__ = "0.1.0"
 # What is asked of a fit afterwards, and batches, are imported when first used: inference takes as
 # long to import as a small fit.
 _LATER = {
+    "batch.exchange": ("ExchangeError",),
     "batch.many": ("fit_many",),
     "batch.plan": ("Plan", "PlanError", "plan"),
+    "batch.resampling": ("Resampled", "resample"),
     "batch.result": ("BatchFit",),
     "batch.store": ("StoreError",),
     "batch.stream": ("LostWorkerWarning",),
+    "batch.sufficient": ("SufficientStatistics", "sufficient_statistics"),
     "inference.anova": ("anova",),
     "inference.bootstrap": ("BootstrapError", "bootstrap"),
     "inference.bootstrap_comparison": ("bootstrap_test",),

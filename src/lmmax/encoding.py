@@ -52,6 +52,7 @@ __all__ = [
     "offset_factor",
     "response_factor",
     "term_factors",
+    "terms_by_factors",
     "used_columns",
 ]
 
@@ -172,6 +173,14 @@ del _FUNCTIONS["lag"]
 def term_factors(text: str) -> list[Factor]:
     """The factors of a part of a formula, each a column name or an expression, or a literal."""
     return [factor for term in parse_terms(text) for factor in term.factors]
+
+
+def terms_by_factors(text: str) -> dict[frozenset[str], str]:
+    """The terms of a part of a formula as text, by the factors that each is made of."""
+    return {
+        frozenset(f.expr for f in term.factors if f.eval_method is not _LITERAL): str(term)
+        for term in parse_terms(text)
+    }
 
 
 def response_factor(text: str) -> Factor:

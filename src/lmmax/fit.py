@@ -257,7 +257,14 @@ class Prepared(NamedTuple):
 def prepare(design: Design, engine: str = "auto") -> Prepared:
     """Compress a design for the form of the likelihood asked for."""
     factors, terms = arrange(design)
-    arranged = layout(design.X, factors, design.weights, engine)
+    arranged = layout(
+        design.X,
+        factors,
+        design.weights,
+        engine,
+        n_zero=design.n_zero,
+        log_rooted=design.log_weights,
+    )
     compressed = compress(without_offset(design), arranged)
     return Prepared(design, arranged, compressed, terms, _notes(design, arranged))
 
@@ -416,13 +423,20 @@ def check_identified(
     settings: Settings,
 ) -> None:
     """Raise if the data cannot tell the parameters apart, before anything is traced."""
-    n, p = len(design.y), len(arranged.fixed.kept)
+    check_enough(design, arranged, terms, settings)
+    _check_response(design, arranged, compressed)
+
+
+def check_enough(
+    design: Design, arranged: Layout, terms: Sequence[TermColumns], settings: Settings
+) -> None:
+    """Raise if the designs cannot tell the parameters apart, whatever the response is."""
+    n, p = arranged.n_obs, len(arranged.fixed.kept)
     if n <= p:
         raise DataError(
             f"{n} observations cannot estimate {p} fixed-effects coefficients and the variances; "
             "use fewer terms or more data"
         )
-    _check_response(design, arranged, compressed)
     fix = settings.fix or {}
     held = fix.get("cov_re")
     if isinstance(held, Mapping):
@@ -468,6 +482,8 @@ def _spans_residual(arranged: Layout, position: int, terms: Sequence[TermColumns
     order = np.argsort(factor.codes, kind="stable")
     sizes = arranged.sizes[position]
     Q = arranged.random_columns(position, order)
+    if arranged.n_zero or not Q.any(axis=0).all():
+        return False  # rows without random effects
     if arranged.weights is not None:
         Q *= np.sqrt(arranged.weights[order])
     U = orthonormalise(Q, np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)

@@ -20,6 +20,11 @@ UNROLL_LIMIT = 6
 LEAF = 256
 """Least order of a triangle that LAPACK solves as a whole."""
 
+SUBSTITUTED = 64
+"""Largest order whose triangles are inverted by substitution in a loop.  LAPACK takes as long, but
+starts threads from order 32 on; they and those of XLA wait for each other, for milliseconds on
+busy processors."""
+
 
 def symmetrize(A: Array) -> Array:
     """Return ``(A + A') / 2`` over the first two axes."""
@@ -144,6 +149,9 @@ def inverse_lower(L: Array, leaf: int | None = None) -> Array:
     LAPACK's triangular solve with the identity takes three times as long.
     """
     n = L.shape[0]
+    if n <= SUBSTITUTED:
+        diagonal = jnp.diagonal(L)
+        return solve_unit_lower(L / diagonal, jnp.eye(n, dtype=L.dtype)) / diagonal[:, None]
     leaf = _leaf(n) if leaf is None else leaf
     if n <= leaf:
         eye = jnp.eye(n, dtype=L.dtype)

@@ -89,6 +89,9 @@ class Design:
         index: (n,) labels of the rows used: pandas index of the data, else row numbers from 0.
         n_dropped: number of rows left out.
         dropped_by: number of missing values by column, or by term where a transform made them.
+        n_zero: number of further rows that are zero throughout: a rotation of the rows left them
+            so, and they count as observations only.
+        log_weights: sum of the logarithms of weights that the rows were multiplied by the root of.
     """
 
     spec: ModelSpec
@@ -105,6 +108,8 @@ class Design:
     n_dropped: int
     dropped_by: dict[str, int]
     _recipe: Recipe
+    n_zero: int = 0
+    log_weights: float = 0.0
 
     def new_data(
         self, data: Any, *, need_groups: bool | Collection[str] = True, offset: Any = None

@@ -44,6 +44,11 @@ MESSAGES = {
         "likelihood has no maximum with a residual; use fewer random effects, or "
         "fix={'scale': ...}"
     ),
+    # Of many responses; for a single one these are errors.
+    Status.INFINITE: "the response has infinite values",
+    Status.CONSTANT: "the response does not vary",
+    Status.EXPLAINED: "the response is an exact linear combination of the fixed effects",
+    Status.TOO_FEW: "there are too few rows or groups to tell the parameters apart",
 }
 
 

@@ -51,7 +51,7 @@ L-BFGS is the default."""
 
 
 class Status(IntEnum):
-    """How a solve ended."""
+    """How a solve ended; the last four are responses of many that no solve was begun for."""
 
     RUNNING = 0
     CONVERGED = 1
@@ -59,6 +59,10 @@ class Status(IntEnum):
     STALLED = 3
     NOT_FINITE = 4
     UNBOUNDED = 5
+    INFINITE = 6
+    CONSTANT = 7
+    EXPLAINED = 8
+    TOO_FEW = 9
 
 
 class Structured(NamedTuple):
@@ -395,17 +399,32 @@ def bounded_step(
     return step, decrement, -(gradient @ step) - 0.5 * step @ hessian @ step
 
 
-class _State(NamedTuple):
-    evaluations: Array
-    status: Array
+class State(NamedTuple):
+    """A solve by Newton's method under way.
+
+    Attributes:
+        evaluations: evaluations of the criterion so far.
+        status: a :class:`Status`.
+        point: the last accepted iterate.
+        trial_D: where the criterion is evaluated next, (q, q).
+        trial_s: likewise.
+        trial_theta: likewise, (k,).
+        predicted: how far the criterion should fall there.
+        damping: of the step to there.
+        decrement: of the last accepted iterate.
+        trace: see :class:`Solution`; without rows, none is kept.
+    """
+
+    evaluations: Any
+    status: Any
     point: Point
-    trial_D: Array
-    trial_s: Array
-    trial_theta: Array
-    predicted: Array
-    damping: Array
-    decrement: Array
-    trace: Array
+    trial_D: Any
+    trial_s: Any
+    trial_theta: Any
+    predicted: Any
+    damping: Any
+    decrement: Any
+    trace: Any
 
 
 def newton(
@@ -420,75 +439,30 @@ def newton(
 
     The body evaluates the criterion once, so the traced graph holds one copy of it.
     """
-    dtype, q = D.dtype, D.shape[0]
-    eps = jnp.finfo(dtype).eps
-    reml = jnp.asarray(options.reml, dtype)
-    n_groups = jnp.asarray(problem.n_groups, dtype)
-    # Rounding in the gradient grows with the number of observations.
-    tol = jnp.maximum(options.tol, 10.0 * eps**2 * problem.n_obs)
-    # Residuals a thousand roundings in size are none: the response has unit length.
-    smallest_scale = 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
-    if constraints.structures:
-        # A structure may describe the data without a residual; the search would go on for ever.
-        smallest_scale = jnp.log(1e-8) - jnp.log(problem.n_obs)
+    reml = jnp.asarray(options.reml, D.dtype)
 
-    def body(state: _State) -> _State:
-        old = state.point
-        first = state.evaluations == 0
+    def body(state: State) -> State:
         new = evaluate(problem, constraints, reml, state.trial_D, state.trial_s, state.trial_theta)
-        slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
-        gain = old.at.value - new.at.value
-        finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
-        accept, damping = judge(gain, state.predicted, state.damping, slack, finite, first)
-        point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
-        size = jnp.sqrt(jnp.sum(point.root**2) + jnp.sum(point.theta**2))
-        step, decrement, predicted = bounded_step(point.gradient, point.hessian, damping, size)
+        return advance(problem, constraints, options, state, new)
 
-        em = (state.evaluations < options.em_steps) & (decrement > NEAR)
-        # Where rounding hides any further decrease, Newton has arrived if it has also stopped
-        # getting closer.
-        arrived = (decrement <= slack) & (decrement >= 0.25 * state.decrement)
-        settled = accept & ~em & ((decrement <= tol) | arrived)
-        # A stationary point by symmetry only: leave it along the pivots of negative curvature.
-        curvature = jnp.diag(point.hessian)
-        escape = jnp.asarray(curvature < -1e-6 * jnp.max(jnp.abs(curvature)), dtype)[1:]
-        escape = escape.at[: q * q].multiply(point.pivot.reshape(-1))
-        stuck = settled & jnp.any(escape > 0.0)
-        bump = 0.1 * escape / (1.0 + 100.0 * damping)
+    state = lax.while_loop(
+        lambda state: state.status == Status.RUNNING,
+        body,
+        beginning(problem, D, s, theta, TRACE_LENGTH),
+    )
+    return Solution(
+        point=state.point,
+        status=state.status,
+        steps=state.evaluations,
+        decrement=state.decrement,
+        trace=state.trace,
+    )
 
-        change = jnp.where(stuck, bump, step[1:])
-        moved = point.root + change[: q * q].reshape(q, q)
-        G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
-        expected = em_step(point.D, G, n_groups, constraints.blocks)
 
-        evaluations = state.evaluations + 1
-        outcomes = [
-            (settled & ~stuck, Status.CONVERGED),
-            (first & ~accept, Status.NOT_FINITE),
-            (point.s < smallest_scale, Status.UNBOUNDED),
-            (damping > 1e12, Status.STALLED),
-            (evaluations >= options.max_steps + options.em_steps, Status.MAX_STEPS),
-        ]
-        status = jnp.asarray(Status.RUNNING, jnp.int32)
-        for happened, outcome in reversed(outcomes):
-            status = jnp.where(happened, jnp.int32(outcome), status)
-        row = jnp.stack(
-            [point.at.value, decrement, damping, accept.astype(dtype), em.astype(dtype)]
-        )
-        return _State(
-            evaluations=evaluations,
-            status=status,
-            point=point,
-            trial_D=jnp.where(em, expected, moved @ moved.T),
-            trial_s=point.s + jnp.where(em | stuck, 0.0, step[0]),
-            trial_theta=point.theta + jnp.where(em, 0.0, change[q * q :]),
-            predicted=jnp.where(em | stuck, 0.0, predicted),
-            damping=damping,
-            decrement=decrement,
-            trace=state.trace.at[jnp.minimum(state.evaluations, TRACE_LENGTH - 1)].set(row),
-        )
-
-    state = _State(
+def beginning(problem: Problem, D: Array, s: Array, theta: Array, trace_length: int = 0) -> State:
+    """Return the state of a solve that starts at ``D``, ``s`` and ``theta``."""
+    dtype = D.dtype
+    return State(
         evaluations=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
         point=point_of(lambda *shape: jnp.zeros(shape, dtype), problem, len(theta)),
@@ -498,15 +472,88 @@ def newton(
         predicted=jnp.zeros((), dtype),
         damping=jnp.zeros((), dtype),
         decrement=jnp.full((), jnp.inf, dtype),
-        trace=jnp.full((TRACE_LENGTH, TRACE_COLUMNS), jnp.nan, dtype),
+        trace=jnp.full((trace_length, TRACE_COLUMNS), jnp.nan, dtype),
     )
-    state = lax.while_loop(lambda state: state.status == Status.RUNNING, body, state)
-    return Solution(
-        point=state.point,
-        status=state.status,
-        steps=state.evaluations,
-        decrement=state.decrement,
-        trace=state.trace,
+
+
+def advance(
+    problem: Problem, constraints: Constraints, options: Options, state: State, new: Point
+) -> State:
+    """Judge an evaluated trial and choose the next one.
+
+    Args:
+        problem: the problem, of which the data are not looked at.
+        constraints: what moves.
+        options: options of the solve.
+        state: the solve so far.
+        new: its trial, evaluated.
+    """
+    dtype, q = state.trial_D.dtype, state.trial_D.shape[0]
+    eps = jnp.finfo(dtype).eps
+    n_groups = jnp.asarray(problem.n_groups, dtype)
+    # Rounding in the gradient grows with the number of observations.
+    tol = jnp.maximum(options.tol, 10.0 * eps**2 * problem.n_obs)
+    # Residuals a thousand roundings in size are none: the response has unit length.
+    smallest_scale = 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
+    if constraints.structures:
+        # A structure may describe the data without a residual; the search would go on for ever.
+        smallest_scale = jnp.log(1e-8) - jnp.log(problem.n_obs)
+
+    old = state.point
+    first = state.evaluations == 0
+    slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
+    gain = old.at.value - new.at.value
+    finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
+    accept, damping = judge(gain, state.predicted, state.damping, slack, finite, first)
+    point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+    size = jnp.sqrt(jnp.sum(point.root**2) + jnp.sum(point.theta**2))
+    step, decrement, predicted = bounded_step(point.gradient, point.hessian, damping, size)
+
+    em = (state.evaluations < options.em_steps) & (decrement > NEAR)
+    # Where rounding hides any further decrease, Newton has arrived if it has also stopped
+    # getting closer.
+    arrived = (decrement <= slack) & (decrement >= 0.25 * state.decrement)
+    settled = accept & ~em & ((decrement <= tol) | arrived)
+    # A stationary point by symmetry only: leave it along the pivots of negative curvature.
+    curvature = jnp.diag(point.hessian)
+    escape = jnp.asarray(curvature < -1e-6 * jnp.max(jnp.abs(curvature)), dtype)[1:]
+    escape = escape.at[: q * q].multiply(point.pivot.reshape(-1))
+    stuck = settled & jnp.any(escape > 0.0)
+    bump = 0.1 * escape / (1.0 + 100.0 * damping)
+
+    change = jnp.where(stuck, bump, step[1:])
+    moved = point.root + change[: q * q].reshape(q, q)
+    G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
+    expected = em_step(point.D, G, n_groups, constraints.blocks)
+
+    evaluations = state.evaluations + 1
+    outcomes = [
+        (settled & ~stuck, Status.CONVERGED),
+        (first & ~accept, Status.NOT_FINITE),
+        (point.s < smallest_scale, Status.UNBOUNDED),
+        (damping > 1e12, Status.STALLED),
+        (evaluations >= options.max_steps + options.em_steps, Status.MAX_STEPS),
+    ]
+    status = jnp.asarray(Status.RUNNING, jnp.int32)
+    for happened, outcome in reversed(outcomes):
+        status = jnp.where(happened, jnp.int32(outcome), status)
+    trace = state.trace
+    if len(trace):
+        row = jnp.stack(
+            [point.at.value, decrement, damping, accept.astype(dtype), em.astype(dtype)]
+        )
+        trace = trace.at[jnp.minimum(state.evaluations, len(trace) - 1)].set(row)
+    return State(
+        evaluations=evaluations,
+        status=status,
+        point=point,
+        trial_D=jnp.where(em, expected, moved @ moved.T),
+        trial_s=point.s + jnp.where(em | stuck, 0.0, step[0]),
+        trial_theta=point.theta + jnp.where(em, 0.0, change[q * q :]),
+        predicted=jnp.where(em | stuck, 0.0, predicted),
+        damping=damping,
+        decrement=decrement,
+        trace=trace,
     )
 
 

@@ -4,6 +4,8 @@
 #        Rscript bench_lme4.R factors FOLDER REPETITIONS  (penicillin.csv, pastes.csv)
 #        Rscript bench_lme4.R large FOLDER FORMULA [REML|ML FACTOR ...]
 #                         (columns.txt and one file of doubles per column; FACTOR is g by default)
+#        Rscript bench_lme4.R many FOLDER FORMULA         (data.csv; its columns y0, y1, ... are
+#                         responses, whose estimates, by a tight search, go to estimates.csv)
 # Prints one line "name seconds" per measurement.
 suppressPackageStartupMessages(library(lme4))
 
@@ -51,6 +53,39 @@ if (arguments[1] == "warm") {
     median_time(paste0(name, "_fit"), function() lmer(models[[name]], data))
     say(paste0(name, "_criterion"), -2 * as.numeric(logLik(lmer(models[[name]], data))))
   }
+} else if (arguments[1] == "many") {
+  data <- read.csv(file.path(folder, "data.csv"))
+  data$g <- factor(data$g)
+  responses <- grep("^y[0-9]+$", names(data), value = TRUE)
+  formula <- as.formula(paste("y", arguments[3]))
+  # Either may stop at a boundary too early; the better one counts.
+  tight <- list(
+    lmerControl("bobyqa", calc.derivs = FALSE, optCtrl = list(rhoend = 1e-9, maxfun = 1e5)),
+    lmerControl("Nelder_Mead", calc.derivs = FALSE, optCtrl = list(
+      FtolAbs = 1e-12, FtolRel = 1e-15, XtolRel = 1e-10, maxfun = 1e5
+    ))
+  )
+  data$y <- data[[responses[1]]]
+  each <- function(name, control) {
+    data$y <- data[[name]]
+    suppressMessages(suppressWarnings(lmer(formula, data, control = control)))
+  }
+  first <- each(responses[1], lmerControl())
+  began <- proc.time()[["elapsed"]]
+  for (name in responses) each(name, lmerControl())
+  say("lmer", proc.time()[["elapsed"]] - began)
+  began <- proc.time()[["elapsed"]]
+  for (name in responses) suppressMessages(suppressWarnings(refit(first, data[[name]])))
+  say("refit", proc.time()[["elapsed"]] - began)
+  estimates <- t(sapply(responses, function(name) {
+    fits <- lapply(tight, each, name = name)
+    fit <- fits[[which.min(sapply(fits, function(fit) -2 * as.numeric(logLik(fit))))]]
+    bse <- sqrt(diag(as.matrix(vcov(fit))))
+    c(-2 * as.numeric(logLik(fit)), unname(fixef(fit)), unname(bse))
+  }))
+  p <- (ncol(estimates) - 1) / 2
+  colnames(estimates) <- c("criterion", paste0("params", 1:p - 1), paste0("bse", 1:p - 1))
+  write.csv(format(estimates, digits = 17), file.path(folder, "estimates.csv"), row.names = FALSE)
 } else {
   reml <- is.na(arguments[4]) || arguments[4] == "REML"
   factors <- if (length(arguments) > 4) arguments[-(1:4)] else "g"

@@ -4,23 +4,32 @@ Usage: ``python -m tests.benchmarks.bench_many [--quick]``
 
 How rates are taken: "statistics" is from the sufficient statistics of the responses to estimates,
 standard errors and degrees of freedom; "rows" adds the passes over the responses, in memory;
-compiling is left out (every call is made once before).  Peers fit response after response in the
-same process: glmm, and lmmax's own ``Fit.refit``; their rates are of 50 responses.
+compiling is left out (every call is made once before).  "wasted" is how many evaluations lanes ran
+through for each that they needed: those that are done leave between steps.  Peers fit response
+after response in the same process: glmm, and lmmax's own ``Fit.refit``; their rates are of 50
+responses.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from tests.benchmarks.harness import installed, rscript
+
 PEER_RESPONSES = 50
+SAME = 1e-6
+"""Criteria that differ by less are of the same optimum."""
 
 
 def intercepts(m: int, p: int, k: int, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, str]:
@@ -84,13 +93,14 @@ def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None)
     import lmmax
     from lmmax.batch import one_variance, solve_statistics
     from lmmax.batch.engines import LineEngine, engine_of
-    from lmmax.batch.many import _design
+    from lmmax.batch.reading import read_design
+    from lmmax.batch.solve import Effort
     from lmmax.batch.statistics import project, shared_designs
     from lmmax.constraints import Settings
     from lmmax.fit import prepare
 
     k = y.shape[1]
-    design, _ = _design(formula, data, relmat=relmat)
+    design, _ = read_design(formula, data, relmat=relmat)
     # The response that lends the others a start.
     design = replace(design, y=np.ascontiguousarray(y[:, 0]))
     work = engine_of(prepare(design), Settings(), ())
@@ -104,6 +114,9 @@ def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None)
         shared = shared_designs(template)
         responses = project(shared, y.T)
         found["statistics"] = k / seconds(lambda: solve_statistics(template, shared, responses))
+        effort = Effort()
+        solve_statistics(template, shared, responses, effort)
+        found["wasted"] = effort.run / effort.needed
     found["rows"] = k / seconds(lambda: lmmax.fit_many(formula, data, y, relmat=relmat))
     frame = data.assign(response=y[:, 0])
     single = lmmax.fit(f"response {formula}", frame, relmat=relmat)
@@ -118,6 +131,94 @@ def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None)
             lambda: [glmm.fit(frame, text, satterthwaite=True) for frame in frames], 1
         )
     return found
+
+
+def mixed(k: int, slope: bool, seed: int = 3) -> tuple[pd.DataFrame, np.ndarray, str]:
+    """Unbalanced groups; responses of all kinds of variances, of which a third or so are zero."""
+    rng = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(30), rng.integers(3, 9, size=30))
+    n, t = len(codes), rng.normal(size=len(codes))
+    x = rng.normal(size=30)[codes]
+    sd = rng.choice([0.0, 0.1, 0.3, 1.0, 3.0], size=(2, k))
+    b = rng.normal(size=(2, 30, k)) * sd[:, None]
+    y = 5.0 + b[0][codes] + slope * b[1][codes] * t[:, None] + rng.normal(size=(n, k))
+    data = pd.DataFrame({"t": t, "x": x, "g": codes})
+    return data, y, f"~ t + x + ({'1 + t' if slope else '1'} | g)"
+
+
+def differences(mine: Any, params: Any, bse: Any, criterion: Any) -> str:
+    """The largest differences from estimates of the same responses by something else.
+
+    Those of estimates are relative (to the error of a coefficient that is smaller), of responses
+    in which both found the same optimum; of the others it says how far the worse one is above.
+    """
+    mine_params, mine_bse = mine.params.to_numpy(), mine.bse.to_numpy()
+    above = -2.0 * mine.llf.to_numpy() - criterion
+    same = np.abs(above) < SAME
+    size = np.maximum(np.abs(params), bse)
+    found = (
+        np.max(np.abs(above[same])),
+        np.max((np.abs(mine_params - params) / size)[same]),
+        np.max((np.abs(mine_bse - bse) / bse)[same]),
+    )
+    text = "criterion {:.1e}, coefficients {:.1e}, errors {:.1e}".format(*found)
+    for which, by in ((above >= SAME, above), (above <= -SAME, -above)):
+        if which.any():
+            whose = "here" if by is above else "there"
+            text += f"; {which.sum()} stopped short {whose}, by {by[which].max():.1e} at most"
+    return text
+
+
+def against_single(k: int) -> None:
+    """Print how far lanes are from fits of their own."""
+    import lmmax
+
+    for slope in (False, True):
+        data, y, formula = mixed(k, slope)
+        batch = lmmax.fit_many(formula, data, y)
+        alone = [batch[i] for i in range(k)]
+        gaps = differences(
+            batch,
+            np.array([fit.params for fit in alone]),
+            np.array([fit.bse for fit in alone]),
+            np.array([-2.0 * fit.llf for fit in alone]),
+        )
+        print(f"{k:,} lanes less single fits, {formula}, {int(batch.record.singular.sum())} at the "
+              f"boundary: {gaps} (bars 1e-7, 1e-6, 1e-6)", flush=True)  # fmt: skip
+
+
+def against_lme4(k: int, many: int) -> None:
+    """Print how far lanes are from lme4's estimates, and how much faster.
+
+    Args:
+        k: responses that lme4 fits.
+        many: responses that are fitted here to measure the rate.
+    """
+    import lmmax
+
+    for slope in (False, True):
+        data, y, formula = mixed(many, slope)
+        batch = lmmax.fit_many(formula, data, y[:, :k])
+        rate = many / seconds(partial(lmmax.fit_many, formula, data, y))
+        with tempfile.TemporaryDirectory() as folder:
+            here = Path(folder)
+            columns = [f"y{i}" for i in range(k)]
+            frame = pd.concat([data, pd.DataFrame(y[:, :k], columns=columns)], axis=1)
+            frame.to_csv(here / "data.csv", index=False, float_format="%.17g")
+            theirs = rscript("many", folder, formula)
+            table = pd.read_csv(here / "estimates.csv")
+        names = list(batch.design.x_names)
+        gaps = differences(
+            batch,
+            table[[f"params{j}" for j in range(len(names))]].to_numpy(),
+            table[[f"bse{j}" for j in range(len(names))]].to_numpy(),
+            table["criterion"].to_numpy(),
+        )
+        lmer, refit = k / theirs["lmer"], k / theirs["refit"]
+        print(f"{k} lanes less lme4, {formula}, {int(batch.record.singular.sum())} at the "
+              f"boundary: {gaps}; fits a second {rate:,.0f} (of {many:,}), lmer {lmer:,.0f}, its "
+              f"refit {refit:,.0f}: {rate / lmer:,.0f} and {rate / refit:,.0f} times as fast",
+              flush=True)  # fmt: skip
 
 
 def cases(quick: bool) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
@@ -154,14 +255,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer responses")
     quick = parser.parse_args().quick
     head = f"{'fits a second':44}{'bar':>9}{'statistics':>12}{'rows':>10}{'refit':>8}{'glmm':>8}"
+    head += f"{'wasted':>8}"
     print(head)
     for name, (bar, run) in cases(quick).items():
         found = run()
         cells = [f"{found[key]:,.0f}" if key in found else "-" for key in
                  ("statistics", "rows", "refit", "glmm")]  # fmt: skip
-        widths = (12, 10, 8, 8)
+        cells.append(f"{found['wasted']:.2f}" if "wasted" in found else "-")
+        widths = (12, 10, 8, 8, 8)
         line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         print(f"{name:44}{bar:>9,}{line}", flush=True)
+    print()
+    against_single(200 if quick else 2_000)
+    if installed(["lme4"]):
+        against_lme4(40, 2_000 if quick else 20_000)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One model fitted to many responses.
 
-With one grouping factor the responses share the designs' part of the statistics and run through
-one vectorised solver (:mod:`lmmax.batch.solve`); with several they are fitted one after the other,
-each from the estimates of the first fit, with the designs analysed once.
+The responses share the designs' part of the statistics (:mod:`lmmax.batch.statistics` for one
+grouping factor, :mod:`lmmax.batch.factors` for several) and run through one solver
+(:mod:`lmmax.batch.solve`), each from the estimates of the first fit.
 """
 
 from __future__ import annotations
@@ -16,10 +16,26 @@ import numpy as np
 from ..compress import EngineError, compress
 from ..constraints import read_constraints
 from ..estimation import Estimates, estimate, group_noise
+from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
 from ..solve import NEWTON_LIMIT, Constraints, Status
-from .solve import BatchEstimates, Ends, Lanes, Start, in_user_units, join, snapped, solve, stack
-from .statistics import Responses, SharedDesigns, project, shared_designs, with_responses
+from . import factors
+from .factors import SharedFactors, shared_factors
+from .solve import (
+    BatchEstimates,
+    Effort,
+    Ends,
+    Lanes,
+    Start,
+    in_user_units,
+    join,
+    snapped,
+    solve,
+    stack,
+    starts_from,
+)
+from .starts import scored
+from .statistics import Responses, SharedDesigns, lanes_of, project, shared_designs
 from .uncertainty import parameter_covariance
 
 if TYPE_CHECKING:
@@ -31,6 +47,8 @@ __all__ = [
     "join",
     "refit_responses",
     "refit_statistics",
+    "shared_by_responses",
+    "solve_responses",
     "solve_statistics",
     "stack",
     "vectorises",
@@ -42,20 +60,34 @@ of zero is a stationary point by symmetry."""
 
 
 def vectorises(fit: Fit) -> bool:
-    """Return whether the model's responses run through the vectorised solver."""
-    newton = fit.estimates.solver == "newton" and len(fit.estimates.root) <= NEWTON_LIMIT
-    return fit.engine.name == "grouped" and newton
+    """Return whether the model has one grouping factor, and its responses run in lanes."""
+    return fit.engine.name == "grouped" and _by_newton(fit)
+
+
+def _by_newton(fit: Fit) -> bool:
+    return fit.estimates.solver == "newton" and len(fit.estimates.root) <= NEWTON_LIMIT
+
+
+def shared_by_responses(fit: Fit) -> SharedDesigns | SharedFactors | None:
+    """Return what responses share that run in lanes; None if they must be fitted one by one."""
+    if vectorises(fit):
+        return shared_designs(fit)
+    if fit.engine.name in ("nested", "crossed") and _by_newton(fit):
+        return shared_factors(fit)
+    return None
 
 
 def refit_responses(
-    fit: Fit, y: np.ndarray | Iterable[np.ndarray], shared: SharedDesigns | None = None
+    fit: Fit,
+    y: np.ndarray | Iterable[np.ndarray],
+    shared: SharedDesigns | SharedFactors | None = None,
 ) -> BatchEstimates:
     """Fit the model of ``fit`` to many responses of its rows.
 
     Args:
         fit: the model, fitted to one response; it lends designs, settings and start.
         y: responses, offset included, (n, nobs).
-        shared: what :func:`shared_designs` returned for the fit, if it is at hand.
+        shared: what :func:`shared_by_responses` returned for the fit, if it is at hand.
 
     Returns:
         The same estimates as ``fit.refit`` of each response.
@@ -73,9 +105,9 @@ def refit_responses(
     """
     check_engine(fit)
     offset = 0.0 if fit.design.offset is None else fit.design.offset
-    if vectorises(fit):
-        shared = shared_designs(fit) if shared is None else shared
-        return refit_statistics(fit, shared, project(shared, np.asarray(y) - offset))
+    shared = shared_by_responses(fit) if shared is None else shared
+    if shared is not None:
+        return solve_responses(fit, shared, np.asarray(y) - offset).estimates
     return stack([estimates_of(fit, _one(fit, response - offset)) for response in y])
 
 
@@ -90,7 +122,7 @@ def check_engine(fit: Fit) -> None:
 
 
 class Solved(NamedTuple):
-    """Fits of many responses of a one-factor model, with what inference needs.
+    """Fits of many responses of a model, with what inference needs.
 
     Attributes:
         estimates: the estimates.
@@ -166,14 +198,77 @@ class Solved(NamedTuple):
         return V, np.concatenate([scale[:, None] * moved, V[:, None]], axis=1)
 
 
-def solve_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> Solved:
-    """Fit a one-factor model to the statistics of many responses, with what inference needs."""
-    problem, y_scale = with_responses(shared, responses), responses.y_scale
+def solve_responses(
+    fit: Fit,
+    shared: SharedDesigns | SharedFactors,
+    y: np.ndarray,
+    moved: np.ndarray | float = 0.0,
+    effort: Effort | None = None,
+) -> Solved:
+    """Fit a model to many responses by row, with what inference needs.
+
+    Args:
+        fit: the model, fitted to one response.
+        shared: what the responses share.
+        y: the responses, their offset removed, (n, nobs).
+        moved: coefficients, working coordinates, that were taken out of them before, (n, p).
+        effort: counts the work, if given.
+    """
+    if isinstance(shared, SharedDesigns):
+        responses = project(shared, y)
+        responses = responses._replace(origin=responses.origin + moved)
+        return solve_statistics(fit, shared, responses, effort)
+    found = factors.project(shared, y)
+    constraints, _ = read_constraints(shared.problem, fit.terms, fit.settings)
+    unit = (float(shared.problem.y_scale) / found.y_scale) ** 2
+    natural = np.asarray(constraints.natural) * unit[:, None, None]
+    lanes = Lanes(found.problem, natural, found.varying)
+
+    def others(which: np.ndarray) -> list[Start]:
+        return starts_from(lanes, constraints, which, factors.rough(shared, y, found, which))
+
+    start = start_at(fit, constraints, unit)
+    ends = solve(lanes, constraints, fit.settings, fit.terms, start, effort, others)
+    origin = found.origin + moved
+    return _solved(fit, lanes, constraints, ends, origin, found.y_scale, found.total)
+
+
+def solve_statistics(
+    fit: Fit, shared: SharedDesigns, responses: Responses, effort: Effort | None = None
+) -> Solved:
+    """Fit a one-factor model to the statistics of many responses, with what inference needs.
+
+    Args:
+        fit: the model, fitted to one response.
+        shared: what the responses share.
+        responses: their statistics.
+        effort: counts the work, if given.
+    """
+    (problem, varying), y_scale = lanes_of(shared, responses), responses.y_scale
     constraints, _ = read_constraints(shared.problem, fit.terms, fit.settings)
     unit = (float(shared.problem.y_scale) / y_scale) ** 2
-    lanes = Lanes(problem, np.asarray(constraints.natural) * unit[:, None, None], ("Y", "C"))
+    lanes = Lanes(problem, np.asarray(constraints.natural) * unit[:, None, None], varying)
     start = start_at(fit, constraints, unit)
-    ends = solve(lanes, constraints, fit.settings, fit.terms, start)
+    moves = constraints.profile and not np.any(constraints.held)
+    if start is not None and isinstance(problem, SharedProblem) and moves:
+        D, s = scored(
+            problem, shared.problem, start.D[0], np.asarray(constraints.blocks), lanes.noise[0]
+        )
+        start = start._replace(D=D, s=s)
+    ends = solve(lanes, constraints, fit.settings, fit.terms, start, effort)
+    return _solved(fit, lanes, constraints, ends, responses.origin, y_scale)
+
+
+def _solved(
+    fit: Fit,
+    lanes: Lanes,
+    constraints: Constraints,
+    ends: Ends,
+    origin: np.ndarray,
+    y_scale: np.ndarray,
+    total: np.ndarray | float = 1.0,
+) -> Solved:
+    """Return the ends of lanes in the user's units, with what inference needs."""
     kept = fit.layout.fixed.kept
     estimates = in_user_units(
         lanes,
@@ -181,17 +276,18 @@ def solve_statistics(fit: Fit, shared: SharedDesigns, responses: Responses) -> S
         fit.settings,
         fit.terms,
         ends,
-        responses.origin,
+        origin,
         y_scale,
         kept,
         len(fit.design.x_names),
+        total,
     )
     free = pack_triangle(np.asarray(constraints.blocks) * (1.0 - constraints.held)) > 0.0
     return Solved(
         estimates,
         ends,
         np.append(free, constraints.scale_free),
-        np.asarray(shared.problem.x_inverse)[: len(kept), : len(kept)],
+        np.asarray(lanes.problem.x_inverse)[: len(kept), : len(kept)],
         not constraints.structures and not np.any(constraints.held),
         y_scale,
         snapped(ends, constraints, fit.terms, lanes.noise)[0],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,8 +20,9 @@ from ..inference.denominator import combined
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
-from . import Solved, one_variance, solve_statistics, vectorises
-from .statistics import SharedDesigns, project, shared_designs
+from . import Solved, one_variance, shared_by_responses, solve_responses
+from .factors import SharedFactors
+from .statistics import SharedDesigns
 
 
 class Hypothesis(NamedTuple):
@@ -80,8 +82,13 @@ class Engine(Protocol):
     def name(self) -> str:
         """What it is, for a reader."""
 
-    def fit(self, y: np.ndarray) -> Record:
-        """Fit responses, a column each, offset included, (n, lanes)."""
+    def fit(self, y: np.ndarray, origin: np.ndarray | None = None) -> Record:
+        """Fit responses, a column each, offset included, (n, lanes).
+
+        Args:
+            y: the responses.
+            origin: coefficients that were taken out of them before, (lanes, p); None for none.
+        """
 
 
 class Uncertainty(NamedTuple):
@@ -113,7 +120,8 @@ def satterthwaite(V: np.ndarray, slopes: np.ndarray, C: np.ndarray) -> np.ndarra
     """
     variance = np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.where(variance > 0.0, 2.0 * V**2 / variance, np.inf))
+        # What is not known, of fits that stopped before they converged, stays NaN.
+        return np.asarray(np.where(variance <= 0.0, np.inf, 2.0 * V**2 / variance))
 
 
 def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,6 +171,11 @@ def _without_offset(design: Design, y: np.ndarray) -> np.ndarray:
     return y if design.offset is None else y - design.offset[:, None]
 
 
+def _in_working_units(prepared: Prepared, origin: np.ndarray) -> np.ndarray:
+    fixed = prepared.layout.fixed
+    return np.asarray(origin[:, fixed.kept] @ fixed.R.T)
+
+
 @dataclass(frozen=True, eq=False)
 class LineEngine:
     """Models with one variance besides the residual's."""
@@ -178,60 +191,30 @@ class LineEngine:
         count = len(self.line.eigenvalues) + len(self.line.set_kappa)
         return f"one variance: a search on a line, {count} numbers per response"
 
-    def fit(self, y: np.ndarray) -> Record:
+    def fit(self, y: np.ndarray, origin: np.ndarray | None = None) -> Record:
         """See `Engine`."""
-        return self.of_statistics(
-            one_variance.statistics(self.line, _without_offset(self.prepared.design, y))
-        )
+        stats = one_variance.statistics(self.line, _without_offset(self.prepared.design, y))
+        if origin is not None:
+            moved = stats.origin + _in_working_units(self.prepared, origin)
+            stats = stats._replace(origin=moved)
+        return self.of_statistics(stats)
 
     def of_statistics(self, stats: one_variance.Statistics) -> Record:
         """Fit from statistics."""
-        found, design = one_variance.fits(self.line, stats, self.reml), self.prepared.design
-        n, p, kept = len(found.scale), len(design.x_names), self.prepared.layout.fixed.kept
-        params, bse, df = np.full((3, n, p), np.nan)
-        singular = found.variance == 0.0
-        usable = found.status == Status.CONVERGED
-        C = np.full((n, 2, 2), np.nan)
-        C[usable] = 0.0
-        inside, at_zero = usable & ~singular, usable & singular
-        C[inside] = np.linalg.inv(found.information[inside])
-        C[at_zero, 1, 1] = 1.0 / found.information[at_zero, 1, 1]
-        params[:, kept] = found.beta
-        unscaled, slope = self.line.unscaled_variances(found.variance, np.eye(len(kept)))
-        V = found.scale[:, None] * unscaled
-        bse[:, kept] = np.sqrt(V)
-        slopes = np.stack([found.scale[:, None] * slope, V], axis=1)
-        df[:, kept] = satterthwaite(V, slopes, C)
-        df[~usable] = np.nan
-        results = np.full((4, n, len(self.tests)), np.nan)
-        for h, test in enumerate(self.tests):
-            L = test.L[:, kept]
-            of = self._uncertainty(found, C, L)
-            results[:, :, h] = tested(of, found.beta @ L.T - test.values, test.values)
-        return Record(
-            params,
-            bse,
-            df,
-            (found.variance * found.scale)[:, None, None],
-            found.scale,
-            -0.5 * found.criterion,
-            found.status,
-            singular,
-            found.steps,
-            np.abs(np.where(singular, 0.0, found.gradient)),
-            *results,
+        found, layout = one_variance.fits(self.line, stats, self.reml), self.prepared.layout
+        return record_on_line(
+            found,
+            len(self.prepared.design.x_names),
+            layout.fixed.kept,
+            self.tests,
+            partial(self.line.unscaled_variances, found.variance),
+            partial(self.line.unscaled_covariance, found.variance),
         )
-
-    def _uncertainty(self, found: one_variance.Fits, C: np.ndarray, L: np.ndarray) -> Uncertainty:
-        """Return that of combinations L (r, p); the parameters are d and the log of the scale."""
-        unscaled, slope = self.line.unscaled_covariance(found.variance, L)
-        V = found.scale[:, None, None] * unscaled
-        return Uncertainty(V, np.stack([found.scale[:, None, None] * slope, V], axis=1), C)
 
 
 @dataclass(eq=False)
 class GeneralEngine:
-    """Any other model: one grouping factor in lanes, several one response after the other.
+    """Any other model: in lanes where they need no random probes and few parameters.
 
     Attributes:
         prepared: the design.
@@ -252,10 +235,12 @@ class GeneralEngine:
     @property
     def name(self) -> str:
         """See `Engine`."""
-        return f"{self.prepared.layout.engine.name}: Newton's method in lanes"
+        how = "one after the other" if self.shared is None else "in lanes"
+        return f"{self.prepared.layout.engine.name}: Newton's method {how}"
 
-    def fit(self, y: np.ndarray) -> Record:
+    def fit(self, y: np.ndarray, origin: np.ndarray | None = None) -> Record:
         """See `Engine`."""
+        y = np.asarray(y, dtype=float)
         around = _without_offset(self.prepared.design, y)
         with np.errstate(over="ignore", invalid="ignore"):
             spread = np.ptp(around, axis=0)
@@ -264,17 +249,24 @@ class GeneralEngine:
         for lane in sound:
             if self.template is not None:
                 break
-            self.template = self._single(y[:, lane])
-        if self.template is None:
+            self.template = self._single(self._whole(y, origin, lane))
+        if self.template is None or not sound.size:
             return found
-        if vectorises(self.template):
-            parts = self._lanes(y[:, sound])
+        if self.shared is not None:
+            parts = self._lanes(y[:, sound], None if origin is None else origin[sound])
         else:
-            fits = [self._single(column) for column in y[:, sound].T]
+            fits = [self._single(self._whole(y, origin, lane)) for lane in sound]
             parts = stacked([self._row(fit) for fit in fits])
         for mine, part in zip(found, parts, strict=True):
             mine[sound] = part
         return found
+
+    def _whole(
+        self, y: np.ndarray, origin: np.ndarray | None, lane: int | np.integer
+    ) -> np.ndarray:
+        """Return one response with what was taken out of it."""
+        X = self.prepared.design.X
+        return np.asarray(y[:, lane] if origin is None else y[:, lane] + X @ origin[lane])
 
     def _empty(self, n: int) -> Record:
         design, layout = self.prepared.design, self.prepared.layout
@@ -297,21 +289,84 @@ class GeneralEngine:
         """Return the record of one fit."""
         return self._empty(1) if fit is None else record_of(fit, self.tests)
 
-    def _lanes(self, y: np.ndarray) -> Record:
+    def _lanes(self, y: np.ndarray, origin: np.ndarray | None) -> Record:
         """Fit responses side by side."""
         template = self.template
-        assert template is not None
-        if self._shared is None:
-            self._shared = shared_designs(template)
-        solved = solve_statistics(
-            template, self._shared, project(self._shared, _without_offset(template.design, y).T)
-        )
-        kept = template.layout.fixed.kept
+        assert template is not None and self.shared is not None
+        moved = 0.0 if origin is None else _in_working_units(self.prepared, origin)
+        around = _without_offset(template.design, y).T
         return record_of_lanes(
-            solved, kept, self.tests, lambda lane: self._row(self._single(y[:, lane]))
+            solve_responses(template, self.shared, around, moved),
+            template.layout.fixed.kept,
+            self.tests,
+            lambda lane: self._row(self._single(self._whole(y, origin, lane))),
         )
 
-    _shared: SharedDesigns | None = None
+    @cached_property
+    def _shared(self) -> SharedDesigns | SharedFactors | None:
+        assert self.template is not None
+        return shared_by_responses(self.template)
+
+    @property
+    def shared(self) -> SharedDesigns | SharedFactors | None:
+        """What responses share that run in lanes; None if they are fitted one by one."""
+        return None if self.template is None else self._shared
+
+
+def record_on_line(
+    found: one_variance.Fits,
+    p: int,
+    kept: np.ndarray,
+    tests: Sequence[Hypothesis],
+    variances: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    covariance: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+) -> Record:
+    """Return the record of fits with one variance besides the residual's.
+
+    Args:
+        found: the fits.
+        p: number of columns of X.
+        kept: positions of the columns of X that the coefficients of the fits belong to.
+        tests: hypotheses on the coefficients.
+        variances: returns the diagonals of what `covariance` does, (n, r) each.
+        covariance: returns ``L (X'V^-1 X)^-1 L'`` of combinations L (r, kept) of these, and its
+            derivative in the relative variance, (n, r, r) each.
+    """
+    n = len(found.scale)
+    record = empty(n, p, 1, len(tests))
+    singular = found.variance == 0.0
+    usable = found.status == Status.CONVERGED
+    # The parameters are the relative variance and the log of the scale.
+    C = np.full((n, 2, 2), np.nan)
+    C[usable] = 0.0
+    inside, at_zero = usable & ~singular, usable & singular
+    C[inside] = np.linalg.inv(found.information[inside])
+    C[at_zero, 1, 1] = 1.0 / found.information[at_zero, 1, 1]
+    record.params[:, kept] = found.beta
+    unscaled, slope = variances(np.eye(len(kept)))
+    V = found.scale[:, None] * unscaled
+    record.bse[:, kept] = np.sqrt(V)
+    slopes = np.stack([found.scale[:, None] * slope, V], axis=1)
+    record.df[:, kept] = np.where(usable[:, None], satterthwaite(V, slopes, C), np.nan)
+    for h, asked in enumerate(tests):
+        if not estimable(asked, kept):
+            continue
+        L = asked.L[:, kept]
+        inner, slope = covariance(L)
+        V = found.scale[:, None, None] * inner
+        of = Uncertainty(V, np.stack([found.scale[:, None, None] * slope, V], axis=1), C)
+        values = tested(of, found.beta @ L.T - asked.values, asked.values)
+        for name, value in zip(("statistic", "df_den", "estimate", "error"), values, strict=True):
+            getattr(record, name)[:, h] = value
+    return record._replace(
+        cov_re=(found.variance * found.scale)[:, None, None],
+        scale=found.scale,
+        llf=-0.5 * found.criterion,
+        status=found.status,
+        singular=singular,
+        steps=found.steps,
+        gradient=np.abs(np.where(singular, 0.0, found.gradient)),
+    )
 
 
 def record_of(fit: Fit, tests: Sequence[Hypothesis]) -> Record:

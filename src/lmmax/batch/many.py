@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..constraints import Settings
-from ..design import Design, build_design
 from ..fit import check_reml
-from ..formula import parse_formula
-from ..frames import as_table, n_rows
 from ..spec import ModelSpec
-from .engines import stacked
-from .result import BatchFit, hypotheses
-from .sources import Columns, columns
-from .store import Store, columns_of, fingerprint
+from .engines import Record, stacked
+from .processes import alone, check_same, first_of_all, put_together, share, wait
+from .progress import progress_bar
+from .reading import begin, block_size
+from .result import BatchFit, hypotheses, read_again
+from .sources import Chunks, Columns, identity, total
+from .store import Store, StoredRecord, StoreError, fields_of, fingerprint, store_at
 from .stream import stream
 from .subsets import SUBSETS, Subsets, SubsetWork, read_subsets
-from .work import Work, arrays
+from .varied import Varied
+from .work import Done, Work, arrays
 
-CHUNK_BYTES = 1 << 27
-"""Most bytes of responses, in double precision, that are worked on at once."""
-CANDIDATES = 32
-"""Responses among which one is sought that lends the others a start."""
+Source = Columns | Chunks | Varied | Subsets
+"""Where models come from."""
 
 
 def fit_many(
@@ -38,7 +36,9 @@ def fit_many(
     data: Any,
     responses: Any = None,
     *,
+    names: Any = None,
     by: Any = None,
+    scan: Mapping[str, Any] | None = None,
     reml: bool = True,
     tests: Mapping[str, Any] | None = None,
     weights: Any = None,
@@ -73,18 +73,29 @@ def fit_many(
         formula: the model, ``"~ age + (1 | subject)"``; what is left of the tilde is a label.  With
             `by` the whole model, ``"sales ~ price + (1 + price | product)"``.
         data: the covariates and groups, n rows.
-        responses: an array (n, k), memory-mapped or not, Zarr, SciPy sparse, a data frame with k
-            columns, a list of columns of ``data``, or the path of a ``.npy`` or ``.parquet`` file,
-            of which a block at a time is read.  A response may have missing values (NaN), which
-            are left out: this is nearly as fast while many responses lack the same rows.
+        responses: an array (n, k), memory-mapped or not, Zarr, HDF5, SciPy sparse, a data frame
+            with k columns, a list of columns of ``data``, an AnnData object or a tuple of it and
+            the name of a layer, or the path of a ``.npy`` or ``.parquet`` file, of which a block at
+            a time is read.  Or an iterator of arrays (n, c) or data frames with any number of
+            columns each, which is read once: there is no ``batch[i]`` then.  A response may have
+            missing values (NaN), which are left out: this is nearly as fast while many responses
+            lack the same rows.
+        names: names of the responses, in place of their own.
         by: in place of `responses`, name of the column whose levels are the subsets, or a list of
             several names; rows where it is missing are left out.
+        scan: a column of the design that changes from model to model, such as a genotype: its name
+            in the formula, and what `responses` takes, a column per model: ``{"snp": genotypes}``.
+            Columns of the fixed effects that it occurs in must be linear in it (``snp``,
+            ``snp:age``).  There is a model for each column and one response, for each response and
+            one column, or for each pair of the two, column i with response i.  Rows in which it is
+            missing are left out of that model.
         reml: restricted maximum likelihood or, if False, maximum likelihood.
         tests: hypotheses to test in each fit besides the single coefficients, by name, each in a
             form that :meth:`lmmax.Fit.t_test` takes.
-        weights: prior weights, as in :func:`lmmax.fit`; like all that follow.
-        offset: known part of the mean.
-        contrasts: coding per factor.
+        weights: prior weights, as in :func:`lmmax.fit`, or an array (n, k) or data frame with those
+            of each response in a column; rows without a weight (NaN) are left out.
+        offset: known part of the mean, likewise.
+        contrasts: coding per factor, as in :func:`lmmax.fit`; like all that follow.
         relmat: relationship matrices by grouping factor.
         missing: "drop" rows whose covariates are missing, or "raise".
         solver: "auto", "newton" or "lbfgs".
@@ -92,8 +103,10 @@ def fit_many(
         max_steps: most solver steps.
         engine: form of the likelihood.
         chunk: responses worked on at once; by their size if None.  Results do not depend on it.
-        out: directory for the results, a Parquet file for each chunk as it is done (needs
-            pyarrow).
+        out: directory for the results, to which each chunk is written as it is done: Zarr arrays
+            if its name ends in ``.zarr`` (needs zarr), else Parquet files (needs pyarrow).  They
+            are then not held in memory, but read, field by field, when the batch is asked for them,
+            in another process too: :meth:`lmmax.BatchFit.open`.
         resume: go on with what is in `out`, if that is the same work; chunks that are there are
             not fitted again.
         executor: a `concurrent.futures` executor, or one that acts like it (Dask's
@@ -115,7 +128,7 @@ def fit_many(
         LostWorkerWarning: if a worker of the executor is lost; its responses are fitted here.
 
     Example:
-        >>> import lmmax, numpy as np
+        >>> import lmmax, numpy as np, pandas as pd
         >>> sleep = lmmax.datasets.load("sleepstudy")
         >>> noise = np.random.default_rng(0).normal(size=(180, 3))
         >>> y = sleep["Reaction"].to_numpy()[:, None] + 30.0 * noise
@@ -125,6 +138,12 @@ def fit_many(
         0     247.48  10.98
         1     260.95   8.56
         2     250.38  10.49
+        >>> genotypes = np.random.default_rng(1).integers(0, 3, size=(18, 4))
+        >>> rows = pd.factorize(sleep["Subject"])[0]
+        >>> model = "~ Days * snp + (1 | Subject)"
+        >>> scan = lmmax.fit_many(model, sleep, ["Reaction"], scan={"snp": genotypes[rows]})
+        >>> scan.pvalues["Days:snp"].round(3).tolist()
+        [0.87, 0.55, 0.762, 0.415]
         >>> pastes = lmmax.datasets.load("pastes")
         >>> by_batch = lmmax.fit_many("strength ~ 1 + (1 | cask)", pastes, by="batch")
         >>> by_batch.variances.loc["C"].round(3).to_dict()
@@ -137,6 +156,8 @@ def fit_many(
             "give one of responses= (many for the same rows) and by= (a column whose levels are "
             "fitted each on its own)"
         )
+    if by is not None and scan is not None:
+        raise ValueError("scan= goes with responses=, not with by=")
     settings = Settings(
         reml=check_reml(reml), solver=solver, tol=tol, max_steps=max_steps, engine=engine
     )
@@ -150,126 +171,95 @@ def fit_many(
         "missing": missing,
         "context": context,
     }
-    source: Columns | Subsets
+    source: Source
     work: Work | SubsetWork
     if by is None:
-        design, source, work = begin(formula, data, responses, settings, tests, options)
+        design, source, work = begin(
+            formula, data, responses, settings, tests, options, names, scan
+        )
         size = block_size(chunk, len(design.y))
+    elif names is not None:
+        raise ValueError("names= is for responses; subsets are named by the levels of by=")
     else:
         design, source = read_subsets(formula, data, by, **options)
         work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
         size = chunk or SUBSETS
     engine = work.name
     store = None if out is None else _store(Path(out), work, source, size, resume)
-    records, counts = [], []
-    with _bar(len(source.names), progress) as bar:
-        for record, n_obs in stream(work, source, size, store, executor):
-            records.append(record)
-            counts.append(n_obs)
-            bar.update(len(n_obs))
-    return BatchFit(
+    record, n_obs = _fitted(work, source, size, store, executor, progress)
+    batch = BatchFit(
         names=source.names,
-        record=stacked(records),
+        record=record,
         design=design,
         settings=settings,
         hypotheses=work.tests,
-        n_obs=np.concatenate(counts),
+        n_obs=n_obs,
         engine=engine,
-        notes=work.notes(np.concatenate(counts)),
+        notes=work.notes(n_obs),
         source=source,
     )
+    return batch if store is None else _finished(batch, store)
 
 
-def begin(
-    formula: Any,
-    data: Any,
-    responses: Any,
-    settings: Settings,
-    tests: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
-) -> tuple[Design, Columns, Work]:
-    """Read the design and the responses, and say what is to be done with them.
-
-    Args:
-        formula: the model.
-        data: covariates and groups.
-        responses: the responses.
-        settings: how to fit.
-        tests: hypotheses.
-        options: of the design.
-    """
-    design, rows = _design(formula, data, **options)
-    source = columns(responses, as_table(data), rows)
-    return design, source, Work(lent(design, source), settings, hypotheses(tests, design.x_names))
-
-
-def block_size(chunk: int | None, n: int) -> int:
-    """Return how many responses of n rows are worked on at once."""
-    return chunk or max(1, min(1 << 16, CHUNK_BYTES // (8 * n)))
+def _fitted(
+    work: Work | SubsetWork,
+    source: Source,
+    size: int,
+    store: Store | None,
+    executor: Executor | None,
+    progress: bool,
+) -> tuple[Record | StoredRecord, np.ndarray]:
+    """Fit all blocks; return the results, those in a store left there, and the numbers of rows."""
+    done: list[Done] = []
+    known, mine = total(source), share()
+    with progress_bar(known and len(range(mine[0], known, mine[1])), progress) as bar:
+        for record, n_obs in stream(work, source, size, store, executor, mine):
+            bar.update(len(n_obs))
+            if store is None:
+                done.append((record, n_obs))
+    k = len(source.names)
+    if store is not None:
+        wait()
+        return StoredRecord(store, k, size), store.field("n_obs", k, size)
+    if not alone():
+        done = put_together(done, -(-k // size))
+    return stacked([record for record, _ in done]), np.concatenate([n_obs for _, n_obs in done])
 
 
-def lent(design: Design, source: Columns) -> Design:
-    """Return the design with the first response that varies, from which fits may start.
-
-    The same for the same responses, whichever of them are fitted first, and where.
-    """
-    first = source.block(0, min(CANDIDATES, len(source.names)))
-    for y in first.T:
-        known = np.isfinite(y)
-        if 2 * known.sum() > len(y) and y[known].max() > y[known].min():
-            return replace(design, y=np.where(known, y, y[known].mean()))
-    return design
+def _finished(batch: BatchFit, store: Store) -> BatchFit:
+    """Keep in the store what reads its results back, the responses left out."""
+    trouble = ""
+    if share()[0] == 0:
+        kept = replace(batch, source=read_again(batch.source))
+        trouble = store.finish(batch.names, kept)
+    wait()
+    if trouble:
+        note = f"BatchFit.open cannot read the results back: {trouble}"
+        batch = replace(batch, notes=(*batch.notes, note))
+    return batch
 
 
 def _store(
-    path: Path, work: Work | SubsetWork, source: Columns | Subsets, size: int, resume: bool
+    path: Path,
+    work: Work | SubsetWork,
+    source: Source,
+    size: int,
+    resume: bool,
 ) -> Store:
     design = work.design
-    store = Store(path, columns_of(design.x_names, work.width, [t.name for t in work.tests]))
-    store.begin(
-        {
-            "format": 1,
-            "formula": str(design.spec),
-            "design": fingerprint(*arrays(design)),
-            "rows": fingerprint(source.rows),
-            "settings": repr(work.settings),
-            "tests": fingerprint(*(part for test in work.tests for part in test)),
-            "responses": len(source.names),
-            "values": fingerprint(design.y, source.column(len(source.names) - 1)),
-            "names": fingerprint(list(map(str, source.names))),
-            "chunk": size,
-        },
-        resume,
-    )
+    store = store_at(path, fields_of(design.x_names, work.width, [t.name for t in work.tests]))
+    description = {
+        "format": 2,
+        "formula": str(design.spec),
+        "design": fingerprint(*arrays(design)),
+        "rows": fingerprint(source.rows),
+        "settings": repr(work.settings),
+        "tests": fingerprint(*(part for test in work.tests for part in test)),
+        **identity(source, design.y),
+        **(source.identity() if isinstance(source, Varied) else {}),
+        "chunk": size,
+    }
+    check_same(fingerprint(json.dumps(description)), "work, or other responses")
+    # One process makes it, and the others find it made.
+    first_of_all(lambda: store.begin(description, resume or share()[0] > 0), StoreError)
     return store
-
-
-def _bar(total: int, show: bool) -> Any:
-    if not show:
-        return nullcontext(SimpleNamespace(update=lambda n: None))
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="fit", unit_scale=True)
-
-
-def _design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.ndarray]:
-    """Return the design, its response a placeholder, and the positions of its rows in the data."""
-    if isinstance(formula, str):
-        label, tilde, rest = formula.partition("~")
-        if not tilde:
-            parse_formula(formula)  # raises
-        spec = parse_formula(f"response ~ {rest}")
-        label = label.strip() or "response"
-    elif isinstance(formula, ModelSpec):
-        spec, label = replace(formula, response="response"), formula.response
-    else:
-        raise TypeError(f"formula must be text or a ModelSpec, not {type(formula).__name__}")
-    table = as_table(data)
-    # A response that no design explains; rows keep their positions as labels.
-    placeholder = np.random.default_rng(0).normal(size=n_rows(table))
-    if isinstance(table, pd.DataFrame):
-        table = table.reset_index(drop=True).assign(response=placeholder)
-    else:
-        table = {**table, "response": placeholder}
-    design = build_design(spec, table, **options)
-    return replace(design, response_name=label), np.asarray(design.index, dtype=np.int64)

@@ -22,19 +22,21 @@ holds the search.  So the minimum does not depend on a start, and is the least o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..compilation_cache import compilation_cache
 from ..compress.layout import Layout
 from ..solve import Status
-from .devices import OverLanes, n_devices
+from .devices import OverLanes, n_devices, side_by_side
 
 LARGEST = 3000
 """Most eigenvalues; their decomposition takes seconds then."""
@@ -49,8 +51,12 @@ DECREMENT = 1e-16
 """Newton decrement that counts as converged, as for a single fit."""
 BOUNDARY = 1e-8
 """A relative variance below this, in the units of the grid, is zero, as for a single fit."""
-BLOCK_BYTES, BLOCK_LANES = 1 << 23, 128
-"""Bytes of responses that are compressed together, but at least so many responses."""
+SUM_BYTES, LEAST_LANES, MOST_LANES = 1 << 26, 16, 512
+"""Bytes of the groups' sums of responses that are compressed together; bounds of their number."""
+TILE_BYTES = 1 << 19
+"""Bytes of the rows that are summed together: they stay in cache from one sum to the next."""
+CENTRE_ROWS = 64
+"""Rows, spread over the data, around whose mean the others are summed."""
 SEARCH_LANES = 512
 """Lanes that a device works on together: their arrays stay in cache."""
 
@@ -98,6 +104,19 @@ class OneVariance:
     ones: np.ndarray | None
     loadings: np.ndarray
 
+    @cached_property
+    def rows(self) -> GroupedRows:
+        """The rows in the order of their groups."""
+        layout, factor = self.layout, self.layout.factors[0]
+        z, weights, kept = factor.blocks[0][:, 0], layout.weights, layout.fixed.kept
+        X = layout.X if len(kept) == layout.X.shape[1] else layout.X[:, kept]
+        wz = z if weights is None else weights * z
+        if not np.any(np.diff(factor.codes) < 0):
+            return GroupedRows(None, factor.codes, wz, X, weights)
+        order = np.argsort(factor.codes, kind="stable")
+        weights = None if weights is None else weights[order]
+        return GroupedRows(order, factor.codes[order], wz[order], X[order], weights)
+
     @property
     def n_fixed(self) -> int:
         """Number of coefficients, p."""
@@ -121,7 +140,7 @@ class OneVariance:
         own = np.sum((contrasts @ self.layout.fixed.inverse) ** 2, axis=1)
         squares = ((contrasts @ self.loadings) ** 2).T
         shrunk = 1.0 / (1.0 + variance[:, None] * self.eigenvalues)
-        return own + (variance[:, None] * shrunk) @ squares, (shrunk * shrunk) @ squares
+        return own + variance[:, None] * (shrunk @ squares), (shrunk * shrunk) @ squares
 
     def unscaled_covariance(
         self, variance: np.ndarray, contrasts: np.ndarray
@@ -147,7 +166,7 @@ class OneVariance:
     @property
     def n_obs(self) -> int:
         """Number of rows, n."""
-        return len(self.layout.X)
+        return self.layout.n_obs
 
 
 class Statistics(NamedTuple):
@@ -186,7 +205,9 @@ def one_variance(layout: Layout) -> OneVariance | None:
     wz = z if weights is None else weights * z
     diagonal = np.bincount(factor.codes, wz * z, minlength=m)
     X = layout.X[:, layout.fixed.kept] @ layout.fixed.inverse
-    C = np.stack([np.bincount(factor.codes, wz * column, minlength=m) for column in X.T])
+    C = np.zeros((p, m))
+    for row, column in zip(C, X.T, strict=True):
+        row[:] = np.bincount(factor.codes, wz * column, minlength=m)
     groups_X, to_groups = C, None
     if factor.root is not None:
         if m > LARGEST:
@@ -239,62 +260,207 @@ def one_variance(layout: Layout) -> OneVariance | None:
 def statistics(design: OneVariance, y: np.ndarray) -> Statistics:
     """Compress responses, offset removed, a column each, (n, lanes); sums are in float64.
 
-    Each is centred before anything is squared; where X explains nearly all of it, its residuals
-    are taken first.
+    One pass over them, tile by tile in cache, around the mean of a few rows.  Where that or X
+    explains nearly all of a response, its residuals are taken before anything is squared.
     """
-    # Some columns at a time, which stay near from one pass over them to the next.
-    lanes = max(BLOCK_LANES, BLOCK_BYTES // (8 * len(y)))
-    parts = [
-        _statistics(design, y[:, first : first + lanes]) for first in range(0, y.shape[1], lanes)
-    ]
+    k = y.shape[1]
+    lanes = min(max(SUM_BYTES // (8 * len(design.groups_X)), LEAST_LANES), MOST_LANES)
+    ends = np.linspace(0, k, -(-k // lanes) + 1).astype(np.int64)
+    blocks = [y[:, first:last] for first, last in pairwise(ends.tolist())]
+    if len(blocks) == 1:
+        return _statistics(design, y)
+    # NumPy lets other threads run meanwhile.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        parts = list(threads.map(partial(_statistics, design), blocks))
     return Statistics(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
 
 
 def _statistics(design: OneVariance, y: np.ndarray) -> Statistics:
-    layout, weights = design.layout, design.layout.weights
-    kept = layout.fixed.kept
-    X = layout.X[:, kept] if len(kept) < layout.X.shape[1] else layout.X
-    y = np.ascontiguousarray(y, dtype=float)
+    fixed = design.layout.fixed
     with np.errstate(invalid="ignore", over="ignore"):
-        centre = y.mean(axis=0) if design.ones is not None else np.zeros(y.shape[1])
-        around = y - centre if design.ones is not None else y
-        both = around if weights is None else around * weights[:, None]
-        origin = layout.fixed.inverse.T @ (X.T @ both)
-        size = np.einsum("ij,ij->j", both, around)
+        centre = np.zeros(y.shape[1])
+        if design.ones is not None:
+            some = np.linspace(0, len(y) - 1, CENTRE_ROWS).astype(np.int64)
+            centre = y[some].mean(axis=0, dtype=float)
+        origin, size, sums = summed(design, y, centre)
         total = size - np.einsum("ij,ij->j", origin, origin)
+        fitted = origin.copy()
         close = np.flatnonzero(total < EXPLAINED * size)
         if close.size:
-            own = around[:, close] - X @ (layout.fixed.inverse @ origin[:, close])
-            weighted = own if weights is None else own * weights[:, None]
-            again = layout.fixed.inverse.T @ (X.T @ weighted)
-            total[close] = np.einsum("ij,ij->j", weighted, own)
-            total[close] -= np.einsum("ij,ij->j", again, again)
-        sums = design.to_sums @ around - design.groups_X @ origin
+            X = design.layout.X[:, fixed.kept]
+            rest = y[:, close] - centre[close] - X @ (fixed.inverse @ origin[:, close])
+            again, size, sums[:, close] = summed(design, rest, np.zeros(len(close)))
+            total[close] = size - np.einsum("ij,ij->j", again, again)
+            fitted[:, close] = again
+            origin[:, close] += again
         if design.ones is not None:
             origin += design.ones[:, None] * centre
-    return from_sums(design, origin.T, total, sums.T)
+        return _of_sums(design, fitted, total, sums)._replace(origin=origin.T)
+
+
+def summed(
+    design: OneVariance, y: np.ndarray, centre: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return least-squares coefficients, sums of squares and the groups' sums around a centre.
+
+    Args:
+        design: the designs.
+        y: the responses, (n, lanes).
+        centre: what is taken from each, (lanes,).
+
+    Returns:
+        Working coefficients (p, lanes), sums of squares (lanes,), weighted sums of z times the
+        responses (m, lanes).
+    """
+    rows, lanes = design.rows, len(centre)
+    products, size = np.zeros((rows.X.shape[1], lanes)), np.zeros(lanes)
+    sums = np.zeros((len(design.groups_X), lanes))
+    tiles = rows.tiles(max(TILE_BYTES // (8 * lanes), 1))
+    buffer = np.empty((max((tile.at.stop - tile.at.start for tile in tiles), default=0), lanes))
+    for tile in tiles:
+        around = buffer[: tile.at.stop - tile.at.start]
+        np.copyto(around, y[tile.rows])
+        around -= centre
+        both = around if rows.weights is None else around * rows.weights[tile.at, None]
+        products += rows.X[tile.at].T @ both
+        size += np.einsum("ij,ij->j", both, around)
+        if tile.group_size:
+            each = around.reshape(-1, tile.group_size, lanes)
+            np.add.reduce(each, axis=1, out=sums[tile.groups])
+        else:
+            sums[tile.groups] += tile.to_sums @ around
+    return design.layout.fixed.inverse.T @ products, size, sums
 
 
 def from_sums(
     design: OneVariance, origin: np.ndarray, total: np.ndarray, sums: np.ndarray
 ) -> Statistics:
     """Return the statistics from the groups' sums of weighted residuals times z, (lanes, m)."""
+    found = _of_sums(design, np.zeros_like(origin.T), total, np.ascontiguousarray(sums.T))
+    return found._replace(origin=origin)
+
+
+def _of_sums(
+    design: OneVariance, origin: np.ndarray, total: np.ndarray, sums: np.ndarray
+) -> Statistics:
+    """Return the statistics from sums from which the fitted part is still to be taken.
+
+    Args:
+        design: the designs.
+        origin: working coefficients of that part, (p, lanes).
+        total: residual sums of squares, (lanes,).
+        sums: the groups' weighted sums of z times the responses, (m, lanes).
+    """
+    groups_X = design.groups_X
     if design.to_groups is not None:
-        sums = sums @ design.to_groups.T
+        sums = design.to_groups @ (sums - groups_X @ origin)
+        groups_X, origin = np.zeros_like(groups_X), np.zeros_like(origin)
     inside, sets = [], []
     for own, basis in design.members:
-        here = sums[:, own]
-        seen = here @ basis
-        left = here - seen @ basis.T
-        inside.append(seen)
-        sets.append(np.einsum("ij,ij->i", left, left))
-    inside.append(sums[:, design.inside])
+        here = sums[_range(own)]
+        # The basis spans what X does there: what it leaves of the sums is free of the fitted part.
+        seen = basis.T @ here
+        squares = np.einsum("ij,ij->j", here, here)
+        left = squares - np.einsum("ij,ij->j", seen, seen)
+        seen -= (basis.T @ groups_X[own]) @ origin
+        close = np.flatnonzero(left < EXPLAINED * squares)
+        if close.size:
+            rest = here[:, close] - groups_X[own] @ origin[:, close]
+            seen[:, close] = basis.T @ rest
+            rest -= basis @ seen[:, close]
+            left[close] = np.einsum("ij,ij->j", rest, rest)
+        inside.append(seen.T)
+        sets.append(left)
+    loose = sums[design.inside] - groups_X[design.inside] @ origin
+    inside.append(loose.T)
     return Statistics(
-        origin,
+        origin.T,
         total,
         np.concatenate(inside, axis=1),
-        np.stack(sets, axis=1) if sets else np.zeros((len(sums), 0)),
+        np.stack(sets, axis=1) if sets else np.zeros((len(total), 0)),
     )
+
+
+def _range(positions: np.ndarray) -> np.ndarray | slice:
+    """Return ascending positions as a slice, which copies nothing, if they are one."""
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
+class Tile(NamedTuple):
+    """Rows that are summed together.
+
+    Attributes:
+        at: their positions in the order of the groups.
+        rows: their positions in the data.
+        groups: the groups that they belong to.
+        group_size: rows of each group, if each is there as a whole with as many, and its sum is a
+            plain one; else zero.
+        to_sums: the groups' weighted sums of z times the rows, sparse.
+    """
+
+    at: slice
+    rows: Any
+    groups: slice
+    group_size: int
+    to_sums: Any
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedRows:
+    """Rows in the order of their groups.
+
+    Attributes:
+        order: their positions in the data; None if these have that order.
+        codes: group of each, ascending, (n,).
+        wz: weight times z of each, (n,).
+        X: columns of X that were kept, (n, p).
+        weights: prior weights, (n,), or None.
+    """
+
+    order: np.ndarray | None
+    codes: np.ndarray
+    wz: np.ndarray
+    X: np.ndarray
+    weights: np.ndarray | None
+    _made: dict[int, list[Tile]] = field(default_factory=dict)
+
+    def tiles(self, size: int) -> list[Tile]:
+        """Return all rows in tiles of about `size`, of whole groups where these are smaller."""
+        size = 1 << (size.bit_length() - 1)  # few sizes are kept
+        if size not in self._made:
+            self._made[size] = list(self._tiles(size))
+        return self._made[size]
+
+    def _tiles(self, size: int) -> Iterator[Tile]:
+        from scipy.sparse import csr_array
+
+        n, plain, first = len(self.codes), bool(np.all(self.wz == 1.0)), 0
+        starts = np.append(np.flatnonzero(np.diff(self.codes, prepend=-1)), n)
+        while first < n:
+            last = min(first + size, n)
+            whole = starts[np.searchsorted(starts, last, side="right") - 1]
+            last = int(whole) if whole > first else last
+            at = slice(first, last)
+            inner = starts[slice(*np.searchsorted(starts, [first, last + 1]))]
+            sizes = np.diff(inner)
+            whole = len(inner) > 1 and inner[0] == first and inner[-1] == last
+            low, high = int(self.codes[first]), int(self.codes[last - 1]) + 1
+            equal = plain and whole and len(set(sizes.tolist())) == 1 and len(sizes) == high - low
+            local = self.codes[at] - low
+            yield Tile(
+                at,
+                at if self.order is None else self.order[at],
+                slice(low, high),
+                int(sizes[0]) if equal else 0,
+                None
+                if equal
+                else csr_array(
+                    (self.wz[at], (local, np.arange(last - first))),
+                    shape=(high - low, last - first),
+                ),
+            )
+            first = last
 
 
 # --- the search -------------------------------------------------------------------------------
@@ -305,7 +471,7 @@ class Spectrum(NamedTuple):
 
     Attributes:
         quadratic: eigenvalues of the quadratic form, (K,).
-        logdet: eigenvalues of the determinant, (J,).
+        logdet: eigenvalues of the determinant, (J,); for a search None where they are the same.
         count: how often each comes, (J,).
         d: degrees of freedom of the residual sum of squares.
         grid: values of d to try, (G,).
@@ -350,7 +516,8 @@ def _at(spectrum: Spectrum, w: Array, d: Array) -> Minimum:
     second = first * shrunk
     rss, slope = jnp.sum(first, 1), -jnp.sum(second, 1)
     bend = 2.0 * jnp.sum(second * shrunk, 1)
-    share = spectrum.logdet / (1.0 + d[:, None] * spectrum.logdet)
+    logdet = spectrum.logdet
+    share = shrunk if logdet is None else logdet / (1.0 + d[:, None] * logdet)
     relative = slope / rss
     return Minimum(
         d=d,
@@ -366,9 +533,10 @@ def _at(spectrum: Spectrum, w: Array, d: Array) -> Minimum:
 
 def _search(spectrum: Spectrum, w: Array) -> Minimum:
     """Minimise the criterion of lanes (n, K) over d >= 0."""
-    grid = spectrum.grid
+    grid, logdet = spectrum.grid, spectrum.logdet
+    eigenvalues = spectrum.quadratic if logdet is None else logdet
     shrunk = 1.0 / (1.0 + spectrum.quadratic[:, None] * grid)
-    fixed = spectrum.count @ jnp.log1p(spectrum.logdet[:, None] * grid)
+    fixed = spectrum.count @ jnp.log1p(eigenvalues[:, None] * grid)
     values = fixed + spectrum.d * jnp.log(w @ shrunk)
     best = jnp.argmin(values, axis=1)
     low = jnp.log1p(grid[jnp.maximum(best - 1, 0)])
@@ -401,13 +569,33 @@ def _search(spectrum: Spectrum, w: Array) -> Minimum:
         steps = at.steps + (~at.converged & (at.steps < STEPS))
         return new, after._replace(steps=steps, converged=done), low, high
 
-    t = jnp.log1p(grid[best])
-    at = _at(spectrum, w, grid[best])
+    t = jnp.clip(_vertex(jnp.log1p(grid), values, best), low, high)
+    at = _at(spectrum, w, jnp.expm1(t))
     finite = jnp.isfinite(at.slope)
     at = at._replace(converged=judge(t, at)[2] | ~finite)
     _, at, _, _ = lax.while_loop(go_on, step, (t, at, low, high))
-    logdet = jnp.log1p(at.d[:, None] * spectrum.logdet) @ spectrum.count
-    return at._replace(value=logdet + spectrum.d * jnp.log(at.rss), converged=at.converged & finite)
+    determinant = jnp.log1p(at.d[:, None] * eigenvalues) @ spectrum.count
+    value = determinant + spectrum.d * jnp.log(at.rss)
+    return at._replace(value=value, converged=at.converged & finite)
+
+
+def _vertex(t: Array, values: Array, best: Array) -> Array:
+    """Return the vertex of the parabola through the best of a grid and its neighbours, (n,).
+
+    Args:
+        t: the grid, (G,).
+        values: the criterion there, (n, G).
+        best: where it is least, (n,); at either end that is the answer.
+    """
+    left, right = jnp.maximum(best - 1, 0), jnp.minimum(best + 1, len(t) - 1)
+    at = jnp.arange(len(best))
+    rise_left = values[at, left] - values[at, best]
+    rise_right = values[at, right] - values[at, best]
+    to_left, to_right = t[left] - t[best], t[right] - t[best]
+    below = to_left * rise_right - to_right * rise_left
+    change = 0.5 * (to_left**2 * rise_right - to_right**2 * rise_left)
+    inner = (left < best) & (right > best) & (below < 0.0)
+    return t[best] + jnp.where(inner, change / jnp.where(inner, below, 1.0), 0.0)
 
 
 _search_compiled = OverLanes(_search, lambda *_: (-1, 0))
@@ -482,20 +670,18 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> Fits:
     rotated = np.where(sound[:, None], stats.inside, 0.0) @ design.vectors
     w = coordinates(design, stats, rotated)
     w = np.where(sound[:, None] & np.isfinite(w), w, 1.0)
-    with jax.enable_x64(True), compilation_cache():
-        at = Minimum(
-            *_in_chunks(partial(_search_compiled, constants), (w,), SEARCH_LANES * n_devices())
-        )
+    # Under REML the determinant has the eigenvalues of the quadratic form.
+    searched = constants._replace(logdet=None) if reml else constants
+    at = Minimum(*_in_chunks(partial(_search_compiled, searched), (w,), SEARCH_LANES * n_devices()))
     d = np.where(at.d <= BOUNDARY, 0.0, at.d)
     gain = design.gain(d * design.unit)
     beta = stats.origin @ design.layout.fixed.inverse.T - (rotated * gain) @ design.loadings.T
     contrasts = constants.d
     scale = at.rss * stats.total / contrasts
-    weights = design.layout.weights
     constant = contrasts * (1.0 + np.log(2.0 * np.pi / contrasts)) + contrasts * np.log(
         np.where(sound, stats.total, np.nan)
     )
-    constant = constant - (0.0 if weights is None else float(np.log(weights).sum()))
+    constant = constant - design.layout.log_weights
     if reml:
         constant = constant + 2.0 * np.linalg.slogdet(design.layout.fixed.R)[1]
     # With the scale in it: the profiled curvature, and the slope of rss / scale.
@@ -528,10 +714,11 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> Fits:
 def _in_chunks(function: Any, arrays: tuple[np.ndarray, ...], size: int) -> list[np.ndarray]:
     """Run a function on lanes, chunk by chunk; the last one is filled up with its first lane."""
     n = len(arrays[0])
-    parts = []
-    for first in range(0, n, size):
+
+    def run(first: int) -> Any:
         local = np.arange(first, first + size)
         local = np.where(local < n, local, first)
-        parts.append(function(*(array[local] for array in arrays)))
-    parts = jax.device_get(parts)
+        return tuple(function(*(array[local] for array in arrays)))
+
+    parts = side_by_side(run, range(0, n, size))
     return [np.concatenate(leaves)[:n].copy() for leaves in zip(*parts, strict=True)]

@@ -6,6 +6,7 @@ import os
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +15,16 @@ import numpy as np
 import pandas as pd
 
 from ..constraints import Settings
+from ..design import DataError
 from ..fit import check_reml
 from ..spec import ModelSpec
-from .many import begin, block_size
-from .sources import Columns
+from .devices import n_devices
+from .reading import begin, block_size
+from .result import hypotheses
+from .sources import Chunks, Columns, pieces
+from .stream import WINDOW
+from .subsets import SUBSETS, Subsets, SubsetWork, read_subsets
+from .varied import Varied
 from .work import Work, arrays
 
 PILOT, FEW, SECONDS = 512, 16, 1.0
@@ -35,17 +42,21 @@ class Plan:
     """What fits of one model to many responses will need; made by :func:`lmmax.plan`.
 
     Attributes:
-        responses: number of responses, k.
+        responses: number of responses, or of subsets, k.
         rows: rows of the design, n.
         bytes_to_read: size of the responses.
         engine: how they are fitted, and how many numbers a response is reduced to.
         chunk: responses worked on at once.
         result_bytes: size of the results.
-        peak_bytes: most memory at once, besides what is in use already and the compiled programs.
+        peak_bytes: most memory of this process at once, besides what is in use already and the
+            compiled programs.
+        worker_bytes: the same of each process of an executor; zero if there are none.
         free_bytes: memory that was free; None where the system does not say.
         pilot: responses that were fitted to measure the times.
         read_seconds: time to read all, at the pilot's rate.
         fit_seconds: time to fit all, at the pilot's rate, without compiling.
+        workers: how many blocks are fitted at a time.
+        devices: how many devices share the lanes of a block.
     """
 
     responses: int
@@ -59,6 +70,9 @@ class Plan:
     pilot: int
     read_seconds: float
     fit_seconds: float
+    worker_bytes: int = 0
+    workers: int = 1
+    devices: int = 1
 
     @property
     def chunks(self) -> int:
@@ -79,13 +93,16 @@ class Plan:
 
     def __str__(self) -> str:
         free = "" if self.free_bytes is None else f"; {_size(self.free_bytes)} are free"
+        each = f" and {_size(self.worker_bytes)} in each worker" if self.worker_bytes else ""
+        spread = [f"{self.workers} workers"] * (self.workers > 1)
+        spread += [f"{self.devices} devices"] * (self.devices > 1)
         return "\n".join(
             [
                 f"{self.responses:,} responses of {self.rows:,} rows, "
                 f"{_size(self.bytes_to_read)} to read",
                 f"engine: {self.engine}",
-                f"chunks: {self.chunks:,} of {self.chunk:,} responses",
-                f"memory: {_size(self.peak_bytes)} at the peak, of which "
+                ", on ".join([f"chunks: {self.chunks:,} of {self.chunk:,} responses", *spread]),
+                f"memory: {_size(self.peak_bytes)} at the peak{each}, of which "
                 f"{_size(self.result_bytes)} are results{free}",
                 f"time:   {self.seconds:.3g} s, {self.rate:,.0f} responses a second "
                 f"(reading {self.read_seconds:.3g} s, fitting {self.fit_seconds:.3g} s; "
@@ -97,10 +114,14 @@ class Plan:
 def plan(
     formula: str | ModelSpec,
     data: Any,
-    responses: Any,
+    responses: Any = None,
     *,
     memory: int | None = None,
     chunk: int | None = None,
+    by: Any = None,
+    scan: Mapping[str, Any] | None = None,
+    out: Any = None,
+    executor: Executor | None = None,
     reml: bool = True,
     tests: Mapping[str, Any] | None = None,
     weights: Any = None,
@@ -114,11 +135,12 @@ def plan(
     engine: str = "auto",
     context: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Predict what :func:`lmmax.fit_many` needs on this machine, without an executor.
+    """Predict what :func:`lmmax.fit_many` needs on this machine.
 
     The design is analysed and the first responses are fitted, some hundreds if that takes a second
-    or so: their time and memory are measured and taken to grow in proportion.  Where later
-    responses lack other rows, or a file is read for the first time, it takes longer.
+    or so: their time and memory are measured and taken to grow in proportion, that of subsets with
+    their rows.  Where later responses lack other rows, or a file is read for the first time, it
+    takes longer.  Workers are taken to be as fast as this process, threads together as fast as one.
 
     Args:
         formula: the model, like all that is not named here as in `fit_many`.
@@ -126,6 +148,10 @@ def plan(
         responses: the responses.
         memory: most bytes that may be used; what is free if None.
         chunk: responses worked on at once; by their size if None.
+        by: in place of `responses`, the column whose levels are the subsets.
+        scan: a column of the design that changes from model to model.
+        out: whether results are written as they come, and not held; nothing is written here.
+        executor: the executor that will fit the chunks; it is not used here.
         reml: restricted maximum likelihood.
         tests: hypotheses to test.
         weights: prior weights.
@@ -144,6 +170,7 @@ def plan(
 
     Raises:
         PlanError: if the fits would need more memory than there is.
+        DataError: for responses from an iterator, which a pilot would use up.
 
     Example:
         >>> import lmmax, numpy as np
@@ -166,27 +193,57 @@ def plan(
         "missing": missing,
         "context": context,
     }
-    design, source, work = begin(formula, data, responses, settings, tests, options)
-    n, k = len(design.y), len(source.names)
-    size = min(block_size(chunk, n), k)
+    if (responses is None) == (by is None):
+        raise ValueError("give one of responses= and by=")
+    source: Columns | Chunks | Varied | Subsets
+    work: Work | SubsetWork
+    if by is None:
+        design, source, work = begin(formula, data, responses, settings, tests, options, scan=scan)
+        size = block_size(chunk, len(design.y))
+    else:
+        design, source = read_subsets(formula, data, by, **options)
+        work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
+        size = chunk or SUBSETS
+    if isinstance(source, Chunks):
+        raise DataError(
+            "plan cannot look at an iterator, which can be read only once: pass one of its chunks "
+            "as an array; time and results grow with the number of responses, chunk=None takes "
+            f"{block_size(None, len(design.y)):,} at once"
+        )
+    k = len(source.names)
+    size = min(size, k)
     measured = _pilot(work, source, min(size, PILOT))
+    count = 1 if executor is None else int(getattr(executor, "_max_workers", 1))
+    threads = isinstance(executor, ThreadPoolExecutor)
+
+    def fitting(lanes: int) -> float:
+        return measured.fixed + measured.per_response * lanes
 
     def peak(lanes: int) -> int:
-        # One block is fitted while the next is read.
-        held = 8 * n * lanes * (1 if lanes >= k else 2)
-        fitting = held + measured.fixed + measured.per_response * lanes
-        results = measured.result * k
+        # One block is fitted while the next is read; workers have more of them before them.
+        chunks = -(-k // lanes)
+        held = measured.block * lanes * min(chunks, 2 if executor is None else WINDOW + 2)
+        here = 1 if executor is None else min(count, chunks) if threads else 0
+        at_once = held + here * fitting(lanes)
+        if out is not None:
+            # Of each response the number of rows; of a chunk what is written.
+            own = 8 * k + 2 * measured.result * lanes
+            return int(at_once + own) + shared
         # In the end the results of the chunks are put together.
-        return int(max(fitting + results, 2 * results)) + sum(
-            part.nbytes for part in arrays(design)
-        )
+        return int(max(at_once + measured.result * k, 2 * measured.result * k)) + shared
 
+    shared = sum(part.nbytes for part in arrays(design))
     free = free_memory() if memory is None else memory
-    if free is not None and peak(size) > free:
-        raise PlanError(_refusal(peak, size, free, k))
+    of_workers = (
+        0 if executor is None or threads else int(measured.block * size + fitting(size) + shared)
+    )
+    if free is not None and peak(size) + count * of_workers > free:
+        raise PlanError(
+            _refusal(lambda lanes: peak(lanes) + count * of_workers * lanes // size, size, free)
+        )
     return Plan(
         responses=k,
-        rows=n,
+        rows=len(design.y),
         bytes_to_read=_bytes(source),
         engine=work.name,
         chunk=size,
@@ -195,11 +252,14 @@ def plan(
         free_bytes=free,
         pilot=measured.lanes,
         read_seconds=measured.read * k,
-        fit_seconds=measured.fit * k,
+        fit_seconds=measured.fit * k / (1 if threads else count),
+        worker_bytes=of_workers,
+        workers=count,
+        devices=n_devices(),
     )
 
 
-def _refusal(peak: Callable[[int], int], size: int, free: int, k: int) -> str:
+def _refusal(peak: Callable[[int], int], size: int, free: int) -> str:
     text = f"the fits need {_size(peak(size))} in chunks of {size:,}, and {_size(free)} are free: "
     if peak(1) > free:
         return text + (
@@ -215,37 +275,93 @@ def _refusal(peak: Callable[[int], int], size: int, free: int, k: int) -> str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a response takes: seconds to read and to fit, bytes of results and while fitting."""
+    """What a response takes: seconds to read and to fit, bytes to hold, of results, to fit."""
 
     lanes: int
     read: float
     fit: float
+    block: float
     result: float
     per_response: float
     fixed: float
 
 
-def _pilot(work: Work, source: Columns, most: int) -> _Measured:
+def _pilot(work: Work | SubsetWork, source: Columns | Varied | Subsets, most: int) -> _Measured:
     """Fit some of the responses, fewer where a fit takes long."""
+    if isinstance(source, Subsets):
+        return _pilot_of_subsets(work, source, most)
     few = min(FEW, most)
-    read, y = _timed(lambda: source.block(0, most))
-    work.done(y[:, :few])  # compiles
-    first, _ = _timed(lambda: work.done(y[:, :few]))
+
+    def block(count: int) -> Any:
+        return next(pieces(source, count)).read()
+
+    read, _ = _timed(lambda: block(most))
+    work.done(block(few))  # compiles
+    first, _ = _timed(lambda: work.done(block(few)))
     lanes = min(most, max(few, int(few * SECONDS / first)))
-    y = np.ascontiguousarray(y[:, :lanes])
+    half = max(lanes // 2, 1)
+    y = block(lanes)
+    return _measured(work, y, block(half), lanes, half, lanes, read / most)
+
+
+def _pilot_of_subsets(work: Work | SubsetWork, source: Subsets, most: int) -> _Measured:
+    """Fit some of the subsets, spread over all of them."""
+    k, few = len(source.names), min(FEW, most)
+    sizes = np.bincount(source.rows, minlength=k)
+
+    def some(count: int) -> np.ndarray:
+        return np.unique(np.linspace(0, k - 1, count).astype(np.int64))
+
+    def like(numbers: np.ndarray) -> float:
+        """Return how many average subsets have as many rows."""
+        return float(max(sizes[numbers].sum(), 1) / sizes.mean())
+
+    work.done(some(few))
+    first, _ = _timed(lambda: work.done(some(few)))
+    many = some(min(most, max(few, int(few * SECONDS / first))))
+    half = many[::2]
+    return _measured(work, many, half, like(many), like(half), len(many), 0.0)
+
+
+def _measured(
+    work: Work | SubsetWork,
+    y: Any,
+    part: Any,
+    lanes: float,
+    half: float,
+    pilot: int,
+    read: float,
+) -> _Measured:
+    """Measure what fitting a block takes, and from a part of it what of that is by response.
+
+    Args:
+        work: fits a block.
+        y: the block.
+        part: about half of it.
+        lanes: how many average responses the block counts for.
+        half: the same for the part.
+        pilot: responses of the block.
+        read: seconds to read a response.
+    """
     work.done(y)
     fit, (record, _) = _timed(lambda: work.done(y))
-    half = max(lanes // 2, 1)
-    small, large = (_traced(work, np.ascontiguousarray(y[:, :some])) for some in (half, lanes))
-    per_response = (large - small) / (lanes - half) if lanes > half else large
+    small, large = (_traced(work, block) for block in (part, y))
+    per_response = (large - small) / (lanes - half) if lanes > half else large / lanes
     return _Measured(
-        lanes=lanes,
-        read=read / most,
+        lanes=pilot,
+        read=read,
         fit=fit / lanes,
-        result=sum(leaf.nbytes for leaf in record) / lanes,
+        block=_held(y) / pilot,
+        result=sum(leaf.nbytes for leaf in record) / pilot,
         per_response=max(per_response, 0.0),
         fixed=max(large - per_response * lanes, 0.0),
     )
+
+
+def _held(block: Any) -> int:
+    """Return the bytes of a block of responses and of what goes with them."""
+    parts = (block,) if isinstance(block, np.ndarray) else vars(block).values()
+    return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
 
 
 def _timed(call: Callable[[], T]) -> tuple[float, T]:
@@ -254,7 +370,7 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, found
 
 
-def _traced(work: Work, y: np.ndarray) -> int:
+def _traced(work: Work | SubsetWork, y: Any) -> int:
     """Return the most bytes that are held at once while responses are fitted."""
     running = tracemalloc.is_tracing()
     if not running:
@@ -268,7 +384,12 @@ def _traced(work: Work, y: np.ndarray) -> int:
     return peak - before
 
 
-def _bytes(source: Columns) -> int:
+def _bytes(source: Columns | Varied | Subsets) -> int:
+    """Return the size of the responses where they are; subsets have theirs in memory."""
+    if isinstance(source, Subsets):
+        return 0
+    if isinstance(source, Varied):
+        return source.nbytes
     if source.path is not None:
         return os.path.getsize(source.path)
     n, k = source.values.shape

@@ -61,7 +61,7 @@ class Pooled(NamedTuple):
 
 
 def pooled(rows: Rows, mixed: Sequence[tuple[slice, bool]]) -> list[Pooled]:
-    """Compress data sets of at most ``SMALLEST_BUCKET`` groups each.
+    """Compress data sets in one pass; their groups are not merged.
 
     Args:
         rows: the data.

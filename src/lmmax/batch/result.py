@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..constraints import Settings
+from ..design import DataError
 from ..fit import fit_prepared, prepare
+from ..frames import check_finite
 from ..inference.denominator import f_pvalues, t_pvalues, t_quantiles
 from ..inference.wald import linear_hypotheses
 from ..matrices import Design
@@ -22,6 +24,9 @@ from ..results import Fit
 from ..solve import Status
 from .engines import Hypothesis, Record
 from .multiple import qvalues
+from .store import StoredRecord, StoreError, store_at
+from .subsets import Subsets
+from .varied import Varied
 
 
 class Source(Protocol):
@@ -40,7 +45,8 @@ class BatchFit:
 
     Attributes:
         names: names of the responses.
-        record: the arrays behind everything, an entry for each response.
+        record: the arrays behind everything, an entry for each response; of results in a directory
+            each is read when it is asked for.
         design: the design, with no response of its own.
         settings: how the models were fitted.
         hypotheses: what was tested besides the coefficients.
@@ -50,7 +56,7 @@ class BatchFit:
     """
 
     names: pd.Index
-    record: Record
+    record: Record | StoredRecord
     design: Design
     settings: Settings
     hypotheses: tuple[Hypothesis, ...]
@@ -133,7 +139,7 @@ class BatchFit:
     @cached_property
     def variances(self) -> pd.DataFrame:
         """Variances and covariances of the random effects, and the residual variance."""
-        at, columns = 0, {}
+        at, columns, cov_re = 0, {}, self.record.cov_re
         order = sorted(range(len(self.design.blocks)), key=self._position)
         for number in order:
             block = self.design.blocks[number]
@@ -141,7 +147,7 @@ class BatchFit:
             for i, effect in enumerate(block.names):
                 for j in range(i + 1):
                     label = effect if i == j else f"{block.names[j]}, {effect}"
-                    columns[f"{group}: {label}"] = self.record.cov_re[:, at + i, at + j]
+                    columns[f"{group}: {label}"] = cov_re[:, at + i, at + j]
             at += len(block.names)
         return pd.DataFrame({**columns, "residual": self.record.scale}, index=self.names)
 
@@ -194,16 +200,17 @@ class BatchFit:
         Args:
             q: how false discovery rates are controlled, over the responses.
         """
-        n, p = self.record.params.shape
+        params, bse = self.record.params, self.record.bse
+        n, p = params.shape
         rates = self.qvalues(q).to_numpy()
         return pd.DataFrame(
             {
                 "response": np.repeat(self.names.to_numpy(), p),
                 "coefficient": np.tile(np.array(self.design.x_names, dtype=object), n),
-                "coef": self.record.params.ravel(),
-                "std err": self.record.bse.ravel(),
+                "coef": params.ravel(),
+                "std err": bse.ravel(),
                 "df": self.record.df.ravel(),
-                "t": (self.record.params / self.record.bse).ravel(),
+                "t": (params / bse).ravel(),
                 "p": self.pvalues.to_numpy().ravel(),
                 "q": rates.ravel(),
             }
@@ -218,7 +225,14 @@ class BatchFit:
 
     @property
     def certificate(self) -> pd.DataFrame:
-        """How each fit ended: status, whether it is singular, steps, gradient, rows used."""
+        """How each fit ended: status, whether it is singular, steps, gradient, rows used.
+
+        The status is ``converged``; ``max_steps``, ``stalled``, ``unbounded`` or ``not_finite``,
+        as for a single fit, if the search ended elsewhere; or, for a response that no search was
+        begun for, ``infinite`` (it has infinite values), ``constant`` (it does not vary),
+        ``explained`` (it is an exact linear combination of the fixed effects) or ``too_few`` (rows
+        or groups).
+        """
         words = np.array([Status(k).name.lower() for k in range(len(Status))], dtype=object)
         return pd.DataFrame(
             {
@@ -248,7 +262,13 @@ class BatchFit:
         y = self.source.column(number)
         from .rows import subset
 
-        design = subset(self.design, np.flatnonzero(~np.isnan(y)), y[~np.isnan(y)])
+        if np.isnan(y).all():
+            raise DataError(f"the response {self.names[number]!r} has missing values only")
+        design = self.design
+        if isinstance(self.source, Varied):
+            design = self.source.design_of(design, number)
+        design = subset(design, np.flatnonzero(~np.isnan(y)), y[~np.isnan(y)])
+        check_finite(str(self.names[number]), design.y, design.index)
         return fit_prepared(prepare(design, self.settings.engine), self.settings)
 
     def _number(self, which: Any) -> int:
@@ -293,8 +313,9 @@ class BatchFit:
 
     def save(self, path: str | Path) -> None:
         """Write the batch to a file; read it back with `BatchFit.load`.  Open files you trust."""
+        record = self.record.load() if isinstance(self.record, StoredRecord) else self.record
         with open(path, "wb") as file:
-            pickle.dump(self, file)
+            pickle.dump(replace(self, record=record), file)
 
     @staticmethod
     def load(path: str | Path) -> BatchFit:
@@ -304,6 +325,59 @@ class BatchFit:
         if not isinstance(found, BatchFit):
             raise ValueError(f"{str(path)!r} does not hold a batch of fits")
         return found
+
+    @staticmethod
+    def open(path: str | Path) -> BatchFit:
+        """Return the results that ``fit_many(..., out=path)`` wrote, without reading them yet.
+
+        The responses are not needed; of those in a file, ``batch[i]`` reads one again.  Open
+        directories you trust.
+
+        Args:
+            path: the directory.
+
+        Raises:
+            StoreError: if it holds no results, or the work is not finished.
+
+        Example:
+            >>> import lmmax, numpy as np, tempfile
+            >>> sleep = lmmax.datasets.load("sleepstudy")
+            >>> y = sleep[["Reaction"]].to_numpy()
+            >>> with tempfile.TemporaryDirectory() as here:
+            ...     _ = lmmax.fit_many("~ Days + (1 | Subject)", sleep, y, out=here + "/results")
+            ...     lmmax.BatchFit.open(here + "/results").params.round(3)
+               Intercept    Days
+            0    251.405  10.467
+        """
+        found = store_at(Path(path)).opened()
+        if not isinstance(found, BatchFit):
+            raise StoreError(f"{str(path)!r} holds no results of fit_many")
+        assert isinstance(found.record, StoredRecord)
+        fields = found.record.store.fields  # the directory may have been moved since
+        record = StoredRecord(store_at(Path(path), fields), len(found), found.record.size)
+        return replace(found, record=record)
+
+
+@dataclass(frozen=True)
+class NotKept:
+    """Responses that are not there any more."""
+
+    def column(self, number: int) -> np.ndarray:
+        """See `Source`.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(
+            "the responses were not kept with the results: fit this one with lmmax.fit, or open "
+            "results of responses in a .npy or .parquet file, which is read again"
+        )
+
+
+def read_again(source: Source) -> Source:
+    """Return where responses are read again in another process: the source, if that is a file."""
+    by_rows = isinstance(source, Subsets)  # the design has them
+    return source if by_rows or getattr(source, "path", None) is not None else NotKept()
 
 
 def hypotheses(asked: Any, names: Sequence[str]) -> tuple[Hypothesis, ...]:

@@ -1,9 +1,10 @@
-"""Many one-factor problems of one shape solved at once, each to its own optimum.
+"""Many problems of one shape solved at once, each to its own optimum.
 
 The problems are lanes: entries along a leading axis of those leaves in which they differ.  They
 run through the solver of a single fit under ``vmap``, in chunks whose arrays stay in the
-processor's cache.  A vectorised loop goes on until its last lane has finished; so the first pass
-allows a few steps only, and the lanes that need more are gathered into chunks of their own.
+processor's cache.  A vectorised loop goes on until its last lane has finished; so a loop is a few
+steps only, after which the lanes that are not done are gathered anew, in chunks of two sizes.
+Problems that are solved by dense factors run one after the other instead, inside one compiled call.
 
 What a single fit does besides, :func:`lmmax.estimation.estimate`, is done here over lanes: other
 starts where the first one fails or a structure may have several optima, the certificate at the
@@ -12,15 +13,18 @@ boundary, and the way back to the user's units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from ..compilation_cache import compilation_cache
 from ..constraints import Settings, TermColumns
 from ..em import moment_start
 from ..estimation import (
@@ -32,17 +36,33 @@ from ..estimation import (
     theta_starts,
     tolerance,
 )
-from ..likelihood.grouped import GroupedProblem
-from ..solve import Constraints, Options, Status, newton
-from .devices import OverLanes, n_devices
+from ..likelihood.crossed import CrossedProblem
+from ..likelihood.nested import NestedProblem
+from ..likelihood.shared import SharedProblem, derivatives_of_lanes
+from ..solve import (
+    TRACE_COLUMNS,
+    Constraints,
+    Options,
+    Point,
+    State,
+    Status,
+    advance,
+    chart,
+    evaluate,
+    point_of,
+    whole_covariance,
+)
+from .devices import OverLanes, n_devices, side_by_side
 
 LANES = 256
 """Most lanes that run together."""
 CHUNK_BYTES = 1 << 24
 """Most bytes of the data of lanes that run together."""
-FIRST_EM, FIRST_STEPS = 2, 5
-"""Steps that nearly all lanes need from a good start.  EM is taken by those only that are more than
-about two standard errors away, where Newton's steps overshoot."""
+PARTS = 8
+"""The lanes that do not fill a chunk run in chunks this many times smaller."""
+FIRST_EM, FIRST_STEPS, NEXT_STEPS = 2, 3, 1
+"""Steps that all lanes need, and steps after which those that are done leave.  EM is taken by those
+only that are more than about two standard errors away, where Newton's steps overshoot."""
 
 
 @jax.tree_util.register_dataclass
@@ -51,12 +71,13 @@ class Lanes:
     """Problems of one shape.
 
     Attributes:
-        problem: the problems; the leaves named in ``varying`` have a leading axis of n lanes.
+        problem: the problems, grouped or with shared designs; the leaves named in ``varying`` have
+            a leading axis of n lanes.
         natural: fixed natural covariances in the units of each lane, (n, q, q).
         varying: names of the fields in which the problems differ.
     """
 
-    problem: GroupedProblem
+    problem: Any
     natural: Any
     varying: tuple[str, ...] = field(metadata={"static": True})
 
@@ -65,7 +86,7 @@ class Lanes:
         parts = {name: getattr(self.problem, name)[lanes] for name in self.varying}
         return replace(self, problem=replace(self.problem, **parts), natural=self.natural[lanes])
 
-    def one(self, lane: int) -> GroupedProblem:
+    def one(self, lane: int) -> Any:
         """Return the problem of a lane."""
         parts = {name: getattr(self.problem, name)[lane] for name in self.varying}
         return replace(self.problem, **parts)
@@ -92,6 +113,19 @@ class Start(NamedTuple):
     def take(self, lanes: np.ndarray) -> Start:
         """Return the starts of some lanes."""
         return Start(*(part[lanes] for part in self))
+
+
+@dataclass
+class Effort:
+    """Evaluations of the criterion.
+
+    Attributes:
+        run: evaluations for which lanes were in a chunk, whether they needed them or not.
+        needed: evaluations that they needed.
+    """
+
+    run: int = 0
+    needed: int = 0
 
 
 class Ends(NamedTuple):
@@ -195,6 +229,8 @@ def solve(
     settings: Settings,
     terms: Sequence[TermColumns],
     start: Start | None,
+    effort: Effort | None = None,
+    others: Callable[[np.ndarray], list[Start]] | None = None,
 ) -> Ends:
     """Minimise the criterion of every lane, as a fit of its own would.
 
@@ -205,6 +241,8 @@ def solve(
         terms: the random terms.
         start: where to start; None for where a fit starts that has no other: by moments, and, with
             structures, which may have several optima, more than once.
+        effort: counts the work, if given.
+        others: returns the starts of some lanes where a fit has none; ``usual_starts`` if None.
 
     Returns:
         The ends; a lane that found no optimum says so in its status.
@@ -214,50 +252,33 @@ def solve(
     movable = bool(constraints.rooted.any())
     usual_em = settings.em_steps * movable
     everyone = np.arange(len(lanes.natural))
+    effort = Effort() if effort is None else effort
+    others = partial(usual_starts, lanes, constraints) if others is None else others
+
+    def run(start: Start, which: np.ndarray, em_steps: int) -> Ends:
+        return _run(lanes, constraints, settings, start, which, em_steps, longest, effort)
+
     if start is None:
-        starts, em_steps = usual_starts(lanes, constraints, everyone), usual_em
+        starts, em_steps = others(everyone), usual_em
     else:
         starts, em_steps = [start], FIRST_EM * movable
-    ends = _in_two_passes(lanes, constraints, settings, starts[0], em_steps, longest)
+    ends = run(starts[0], everyone, em_steps)
     for other in starts[1:]:
-        new = _in_two_passes(lanes, constraints, settings, other, em_steps, longest)
-        _keep_better(ends, everyone, new)
+        _keep_better(ends, everyone, run(other, everyone, em_steps))
     lost = np.flatnonzero(ends.status != Status.CONVERGED)
     if start is not None and lost.size:
-        for other in usual_starts(lanes, constraints, lost):
-            new = _run(lanes, constraints, settings, other, lost, usual_em, longest)
-            _keep_better(ends, lost, new)
-    _leave_boundary(lanes, constraints, settings, terms, ends, longest)
-    return ends
-
-
-def _in_two_passes(
-    lanes: Lanes,
-    constraints: Constraints,
-    settings: Settings,
-    start: Start,
-    em_steps: int,
-    longest: int,
-) -> Ends:
-    """Run all lanes for a few steps, then those that have not arrived."""
-    everyone = np.arange(len(start.s))
-    first = min(FIRST_STEPS, longest)
-    ends = _run(lanes, constraints, settings, start, everyone, em_steps, first)
-    late = np.flatnonzero(ends.status == Status.MAX_STEPS)
-    if late.size and longest > first:
-        here = Start(ends.D[late], ends.s[late], ends.theta[late])
-        rest = longest - first
-        ends.replaced(late, _run(lanes, constraints, settings, here, late, 0, rest))
+        for other in others(lost):
+            _keep_better(ends, lost, run(other, lost, usual_em))
+    _leave_boundary(lanes, constraints, terms, ends, run)
     return ends
 
 
 def _leave_boundary(
     lanes: Lanes,
     constraints: Constraints,
-    settings: Settings,
     terms: Sequence[TermColumns],
     ends: Ends,
-    longest: int,
+    run: Callable[[Start, np.ndarray, int], Ends],
 ) -> None:
     """Solve the lanes again that stopped at a boundary where the criterion falls inwards."""
     noise = lanes.noise
@@ -270,7 +291,7 @@ def _leave_boundary(
         moved, better = _step_off(lanes, constraints, terms, ends, left, noise[left])
         left, better = left[moved], better.take(moved)
         if left.size:
-            ends.replaced(left, _run(lanes, constraints, settings, better, left, 0, longest))
+            ends.replaced(left, run(better, left, 0))
 
 
 def _interior(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -283,10 +304,18 @@ def _interior(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
 
 def usual_starts(lanes: Lanes, constraints: Constraints, which: np.ndarray) -> list[Start]:
     """Return where a fit without an earlier one starts, for some lanes; several with structures."""
-    here = lanes.take(which)
+    data = lanes.take(which).problem
+    data = data.by_group() if isinstance(data, SharedProblem) else data
+    return starts_from(lanes, constraints, which, moment_start(data))
+
+
+def starts_from(
+    lanes: Lanes, constraints: Constraints, which: np.ndarray, D: np.ndarray
+) -> list[Start]:
+    """Return the starts of some lanes from rough relative covariances, (n, q, q) or (q, q)."""
     q = len(constraints.blocks)
-    D = np.broadcast_to(moment_start(here.problem), (len(which), q, q))
-    inverses = np.broadcast_to(np.asarray(here.problem.z_inverse), D.shape)
+    D = np.broadcast_to(D, (len(which), q, q))
+    inverses = np.broadcast_to(np.asarray(lanes.take(which).problem.z_inverse), D.shape)
     if constraints.structures:
         thetas = [
             theta_starts(constraints, inverse, np.diag(own))
@@ -313,54 +342,143 @@ def _keep_better(ends: Ends, which: np.ndarray, new: Ends) -> None:
 # --- running ------------------------------------------------------------------------------------
 
 
-def _newton(
-    lanes: Lanes, constraints: Constraints, options: Options, D: Any, s: Any, theta: Any
-) -> Ends:
-    """Run the solver on every lane."""
+def _beginning(lanes: Lanes, start: Start) -> State:
+    """Return the state of every lane at its start, NumPy arrays."""
+    n, k = start.theta.shape
+    point = point_of(lambda *shape: np.zeros((n, *shape)), lanes.one(0), k)
+    return State(
+        evaluations=np.zeros(n, np.int32),
+        status=np.full(n, Status.RUNNING, np.int32),
+        point=_without_effects(point),
+        trial_D=np.array(start.D),
+        trial_s=np.array(start.s),
+        trial_theta=np.array(start.theta),
+        predicted=np.zeros(n),
+        damping=np.zeros(n),
+        decrement=np.full(n, np.inf),
+        trace=np.zeros((n, 0, TRACE_COLUMNS)),
+    )
 
-    def one(problem: GroupedProblem, natural: Any, D: Any, s: Any, theta: Any) -> Ends:
-        own = replace(constraints, natural=natural)
-        solution = newton(problem, own, options, D, s, theta)
-        point = solution.point
-        return Ends(
-            s=point.s,
-            D=point.D,
-            theta=point.theta,
-            root=point.root,
-            value=point.at.value,
-            gradient=point.at.gradient,
-            hessian=point.at.hessian,
-            beta=point.at.beta,
-            beta_inverse=point.at.beta_inverse,
-            x_slope=point.at.x_slope,
-            status=solution.status,
-            steps=solution.steps,
-        )
 
+def _without_effects(point: Point) -> Point:
+    """Leave out the conditional effects, which nobody asks lanes for."""
+    return point._replace(at=point.at._replace(effects=()))
+
+
+def _steps(
+    lanes: Lanes, constraints: Constraints, options: Options, state: State, most: Any
+) -> State:
+    """Take some steps of the solver on every lane that has not finished."""
+    if isinstance(lanes.problem, CrossedProblem):
+        return _in_turn(lanes, constraints, options, state)
     axes: Any = jax.tree.map(lambda _: None, lanes.problem)
     axes = replace(axes, **dict.fromkeys(lanes.varying, 0))
-    result: Ends = jax.vmap(one, in_axes=(axes, 0, 0, 0, 0))(
-        lanes.problem, lanes.natural, D, s, theta
+
+    def own(natural: Any) -> Constraints:
+        return replace(constraints, natural=natural)
+
+    def evaluated(problem: Any, natural: Any, D: Any, s: Any, theta: Any) -> Point:
+        return evaluate(problem, own(natural), options.reml, D, s, theta)
+
+    def evaluated_together(problem: Any, natural: Any, D: Any, s: Any, theta: Any) -> Point:
+        def whole_of(natural: Any, D: Any, s: Any, theta: Any) -> Any:
+            return whole_covariance(problem, own(natural), D, s, theta)
+
+        def chart_of(natural: Any, at: Any, rooted: Any, whole: Any, theta: Any) -> Point:
+            return chart(problem, own(natural), at, rooted, whole, theta)
+
+        rooted, whole = jax.vmap(whole_of)(natural, D, s, theta)
+        at = derivatives_of_lanes(problem, whole, options.reml, s, constraints.profile)
+        return jax.vmap(chart_of)(natural, at, rooted, whole, theta)
+
+    shared = isinstance(lanes.problem, SharedProblem)
+    look = evaluated_together if shared else jax.vmap(evaluated, (axes, 0, 0, 0, 0))
+    go_on = jax.vmap(
+        lambda problem, natural, *rest: advance(problem, own(natural), options, *rest),
+        (axes, 0, 0, 0),
     )
-    return result
+
+    def body(carry: tuple[Any, State]) -> tuple[Any, State]:
+        taken, state = carry
+        new = look(lanes.problem, lanes.natural, state.trial_D, state.trial_s, state.trial_theta)
+        after = go_on(lanes.problem, lanes.natural, state, new)
+        running = state.status == Status.RUNNING
+
+        def choose(a: Any, b: Any) -> Any:
+            return jnp.where(running.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+        return taken + 1, jax.tree.map(choose, after, state)
+
+    def unfinished(carry: tuple[Any, State]) -> Any:
+        return (carry[0] < most) & jnp.any(carry[1].status == Status.RUNNING)
+
+    _, state = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))
+    return state
+
+
+def _in_turn(lanes: Lanes, constraints: Constraints, options: Options, state: State) -> State:
+    """Run the solver on one lane after the other.
+
+    Batches of dense factors are slow on a CPU, where they may also hang.
+    """
+
+    def to_end(own: Any) -> State:
+        parts, natural, state = own
+        problem = replace(lanes.problem, **parts)
+        mine = replace(constraints, natural=natural)
+
+        def body(state: State) -> State:
+            trial = state.trial_D, state.trial_s, state.trial_theta
+            new = _without_effects(evaluate(problem, mine, options.reml, *trial))
+            return advance(problem, mine, options, state, new)
+
+        return lax.while_loop(lambda state: state.status == Status.RUNNING, body, state)
+
+    parts = {name: jnp.asarray(getattr(lanes.problem, name)) for name in lanes.varying}
+    return lax.map(to_end, (parts, lanes.natural, state))
 
 
 def _axes(lanes: Lanes, *_: Any) -> tuple[Any, ...]:
-    """Return where the arguments of `_newton` have an axis of lanes."""
+    """Return where the arguments of `_steps` have an axis of lanes."""
     problem = jax.tree.map(lambda _: -1, lanes.problem)
     problem = replace(problem, **dict.fromkeys(lanes.varying, 0))
-    return replace(lanes, problem=problem, natural=0), -1, -1, 0, 0, 0
+    return replace(lanes, problem=problem, natural=0), -1, -1, 0, -1
 
 
-_compiled = OverLanes(_newton, _axes)
+_compiled = OverLanes(_steps, _axes)
 
 
 def chunk_size(lanes: Lanes) -> int:
     """Return how many lanes run together on a device."""
     problem = lanes.problem
-    q, width, m = np.shape(problem.Y)[-3:]
-    fitting = CHUNK_BYTES // (8 * q * (q + width) * m)
+    if isinstance(problem, SharedProblem):
+        # Weights of the value and its slopes; some arrays of that size for intermediates.
+        _, q, m = problem.y.shape
+        k = q * (q + 1) // 2
+        numbers = 2 * (k + 1) * (k * problem.U.shape[2] + q * m)
+    elif isinstance(problem, NestedProblem):
+        numbers = math.prod(problem.Y.shape[1:]) + math.prod(problem.C.shape[1:])
+    elif isinstance(problem, CrossedProblem):
+        # One at a time: only what goes back and forth counts.
+        numbers = math.prod(problem.Y.shape[1:]) + math.prod(problem.C_cross.shape[1:])
+    else:
+        q, width, m = np.shape(problem.Y)[-3:]
+        numbers = q * (q + width) * m
+    fitting = CHUNK_BYTES // (8 * numbers)
     return int(min(LANES, 1 << max(fitting.bit_length() - 1, 0)))
+
+
+def _chunks(left: np.ndarray, size: int, small: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield lanes in chunks of two sizes, with how many of each chunk count.
+
+    The last one is filled up with its first lane.
+    """
+    first = 0
+    while first < len(left):
+        length = size if len(left) - first > size - small else small
+        chunk = left[first : first + length]
+        yield len(chunk), np.append(chunk, np.full(length - len(chunk), chunk[0]))
+        first += length
 
 
 def _run(
@@ -371,6 +489,7 @@ def _run(
     which: np.ndarray,
     em_steps: int,
     max_steps: int,
+    effort: Effort,
 ) -> Ends:
     """Run the solver in float64 on some lanes, chunk by chunk; the arrays returned are NumPy's."""
     options = Options(
@@ -379,18 +498,43 @@ def _run(
         max_steps=max_steps,
         tol=tolerance(lanes.problem) if settings.tol is None else settings.tol,
     )
-    size, n = chunk_size(lanes) * n_devices(), len(which)
-    chunks = []
-    with jax.enable_x64(True), compilation_cache():
-        for first in range(0, n, size):
-            # The last chunk is filled up with its first lane: one shape is compiled.
-            local = np.arange(first, first + size)
-            local = np.where(local < n, local, first)
-            chunks.append(
-                _compiled(lanes.take(which[local]), constraints, options, *start.take(local))
-            )
-        parts = jax.device_get(chunks)
-    return Ends(*(np.concatenate(leaves)[:n].copy() for leaves in zip(*parts, strict=True)))
+    size = chunk_size(lanes)
+    small = max(1, size // PARTS) * n_devices()
+    size *= n_devices()
+    state = _beginning(lanes, start)
+    leaves, structure = jax.tree.flatten(state)
+    left, most = np.arange(len(which)), np.int32(FIRST_STEPS)
+
+    def run(local: np.ndarray) -> list[Any]:
+        own = jax.tree.unflatten(structure, [leaf[local] for leaf in leaves])
+        return jax.tree.leaves(_compiled(lanes.take(which[local]), constraints, options, own, most))
+
+    while left.size:
+        counts, chunks = zip(*_chunks(left, size, small), strict=True)
+        for count, local, new in zip(counts, chunks, side_by_side(run, chunks), strict=True):
+            local = local[:count]
+            taken = new[0][:count] - leaves[0][local]
+            effort.run += int(taken.max()) * len(new[0])
+            effort.needed += int(taken.sum())
+            for leaf, part in zip(leaves, new, strict=True):
+                leaf[local] = part[:count]
+        left = left[state.status[left] == Status.RUNNING]
+        most = np.int32(NEXT_STEPS)
+    point = state.point
+    return Ends(
+        s=point.s,
+        D=point.D,
+        theta=point.theta,
+        root=point.root,
+        value=point.at.value,
+        gradient=point.at.gradient,
+        hessian=point.at.hessian,
+        beta=point.at.beta,
+        beta_inverse=point.at.beta_inverse,
+        x_slope=point.at.x_slope,
+        status=state.status,
+        steps=state.evaluations,
+    )
 
 
 # --- the boundary -------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ depends on the number of patterns, not on that of rows or groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,7 +28,9 @@ import numpy as np
 from ..compress.grouped import Statistics, equal_groups
 from ..compress.layout import Layout
 from ..compress.rows import SMALLEST_BUCKET, bucket, chunk_rows, chunks, orthonormalise, project_out
+from ..likelihood import Problem
 from ..likelihood.grouped import GroupedProblem
+from ..likelihood.shared import SharedProblem, pays, shared_matrix
 
 if TYPE_CHECKING:
     from ..results import Fit
@@ -99,8 +102,41 @@ class SharedDesigns:
     @property
     def residual_df(self) -> int:
         """Number of dimensions of the rows outside the column spaces of Z and X."""
-        n, inside = len(self.layout.X), int(self.rank.sum())
+        n, inside = self.layout.n_obs, int(self.rank.sum())
         return n - inside - self.root_C.shape[1]
+
+    @cached_property
+    def by_pattern(self) -> SharedProblem | None:
+        """The form of the likelihood for lanes that share designs, without lanes; None if none."""
+        whole, p = self.problem, self.n_fixed
+        (q, _, m), alone = whole.U.shape, len(self.loose)
+        u = len(self.patterns) + alone
+        if not pays(q, p, u):
+            return None
+        first = np.cumsum([0, *self.sizes[:-1]]) if self.patterns else np.zeros(0, dtype=int)
+        merged = sum(self.sizes)
+        U, weight = np.zeros((q, q, _bucket(u))), np.zeros(_bucket(u))
+        U[:, :, :u] = np.concatenate(
+            [whole.U[:, :, first], whole.U[:, :, merged : merged + alone]], axis=2
+        )
+        weight[:u] = [*(len(members) for members, _ in self.patterns), *np.ones(alone)]
+        pattern = np.zeros(m, dtype=np.int32)
+        pattern[: merged + alone] = np.repeat(np.arange(u), [*self.sizes, *np.ones(alone, int)])
+        X = np.ascontiguousarray(whole.Y[:, :p].transpose(0, 2, 1))
+        common = {each.name: getattr(whole, each.name) for each in fields(Problem)}
+        common["x_inverse"] = whole.x_inverse[:p, :p]
+        common["beta_origin"] = whole.beta_origin[:p]
+        return SharedProblem(
+            **common,
+            U=U,
+            weight=weight,
+            XX=shared_matrix(X, pattern, U.shape[2]),
+            X=X,
+            pattern=pattern if self.patterns else None,
+            C=whole.C[:p, :p],
+            y=np.zeros((0, q, m)),
+            cross=np.zeros((0, p + 1)),
+        )
 
 
 def shared_designs(fit: Fit) -> SharedDesigns:
@@ -172,6 +208,17 @@ def with_responses(shared: SharedDesigns, responses: Responses) -> GroupedProble
     C[:, -1, :p] = C[:, :p, -1] = responses.C[:, :p]
     C[:, -1, -1] = responses.C[:, p]
     return replace(problem, Y=Y, C=C)
+
+
+def lanes_of(shared: SharedDesigns, responses: Responses) -> tuple[Problem, tuple[str, ...]]:
+    """Return a problem with a leading axis of responses, and the names of its fields that have it.
+
+    In the form for lanes that share designs where there is one.
+    """
+    if shared.by_pattern is None:
+        return with_responses(shared, responses), ("Y", "C")
+    y = np.ascontiguousarray(responses.Y)
+    return replace(shared.by_pattern, y=y, cross=responses.C), ("y", "cross")
 
 
 def project(shared: SharedDesigns, y: np.ndarray) -> Responses:
@@ -284,7 +331,7 @@ def sampler(fit: Fit, shared: SharedDesigns) -> Sampler:
     q = len(estimates.root)
     y_scale = float(problem.y_scale)
     scale = estimates.scale / y_scale**2
-    root = np.linalg.solve(estimates.z_inverse, estimates.root)
+    root = estimates.working_root
     which = np.concatenate([[members[0] for members, _ in shared.patterns], shared.loose])
     which = which.astype(np.int64)
     half = np.einsum("ijm,jk->mik", shared.U[:, :, which], root)

@@ -1,6 +1,7 @@
 """Blocks of responses on their way from a source through workers to a store, in bounded memory.
 
-Reading runs ahead of fitting in a thread of its own; results come in the order of the responses.
+Reading runs ahead of fitting in a thread of its own.  Results are stored as they come, and handed
+on in the order of the responses.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 
-from .sources import Columns
+from .sources import Chunks, Indexed, Piece, pieces
 from .store import Store
-from .subsets import Subsets, SubsetWork
+from .subsets import SubsetWork
 from .work import Done, Work
 
 WINDOW = 8
@@ -30,12 +32,15 @@ class LostWorkerWarning(UserWarning):
 
 def stream(
     work: Work | SubsetWork,
-    source: Columns | Subsets,
+    source: Indexed | Chunks,
     size: int,
     store: Store | None,
     executor: Executor | None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Done]:
     """Yield the results of the blocks in order; what is in the store is not fitted again.
+
+    With workers, a block is written to the store when it is done, whatever those before it do.
 
     Args:
         work: fits a block.
@@ -43,35 +48,47 @@ def stream(
         size: responses in a block.
         store: where results are kept; None for nowhere.
         executor: whose workers fit; None for this thread.
+        share: which of the blocks are asked for: those from one number on, of every so many.
 
     Warns:
         LostWorkerWarning: if workers are lost.
     """
-    k = len(source.names)
+    blocks = islice(pieces(source, size), share[0], None, share[1])
 
-    def load(first: int) -> Done | np.ndarray:
-        known = None if store is None else store.read(first)
-        return source.block(first, min(first + size, k)) if known is None else known
+    def load() -> tuple[Piece, Done | np.ndarray] | None:
+        piece = next(blocks, None)
+        if piece is None:
+            return None
+        known = None if store is None else store.read(piece.first)
+        if known is not None and len(known[1]) != len(piece.names):
+            known = None  # an iterator ended there before
+        return piece, piece.read() if known is None else known
 
-    def begun(first: int, loaded: Done | np.ndarray) -> Callable[[], Done]:
+    def begun(piece: Piece, loaded: Done | np.ndarray) -> Callable[[], Done]:
         if isinstance(loaded, tuple):
             return lambda: loaded
-        fitted = _here(work, loaded) if executor is None else _there(executor, work, loaded)
 
-        def finished() -> Done:
-            done = fitted()
+        def kept(done: Done) -> Done:
             if store is not None:
-                store.write(first, list(source.names[first : first + size]), *done)
+                store.write(piece.first, list(piece.names), *done)
             return done
 
-        return finished
+        if executor is None:
+            return lambda: kept(work.done(loaded))
+        return _there(executor, work, loaded, kept)
 
     with ThreadPoolExecutor(1) as reader:
-        starts = range(0, k, size)
-        reading = ((first, reader.submit(load, first)) for first in starts)
-        fitting = (begun(first, block.result()) for first, block in _ahead(reading, 1))
+        fitting = (begun(*loaded) for loaded in _one_ahead(reader, load))
         for finished in _ahead(fitting, 0 if executor is None else WINDOW):
             yield finished()
+
+
+def _one_ahead(worker: Executor, call: Callable[[], T | None]) -> Iterator[T]:
+    """Yield what a function returns, until that is None, the next being worked out meanwhile."""
+    coming = worker.submit(call)
+    while (found := coming.result()) is not None:
+        coming = worker.submit(call)
+        yield found
 
 
 def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
@@ -84,33 +101,41 @@ def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
     yield from made
 
 
-def _here(work: Work | SubsetWork, y: np.ndarray) -> Callable[[], Done]:
-    return lambda: work.done(y)
+def _there(
+    executor: Executor, work: Work | SubsetWork, y: np.ndarray, kept: Callable[[Done], Done]
+) -> Callable[[], Done]:
+    """Hand a block to a worker, and what comes back to `kept` at once; return what waits for it.
 
-
-def _there(executor: Executor, work: Work | SubsetWork, y: np.ndarray) -> Callable[[], Done]:
-    """Hand a block to a worker; what it does not return is done here.
-
-    An error of the fit itself is raised again by that.
+    What a worker does not return is done here.  An error of the fit itself is raised again by that.
     """
+    stored: Future[Done] = Future()
+
+    def keep(future: Future[Done]) -> None:
+        try:
+            stored.set_result(kept(future.result()))
+        except BaseException as error:
+            stored.set_exception(error)
+
+    def lost(error: Exception) -> Done:
+        warnings.warn(
+            f"a worker was lost ({type(error).__name__}: {error}); its responses are fitted here",
+            LostWorkerWarning,
+            stacklevel=2,
+        )
+        return kept(work.done(y))
+
     try:
         future = executor.submit(work.done, y)
     except Exception as error:
-        return _lost(work, y, error)
+        refused = error
+        return lambda: lost(refused)
+    future.add_done_callback(keep)
 
     def result() -> Done:
         try:
-            return future.result()
+            future.result()
         except Exception as error:
-            return _lost(work, y, error)()
+            return lost(error)
+        return stored.result()
 
     return result
-
-
-def _lost(work: Work | SubsetWork, y: np.ndarray, error: Exception) -> Callable[[], Done]:
-    warnings.warn(
-        f"a worker was lost ({type(error).__name__}: {error}); its responses are fitted here",
-        LostWorkerWarning,
-        stacklevel=2,
-    )
-    return _here(work, y)

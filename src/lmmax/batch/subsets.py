@@ -34,11 +34,12 @@ from ..frames import Table, as_table, plural, read_columns, unknown_column
 from ..levels import as_categories
 from ..parameters import pack_triangle
 from ..results import Fit
-from ..solve import NEWTON_LIMIT
+from ..solve import NEWTON_LIMIT, Status
 from ..spec import ModelSpec
 from . import Solved
 from .engines import Hypothesis, Record, empty, record_of, record_of_lanes
 from .pooled import FIELDS, Pooled, Rows, alone, joined, pooled
+from .reasons import failed, reasons
 from .rows import subset
 from .solve import Ends, Lanes, in_user_units, snapped, solve
 from .store import fingerprint
@@ -121,7 +122,9 @@ def read_subsets(
         values = options.get(name)
         if isinstance(values, pd.Series) and values.index.equals(labels):
             options[name] = values.to_numpy()
+    table, infinite = _made_finite(table, spec.response)
     design = build_design(spec, table, missing=missing, **options)
+    design.y[np.isin(design.index, infinite)] = np.inf
     at = np.asarray(design.index, dtype=np.int64)
     kept = np.flatnonzero(~lacking[at])
     if len(kept) < len(at):
@@ -129,6 +132,23 @@ def read_subsets(
         at = at[kept]
     design = _relabelled(design, labels[at], int(lacking.sum()), columns)
     return design, Subsets(names, codes[at], design)
+
+
+def _made_finite(table: Table, response: str) -> tuple[Table, np.ndarray]:
+    """Return the data without infinite values of the response, and where they were.
+
+    They are the affair of the subset that they are in.
+    """
+    if response not in table:
+        return table, np.zeros(0, dtype=int)
+    values = pd.Series(np.asarray(table[response]))
+    if values.dtype.kind != "f" or not np.isinf(values).any():
+        return table, np.zeros(0, dtype=int)
+    infinite = np.isinf(values.to_numpy())
+    finite = np.where(infinite, 0.0, values)
+    if isinstance(table, pd.DataFrame):
+        return table.assign(**{response: finite}), np.flatnonzero(infinite)
+    return {**table, response: finite}, np.flatnonzero(infinite)
 
 
 def _relabelled(design: Design, labels: pd.Index, n_lacking: int, columns: list[Any]) -> Design:
@@ -185,12 +205,15 @@ class SubsetWork:
         settings: how to fit.
         tests: what is tested.
         subsets: which rows belong to which subset.
+        most_groups: of a subset that is compressed in company; larger ones are compressed one by
+            one, which merges groups with the same design.
     """
 
     design: Design
     settings: Settings
     tests: tuple[Hypothesis, ...]
     subsets: Subsets
+    most_groups: int = SMALLEST_BUCKET
 
     @property
     def rows(self) -> np.ndarray:
@@ -283,6 +306,7 @@ class SubsetWork:
         """Fit some subsets and count their rows."""
         found = empty(len(numbers), len(self.design.x_names), self.width, len(self.tests))
         place = {int(number): i for i, number in enumerate(numbers)}
+        asked, numbers = numbers, numbers[self._finite[numbers]]
         if self.together:
             parts, single = self._compressed(numbers)
             for part in joined(parts):
@@ -296,10 +320,36 @@ class SubsetWork:
             try:
                 row = record_of(self._fit(number), self.tests)
             except DataError:
+                self._refused.add(number)
                 continue
             for mine, values in zip(found, row, strict=True):
                 mine[place[number]] = values[0]
-        return found, self._sizes[numbers]
+        return self._with_reasons(found, asked), self._sizes[asked]
+
+    @cached_property
+    def _finite(self) -> np.ndarray:
+        """Which subsets have finite responses."""
+        infinite = self.rows[~np.isfinite(self.design.y)]
+        return np.bincount(infinite, minlength=self.n_subsets) == 0
+
+    def _with_reasons(self, found: Record, numbers: np.ndarray) -> Record:
+        """Say in the status of subsets that have no fit why."""
+        unfit = np.flatnonzero(found.status == Status.NOT_FINITE)
+        why = np.empty(unfit.size, dtype=int)
+        for i, lane in enumerate(unfit):
+            rows = self._rows(numbers[lane])
+            own = self.design.y[rows]
+            if self.design.offset is not None:
+                own = own - self.design.offset[rows]
+            why[i] = reasons(own[:, None], self.design.X[rows])[0]
+            if why[i] == Status.NOT_FINITE and int(numbers[lane]) in self._refused:
+                why[i] = Status.TOO_FEW
+        return failed(found, unfit, why) if unfit.size else found
+
+    @cached_property
+    def _refused(self) -> set[int]:
+        """Subsets that a fit of their own was refused to."""
+        return set()
 
     def _design(self, number: int) -> Design:
         rows = self._rows(number)
@@ -322,7 +372,7 @@ class SubsetWork:
         p, q = self.design.X.shape[1], self.width
         n, (m, largest) = self._sizes, self._groups
         # With groups no larger than this the residual variance may not be identified.
-        plain = (n > p) & (m > 1) & (m <= SMALLEST_BUCKET) & (largest > q)
+        plain = (n > p) & (m > 1) & (m <= self.most_groups) & (largest > q)
         easy = numbers[plain[numbers]]
         parts: list[Pooled] = []
         passes = np.cumsum(n[easy] * max(p + 1, q) ** 2) // PASS_NUMBERS
@@ -337,6 +387,7 @@ class SubsetWork:
             try:
                 part = self._alone(number)
             except DataError:
+                self._refused.add(number)
                 continue
             if part is None:
                 single.append(number)

@@ -12,9 +12,11 @@ import numpy as np
 
 from ..constraints import Settings
 from ..design import DataError
-from ..fit import prepare
+from ..fit import check_enough, prepare
 from ..matrices import Design
+from ..solve import Status
 from .engines import Engine, Record, empty, engine_of, stacked
+from .reasons import failed, with_reasons
 from .rows import subset
 from .store import fingerprint
 
@@ -81,31 +83,30 @@ class Work:
 
     def done(self, y: np.ndarray) -> Done:
         """Fit a block of responses and count their rows."""
-        return self.fit(y), len(y) - np.isnan(y).sum(axis=0)
+        gone = missing(y)
+        rows = np.full(y.shape[1], len(y))
+        return self._fit_lacking(y, gone), rows if gone is None else rows - gone.sum(axis=0)
 
     def fit(self, y: np.ndarray) -> Record:
         """Fit a block of responses, NaN where missing, (n, lanes)."""
-        gone = np.isnan(y)
-        if not gone.any():
+        return self._fit_lacking(y, missing(y))
+
+    def _fit_lacking(self, y: np.ndarray, gone: np.ndarray | None) -> Record:
+        if gone is None:
             return self._fit(b"", np.arange(len(y)), y)
-        packed = np.packbits(gone, axis=0)
-        keys, which = np.unique(packed, axis=1, return_inverse=True)
-        which = which.reshape(-1)
-        parts: list[tuple[np.ndarray, Record]] = []
-        for number in range(keys.shape[1]):
-            lanes = np.flatnonzero(which == number)
-            rows = np.flatnonzero(~gone[:, lanes[0]])
-            key = b"" if len(rows) == len(y) else keys[:, number].tobytes()
-            parts.append((lanes, self._fit(key, rows, y[np.ix_(rows, lanes)])))
-        order = np.argsort(np.concatenate([lanes for lanes, _ in parts]), kind="stable")
-        whole = stacked([record for _, record in parts])
-        return Record(*(leaf[order] for leaf in whole))
+        return by_pattern(
+            gone, lambda key, rows, lanes: self._fit(key, rows, y[np.ix_(rows, lanes)])
+        )
 
     def _fit(self, key: bytes, rows: np.ndarray, y: np.ndarray) -> Record:
         found = self._engine_of(key, rows)
         if found is None:
-            return empty(y.shape[1], len(self.design.x_names), self.width, len(self.tests))
-        return found.fit(y)
+            none = empty(y.shape[1], len(self.design.x_names), self.width, len(self.tests))
+            return failed(none, np.arange(y.shape[1]), Status.TOO_FEW)
+        X, offset = self.design.X, self.design.offset
+        if key:
+            X, offset = X[rows], None if offset is None else offset[rows]
+        return with_reasons(found.fit(y), y, X, offset)
 
     @property
     def width(self) -> int:
@@ -129,11 +130,40 @@ class Work:
         if any(len(np.unique(g.codes)) < 2 for g in design.groupings):
             return None
         try:
-            return engine_of(prepare(design, self.settings.engine), self.settings, self.tests)
+            prepared = prepare(design, self.settings.engine)
+            check_enough(design, prepared.layout, prepared.terms, self.settings)
+            return engine_of(prepared, self.settings, self.tests)
         except DataError:
             if len(rows) == len(self.design.y):
                 raise
             return None
+
+
+def missing(y: np.ndarray) -> np.ndarray | None:
+    """Return where values are missing, (n, lanes); None if, as mostly, none is."""
+    # The least of some values is NaN if any of them is: one pass that writes nothing.
+    return np.isnan(y) if np.isnan(y.min(axis=0)).any() else None
+
+
+def by_pattern(gone: np.ndarray, fit: Callable[[bytes, np.ndarray, np.ndarray], Record]) -> Record:
+    """Fit the lanes that lack the same rows together, and return all in their order.
+
+    Args:
+        gone: where values are missing, (n, lanes).
+        fit: fits some lanes on some rows; the first argument names the pattern, empty for all rows.
+    """
+    packed = np.packbits(gone, axis=0)
+    keys, which = np.unique(packed, axis=1, return_inverse=True)
+    which = which.reshape(-1)
+    parts: list[tuple[np.ndarray, Record]] = []
+    for number in range(keys.shape[1]):
+        lanes = np.flatnonzero(which == number)
+        rows = np.flatnonzero(~gone[:, lanes[0]])
+        key = b"" if len(rows) == len(gone) else keys[:, number].tobytes()
+        parts.append((lanes, fit(key, rows, lanes)))
+    order = np.argsort(np.concatenate([lanes for lanes, _ in parts]), kind="stable")
+    whole = stacked([record for _, record in parts])
+    return Record(*(leaf[order] for leaf in whole))
 
 
 def remembered(key: str, make: Callable[..., Any], *parts: Any) -> Any:

@@ -73,12 +73,16 @@ def triangle(columns: np.ndarray) -> np.ndarray:
 
 
 def random_factor(
-    blocks: Sequence[np.ndarray], correlated: Sequence[bool], weights: np.ndarray | None
+    blocks: Sequence[np.ndarray],
+    correlated: Sequence[bool],
+    weights: np.ndarray | None,
+    n: int,
 ) -> np.ndarray:
     """Return ``A`` (q, q), block diagonal over terms, with ``Z = Z_working A``.
 
-    The working columns have mean square one and, within a correlated term, are orthogonal over all
-    rows; uncorrelated terms are only scaled, since mixing columns would break the structure.
+    The working columns have mean square one over n observations and, within a correlated term, are
+    orthogonal over all rows; uncorrelated terms are only scaled, since mixing columns would break
+    the structure.
     """
     q = sum(block.shape[1] for block in blocks)
     A = np.zeros((q, q))
@@ -86,7 +90,6 @@ def random_factor(
     for block, mix in zip(blocks, correlated, strict=True):
         here = slice(at, at + block.shape[1])
         at = here.stop
-        n = len(block)
         factor = column_factor(block, weights) if mix and block.shape[1] > 1 else None
         if factor is not None and len(factor.kept) == block.shape[1]:
             A[here, here] = factor.R / np.sqrt(n)

@@ -72,6 +72,8 @@ class Layout:
         weights: prior weights of the rows in the data's order, (n,), or None.
         engine: the form of the likelihood.
         chain: positions of the factors in the order of their elimination.
+        n_zero: number of further rows, which are zero throughout.
+        log_rooted: sum of the logarithms of weights that the rows were multiplied by the root of.
     """
 
     X: np.ndarray
@@ -81,6 +83,19 @@ class Layout:
     weights: np.ndarray | None
     engine: Engine
     chain: tuple[int, ...]
+    n_zero: int = 0
+    log_rooted: float = 0.0
+
+    @property
+    def n_obs(self) -> int:
+        """Number of observations, n."""
+        return len(self.X) + self.n_zero
+
+    @cached_property
+    def log_weights(self) -> float:
+        """Sum of the logarithms of the prior weights."""
+        own = 0.0 if self.weights is None else float(np.sum(np.log(self.weights)))
+        return self.log_rooted + own
 
     @cached_property
     def A_inverse(self) -> np.ndarray:
@@ -141,6 +156,9 @@ def layout(
     factors: Sequence[FactorColumns],
     weights: np.ndarray | None = None,
     engine: str = "auto",
+    *,
+    n_zero: int = 0,
+    log_rooted: float = 0.0,
 ) -> Layout:
     """Analyse the designs once.
 
@@ -149,6 +167,8 @@ def layout(
         factors: grouping factors with their columns.
         weights: prior weights (inverse variances), shape (n,).
         engine: one of ``ENGINES``.
+        n_zero: number of further rows, which are zero throughout.
+        log_rooted: sum of the logarithms of weights that the rows were multiplied by the root of.
 
     Raises:
         EngineError: if the engine asked for does not fit the structure.
@@ -159,9 +179,10 @@ def layout(
     A, at = np.zeros((q, q)), 0
     for factor in factors:
         here = slice(at, at + factor.n_effects)
-        A[here, here] = random_factor(factor.blocks, factor.mix, weights)
+        A[here, here] = random_factor(factor.blocks, factor.mix, weights, len(X) + n_zero)
         at = here.stop
-    return Layout(X, factors, column_factor(X, weights), A, weights, chosen, chain)
+    fixed = column_factor(X, weights)
+    return Layout(X, factors, fixed, A, weights, chosen, chain, n_zero, log_rooted)
 
 
 def choose_engine(

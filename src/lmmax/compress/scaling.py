@@ -25,10 +25,9 @@ class Scaling(NamedTuple):
 
     def coordinates(self, layout: Layout, extra: int = 0) -> dict[str, Any]:
         """Return the fields of a :class:`lmmax.likelihood.Problem`, ``extra`` columns padded."""
-        weights = layout.weights
         x_inverse, origin = pad_coordinates(layout.fixed.inverse, self.beta / self.y_scale, extra)
         return {
-            "n_obs": float(len(layout.X)),
+            "n_obs": float(layout.n_obs),
             "n_fixed": float(len(self.beta)),
             "n_groups": layout.n_groups,
             "z_factor": layout.A,
@@ -37,7 +36,7 @@ class Scaling(NamedTuple):
             "x_logdet": float(np.sum(np.log(np.diag(layout.fixed.R)))),
             "beta_origin": origin,
             "y_scale": self.y_scale,
-            "log_weights": 0.0 if weights is None else float(np.sum(np.log(weights))),
+            "log_weights": layout.log_weights,
         }
 
 
@@ -122,10 +121,10 @@ def rough_variances(y: np.ndarray, layout: Layout, scaling: Scaling) -> np.ndarr
                     key, cells = pd.factorize(key)[0], n
                 meet = np.bincount(key, products, cells)
             left[i, j] = left[j, i] = meet @ meet
-    left[q, q], right[q] = n, 1.0
+    left[q, q], right[q] = layout.n_obs, 1.0
     unit = np.sqrt(np.diag(left))
     scaled_left = left / np.outer(unit, unit)
     variances = np.linalg.lstsq(scaled_left, right / unit, rcond=1e-10)[0] / unit
-    scale = max(variances[q], 0.1 / n)
+    scale = max(variances[q], 0.1 / layout.n_obs)
     floor = 0.1 * left[:q, q] / np.diag(left)[:q]
     return np.asarray(np.maximum(variances[:q] / scale, floor))

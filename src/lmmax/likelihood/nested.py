@@ -59,7 +59,8 @@ class NestedProblem(Problem):
         Y: projected ``W``, (q1, w, m1) with w = q2 + ... + qL + p + 1.
         C: cross-product of what of W is outside the finest level's columns, per group of level 2,
             (w, w, m2).
-        parents: for each level but the last the group of the next that a group lies in.
+        parents: for each level but the last the group of the next that a group lies in, or None
+            where each of the next has equally many (with padding), one after the other.
         C_rest: cross-product of ``[X y]`` to add at the end, for padding columns, (p + 1, p + 1).
         sizes: number of groups of levels 2 to L, with padding.
         blocks: columns of D that belong to each level.
@@ -146,8 +147,10 @@ def _eliminate_jvp(primals: Any, tangents: Any) -> Any:
     return (c - symmetrize(multiply(turn(b), B)), logdet), (rest, dlogdet)
 
 
-def gather(x: Array, parent: Array, size: int) -> Array:
+def gather(x: Array, parent: Array | None, size: int) -> Array:
     """Sum ``x (..., m)`` over the groups of each parent, (..., size)."""
+    if parent is None:
+        return jnp.sum(x.reshape(*x.shape[:-1], size, -1), axis=-1)
     flat = x.reshape(-1, x.shape[-1]).T
     sums = jnp.zeros((size, flat.shape[1]), x.dtype)
     sums = sums.at[jnp.asarray(parent)].add(flat, indices_are_sorted=True)

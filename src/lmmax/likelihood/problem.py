@@ -263,7 +263,42 @@ def assemble(
     Returns:
         The derivatives in these k entries and s.
     """
-    S, p = at.S, at.S.shape[0] - 1
+    here = regression(problem, at.S, reml, log_scale, profile, hold)
+    return assembled(problem, at, here, curvature(here.outer), reml)
+
+
+class Regression(NamedTuple):
+    """Coefficients and scale at one D, in the notation of :func:`assemble`.
+
+    Attributes:
+        beta: coefficients, (p,).
+        inverse: ``A^-1``, (p, p).
+        free: the same without the direction that is held, (p, p).
+        rss: weighted residual sum of squares.
+        logdet_x: ``log|A|``.
+        log_scale: ``s``.
+        outer: weights of the second derivatives of S, (p + 1, p + 1).
+    """
+
+    beta: Array
+    inverse: Array
+    free: Array
+    rss: Array
+    logdet_x: Array
+    log_scale: Array
+    outer: Array
+
+
+def regression(
+    problem: Problem,
+    S: Array,
+    reml: Array,
+    log_scale: Array,
+    profile: Array,
+    hold: Hold | None = None,
+) -> Regression:
+    """Return what a reduction ``S (p + 1, p + 1)`` says of coefficients and scale."""
+    p = S.shape[0] - 1
     beta, inverse, rss, logdet_x = gls(S)
     free = inverse
     if hold is not None:
@@ -276,29 +311,36 @@ def assemble(
         free = inverse - weight * jnp.outer(a, a)
     d = degrees_of_freedom(problem, reml).astype(S.dtype)
     s = jnp.where(profile, profiled_log_scale(rss, d), log_scale)
-    precision = jnp.exp(-s)
-    value = at.logdet + reml * logdet_x + d * (jnp.log(2.0 * jnp.pi) + s) + rss * precision
-
     v = jnp.concatenate([-beta, jnp.ones(1, S.dtype)])
+    outer = jnp.exp(-s) * jnp.outer(v, v)
+    outer = outer.at[:p, :p].add(reml * inverse)
+    return Regression(beta, inverse, free, rss, logdet_x, s, outer)
+
+
+def assembled(
+    problem: Problem, at: Reduction, here: Regression, curvature: Array, reml: Array
+) -> Derivatives:
+    """Return what :func:`assemble` does, ``curvature (k, k)`` at ``here.outer`` being known."""
+    S, p, s = at.S, at.S.shape[0] - 1, here.log_scale
+    d = degrees_of_freedom(problem, reml).astype(S.dtype)
+    precision = jnp.exp(-s)
+    rest = here.rss * precision
+    value = at.logdet + reml * here.logdet_x + d * (jnp.log(2.0 * jnp.pi) + s) + rest
+    v = jnp.concatenate([-here.beta, jnp.ones(1, S.dtype)])
     slope_v = at.S_slope @ v
     rho = slope_v @ v
-    solved = jnp.einsum("ij,cjk->cik", inverse, at.S_slope[:, :p, :p])
+    solved = jnp.einsum("ij,cjk->cik", here.inverse, at.S_slope[:, :p, :p])
     gradient = at.logdet_slope + reml * jnp.einsum("cii->c", solved) + precision * rho
-
-    outer = precision * jnp.outer(v, v)
-    outer = outer.at[:p, :p].add(reml * inverse)
-    hessian = curvature(outer) - reml * jnp.einsum("cij,dji->cd", solved, solved)
-    hessian = hessian - 2.0 * precision * (slope_v[:, :p] @ free @ slope_v[:, :p].T)
+    hessian = curvature - reml * jnp.einsum("cij,dji->cd", solved, solved)
+    hessian = hessian - 2.0 * precision * (slope_v[:, :p] @ here.free @ slope_v[:, :p].T)
     cross = -precision * rho
     return Derivatives(
         value=value,
-        gradient=jnp.append(gradient, d - rss * precision),
-        hessian=jnp.block(
-            [[hessian, cross[:, None]], [cross[None, :], (rss * precision)[None, None]]]
-        ),
+        gradient=jnp.append(gradient, d - rest),
+        hessian=jnp.block([[hessian, cross[:, None]], [cross[None, :], rest[None, None]]]),
         log_scale=s,
-        beta=beta,
-        beta_inverse=inverse,
+        beta=here.beta,
+        beta_inverse=here.inverse,
         x_slope=at.S_slope[:, :p, :p],
     )
 

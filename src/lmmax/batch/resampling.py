@@ -1,0 +1,697 @@
+"""p-values of many fits by permutation and bootstrap, over all responses together as well.
+
+Every replicate estimates the variance components of every response again.  Chunks of responses are
+the outer loop and replicates the inner one; a replicate moves the rows of all responses in the
+same way, so that their dependence shows in its largest statistic.  What is kept are counts for
+each response, and one maximum for each replicate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..design import DataError
+from ..inference.denominator import HypothesisError
+from ..matrices import Design
+from ..simulate import check_count, check_seed, generator
+from .engines import Hypothesis
+from .exchange import (
+    Exchange,
+    ExchangeOn,
+    check_blocks,
+    exchange_of,
+    independent_blocks,
+)
+from .progress import progress_bar
+from .reading import block_size, lent
+from .replicates import Model, Tester, drawer
+from .result import BatchFit, hypotheses
+from .rows import subset
+from .sources import Columns
+from .store import fingerprint
+
+METHODS = ("permutation", "wild", "parametric")
+ALTERNATIVES = ("two-sided", "greater", "less")
+MULTIPLIERS = {
+    "rademacher": np.array([-1.0, 1.0]),
+    "webb": np.sqrt([0.5, 1.0, 1.5])[[0, 1, 2, 0, 1, 2]] * np.repeat([-1.0, 1.0], 3),
+}
+FEW_BLOCKS = 12
+"""Blocks below which two signs make too few samples for the wild bootstrap."""
+TIES = 1e-6
+"""A replicate this much below the observed statistic, relative to that, counts as equal."""
+CHUNK, TOGETHER = 2048, 8192
+"""Responses worked on at once; responses times replicates that are fitted together."""
+BLOCK_BYTES = 1 << 26
+"""Most bytes of errors that are rearranged together."""
+PATTERNS = 64
+"""Designs on some of the rows that are kept."""
+
+
+def resample(
+    batch: BatchFit,
+    tests: Any = None,
+    *,
+    method: str = "permutation",
+    n: int = 999,
+    exchange: str = "auto",
+    multipliers: str = "auto",
+    alternative: str = "two-sided",
+    seed: int = 0,
+    chunk: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Resampled:
+    """Test hypotheses in every fit of a batch by permutation or bootstrap.
+
+    Each replicate is a response from the reduced model, in which the hypothesis holds, and is
+    fitted anew, variance components included.  p-values count the replicates whose statistic is at
+    least the observed one, ``(1 + count) / (1 + n)``; those over all responses (family-wise error)
+    count the replicates whose largest statistic over the responses is.
+
+    The methods are
+
+    - "permutation" exchanges the residuals of the reduced model, by least squares, in a way that
+      leaves the covariance of the model as it is (Freedman and Lane).  If there are few
+      rearrangements, each is used once.
+    - "wild" multiplies the residuals of each independent group with a random number of mean zero
+      and variance one.  It holds for many groups, whatever the covariance in a group.
+    - "parametric" draws random effects and residuals from the reduced model, with the variance
+      components that each response has there.  Responses are drawn independently: if they depend
+      on one another positively, as neighbours in an image do, p-values over all responses are too
+      large rather than too small.
+
+    Args:
+        batch: the fits, of responses that can be read again.
+        tests: names of coefficients that are zero under the hypothesis, a test for each; or
+            hypotheses by name, as in :func:`lmmax.fit_many`.  Those of the batch if None.
+        method: "permutation", "wild" or "parametric".
+        n: number of replicates.
+        exchange: for permutations.  "within" exchanges rows that belong to the same groups and
+            have equal random-effects columns; "whole" exchanges independent groups with equal
+            designs; "flip" changes the signs of independent groups, whose errors must be
+            symmetric.  "auto" takes "within" if nearly all that is tested varies among such rows,
+            "whole" if it varies between such groups, "flip" otherwise; the result's notes say which
+            and why.  Weights count as part of the design.
+        multipliers: for the wild bootstrap, "rademacher" (a sign), "webb" (six points), or "auto":
+            the latter for fewer than 12 groups.
+        alternative: "two-sided", "greater" or "less"; the latter two for single combinations.
+        seed: of the random numbers.
+        chunk: responses worked on at once.  Results do not depend on it.
+        out: a file, ``.npz``, that is brought up to date after every chunk.
+        resume: go on with what is in `out`.
+        progress: show a progress bar (needs tqdm).
+
+    Returns:
+        p-values of each response and hypothesis.  A replicate whose fit does not converge counts as
+        if it were at least the observed statistic, in both p-values of that response; it takes no
+        part in the maximum.  A response that cannot be fitted has NaN, and takes no part either.
+        One with missing values keeps them: what is exchanged are the rows that it has.
+
+    Raises:
+        ValueError: for an unknown method or option.
+        HypothesisError: for a hypothesis that cannot be tested.
+        ExchangeError: if the model leaves nothing to be exchanged.
+        DataError: if the responses of the batch are not at hand by row.
+
+    Example:
+        >>> import lmmax, numpy as np
+        >>> from lmmax.batch.resampling import resample
+        >>> sleep = lmmax.datasets.load("sleepstudy")
+        >>> noise = np.random.default_rng(0).normal(size=(180, 3))
+        >>> y = noise + np.outer(sleep["Days"], [0.1, 0.0, 0.0])
+        >>> batch = lmmax.fit_many("~ Days + (1 | Subject)", sleep, y)
+        >>> found = resample(batch, ["Days"], n=199)
+        >>> found.test("Days")[["p", "p_fwe"]].round(3)
+               p  p_fwe
+        0  0.005  0.005
+        1  0.025  0.080
+        2  0.970  1.000
+        >>> found.notes[0]
+        "Days: exchange='within' (what is tested varies within groups), 199 random rearrangements"
+
+    Source: Freedman and Lane (1983), J. Bus. Econ. Stat. 1, 292-298; Winkler, Ridgway, Webster,
+    Smith and Nichols (2014), NeuroImage 92, 381-397, and (2015) 123, 253-268; Cameron, Gelbach and
+    Miller (2008), Rev. Econ. Stat. 90, 414-427, with the null imposed; Webb (2023), Can. J. Econ.
+    56, 839-858; Westfall and Young (1993), Resampling-Based Multiple Testing, for maxima.
+    """
+    _check(method, alternative, multipliers)
+    check_count(n, "n")
+    check_seed(seed)
+    if chunk is not None:
+        check_count(chunk, "chunk")
+    source = batch.source
+    if not isinstance(source, Columns):
+        raise DataError(
+            "resample needs a batch of responses to the same rows and the same design, which can "
+            "be read again: not one made with by=, scan=, weights or offsets per response, or of "
+            "chunks that have gone by"
+        )
+    design = lent(batch.design, source)
+    asked = _asked(batch, tests)
+    if alternative != "two-sided" and any(len(test.L) > 1 for test in asked):
+        raise ValueError(f"alternative={alternative!r} is for tests of a single combination")
+    model = Model(design, batch.settings)
+    plans = tuple(
+        _plan(model, test, method, n, exchange, multipliers, seed, batch.settings.reml)
+        for test in asked
+    )
+    run = Run(design, model, plans, alternative, seed)
+    size = chunk or min(CHUNK, block_size(None, len(design.y)))
+    state = State.empty(len(batch), [plan.n for plan in plans])
+    key = fingerprint(
+        *(part for test in asked for part in test),
+        *(batch.design.X, *(block.Z for block in batch.design.blocks)),
+        *(design.y, source.column(len(batch) - 1)),
+        repr((batch.settings, method, n, exchange, multipliers, alternative, seed)),
+    )
+    path = None if out is None else Path(out)
+    if path is not None:
+        state = state.resumed(path, key, resume)
+    total = sum(plan.n + 1 for plan in plans) * (len(batch) - state.done)
+    with progress_bar(total, progress) as bar:
+        while state.done < len(batch):
+            last = min(state.done + size, len(batch))
+            run.add(state, source.block(state.done, last), bar.update)
+            if path is not None:
+                state.save(path, key)
+    failed = int(state.failed.sum())
+    notes = [plan.note for plan in plans]
+    if failed:
+        notes.append(
+            f"{failed} fits of replicates did not converge; each counts as at least the observed"
+        )
+    return Resampled(
+        names=batch.names,
+        hypotheses=asked,
+        statistic=state.statistic,
+        exceeded=state.exceeded,
+        failed=state.failed,
+        maxima=tuple(state.maxima),
+        method=method,
+        alternative=alternative,
+        notes=tuple(notes),
+    )
+
+
+def _check(method: str, alternative: str, multipliers: str) -> None:
+    for name, value, known in (
+        ("method", method, METHODS),
+        ("alternative", alternative, ALTERNATIVES),
+        ("multipliers", multipliers, ("auto", *MULTIPLIERS)),
+    ):
+        if value not in known:
+            one = ", ".join(map(repr, known))
+            raise ValueError(f"{name}={value!r} is unknown; use one of {one}")
+
+
+def _asked(batch: BatchFit, tests: Any) -> tuple[Hypothesis, ...]:
+    """Read the `tests` argument."""
+    if tests is None:
+        found = batch.hypotheses
+    elif isinstance(tests, Mapping):
+        found = hypotheses(tests, batch.design.x_names)
+    elif isinstance(tests, Sequence | pd.Index):
+        names = [tests] if isinstance(tests, str) else list(tests)
+        rows = np.eye(len(batch.design.x_names))
+        found = tuple(
+            Hypothesis(str(name), rows[[batch._column(name)]], np.zeros(1)) for name in names
+        )
+    else:
+        raise TypeError(
+            "tests must be names of coefficients or a mapping of names to hypotheses, not "
+            f"{type(tests).__name__}"
+        )
+    if not found:
+        raise ValueError(
+            f"nothing to test: give tests=, such as tests=[{batch.design.x_names[-1]!r}]"
+        )
+    return found
+
+
+class Plan(NamedTuple):
+    """How one hypothesis is resampled.
+
+    Attributes:
+        test: the hypothesis.
+        exchange: how errors are rearranged; None if they are drawn from the reduced model.
+        values: what groups are multiplied with; None where `exchange` says it.
+        every: whether each rearrangement is used once.
+        n: number of replicates.
+        note: all of that in words.
+    """
+
+    test: Hypothesis
+    exchange: Exchange | None
+    values: np.ndarray | None
+    every: bool
+    n: int
+    note: str
+
+    def keys(self, seed: int, replicate: int) -> np.ndarray:
+        """Return the key of each element in one replicate."""
+        assert self.exchange is not None
+        if self.every:
+            return self.exchange.numbered(replicate + 1)  # number 0 moves nothing
+        rng = generator(seed, replicate)
+        if self.values is None:
+            return self.exchange.drawn(rng)
+        return rng.choice(self.values, size=len(self.exchange.among))
+
+
+def _plan(
+    model: Model,
+    test: Hypothesis,
+    method: str,
+    n: int,
+    exchange: str,
+    multipliers: str,
+    seed: int,
+    reml: bool,
+) -> Plan:
+    """Decide how a hypothesis is resampled, on all rows."""
+    L, design = model.combinations(test), model.design
+    if L is None:
+        raise HypothesisError(
+            f"the hypothesis {test.name!r} is about a coefficient that is aliased (not estimable)"
+        )
+    if np.linalg.matrix_rank(L) < len(L):
+        raise HypothesisError(f"the rows of the hypothesis {test.name!r} are not independent")
+    if method == "parametric":
+        how = f"{n} draws from the reduced model ({'REML' if reml else 'ML'})"
+        return Plan(test, None, None, False, n, f"{test.name}: {how}")
+    if method == "wild":
+        element = independent_blocks(design)
+        check_blocks(element)
+        count = int(element.max()) + 1
+        if multipliers == "auto":
+            multipliers = "webb" if count < FEW_BLOCKS else "rademacher"
+        values = MULTIPLIERS[multipliers]
+        found = Exchange("flip", element, np.zeros(count, dtype=np.int64), "")
+        note = f"{test.name}: {n} draws of {multipliers} multipliers for {count} groups"
+        return Plan(test, found, values, False, n, note)
+    tested = model.X @ model.directions(L)
+    found = exchange_of(design, exchange, tested)
+    every = found.count <= n + 1
+    n = found.count - 1 if every else n
+    how = f"all {n} other rearrangements" if every else f"{n} random rearrangements"
+    note = f"{test.name}: exchange={found.kind!r} ({found.why}), {how}"
+    if every:
+        note += f"; no p-value is below {1.0 / (1.0 + n):.3g}"
+    return Plan(test, found, None, every, n, note)
+
+
+@dataclass(eq=False)
+class State:
+    """What is known after some of the responses.
+
+    Attributes:
+        done: number of responses.
+        statistic: observed statistics, (k, h).
+        exceeded: number of replicates that were at least that, (k, h).
+        failed: number of replicates whose fit failed, (k, h).
+        maxima: per hypothesis the largest of the responses' statistics in each replicate, (n,).
+    """
+
+    done: int
+    statistic: np.ndarray
+    exceeded: np.ndarray
+    failed: np.ndarray
+    maxima: list[np.ndarray]
+
+    @staticmethod
+    def empty(k: int, n: Sequence[int]) -> State:
+        """Return what is known of k responses, before the first."""
+        count = np.zeros((k, len(n)), dtype=np.int64)
+        maxima = [np.full(number, -np.inf) for number in n]
+        return State(0, np.full(count.shape, np.nan), count, count.copy(), maxima)
+
+    def save(self, path: Path, key: str) -> None:
+        """Write to a file that is whole at any time."""
+        part = path.with_name(path.name + ".part")
+        with open(part, "wb") as file:
+            maxima = {f"maxima{h}": values for h, values in enumerate(self.maxima)}
+            arrays: dict[str, Any] = {
+                "key": np.array(key),
+                "done": np.array(self.done),
+                "statistic": self.statistic,
+                "exceeded": self.exceeded,
+                "failed": self.failed,
+                **maxima,
+            }
+            np.savez(file, **arrays)
+        part.replace(path)
+
+    def resumed(self, path: Path, key: str, resume: bool) -> State:
+        """Return what a file holds of the same work; this if there is none.
+
+        Raises:
+            DataError: if the file is there and shall not, or cannot, be gone on with.
+        """
+        if not path.exists():
+            return self
+        if not resume:
+            raise DataError(f"out={str(path)!r} exists; pass resume=True to go on with it")
+        with np.load(path) as file:
+            if str(file["key"]) != key:
+                raise DataError(f"out={str(path)!r} holds replicates of other work")
+            return State(
+                int(file["done"]),
+                file["statistic"],
+                file["exceeded"],
+                file["failed"],
+                [file[f"maxima{h}"] for h in range(len(self.maxima))],
+            )
+
+
+class Part(NamedTuple):
+    """Lanes of one hypothesis that have the same rows.
+
+    Attributes:
+        number: position of the hypothesis.
+        lanes: numbers of the responses, (lanes,).
+        observed: their observed statistics, all finite, (lanes,).
+        errors: their residuals of the reduced model, (n, lanes).
+    """
+
+    number: int
+    lanes: np.ndarray
+    observed: np.ndarray
+    errors: np.ndarray
+
+
+class Run:
+    """Resamples chunks of responses.
+
+    Args:
+        design: the design on all rows.
+        model: the same, analysed.
+        plans: how each hypothesis is resampled.
+        alternative: which statistics speak against a hypothesis.
+        seed: of the random numbers.
+    """
+
+    def __init__(
+        self, design: Design, model: Model, plans: Sequence[Plan], alternative: str, seed: int
+    ) -> None:
+        self._design, self._plans, self._seed = design, plans, seed
+        self._alternative = alternative
+        every: np.ndarray = np.arange(len(design.y))
+        self._whole = OnRows(every, model, plans)
+        self._parts: dict[bytes, OnRows | None] = {}
+
+    def add(self, state: State, y: np.ndarray, told: Any) -> None:
+        """Add the next responses, (n, lanes), to what is known.
+
+        Args:
+            state: what is known.
+            y: the responses, offset included, NaN where missing.
+            told: called with numbers of fits, as they are done.
+        """
+        if self._design.offset is not None:
+            y = y - self._design.offset[:, None]
+        with np.errstate(invalid="ignore", over="ignore"):
+            usable = np.flatnonzero(~np.isinf(y).any(axis=0))
+        for own, here in self._by_rows(y[:, usable]):
+            if here is None:
+                continue
+            lanes = usable[own]
+            values = y[np.ix_(here.rows, lanes)]
+            varied = np.ptp(values, axis=0) > 0.0
+            lanes, values = lanes[varied], values[:, varied]
+            if not lanes.size:
+                continue
+            residuals = here.model.residuals(values)
+            for h, plan in enumerate(self._plans):
+                L = here.L[h]
+                if L is None:
+                    continue
+                errors = here.model.errors(residuals, L, plan.test.values)
+                observed = here.tester(h).statistics(errors)
+                known = np.isfinite(observed)
+                if not known.any():
+                    continue
+                numbers = state.done + lanes[known]
+                state.statistic[numbers, h] = observed[known]
+                part = Part(h, numbers, observed[known], np.ascontiguousarray(errors[:, known]))
+                told(len(numbers))
+                self._replicate(state, here, part, told)
+        state.done += y.shape[1]
+
+    def _replicate(self, state: State, here: OnRows, part: Part, told: Any) -> None:
+        """Run all replicates of some lanes."""
+        h, lanes = part.number, part.lanes
+        joint = len(self._plans[h].test.L) > 1
+        score = partial(_score, alternative="greater" if joint else self._alternative)
+        observed = score(part.observed)
+        least = observed - TIES * np.abs(observed)
+        for first, statistics in self._statistics(here, part):
+            scores = score(statistics)
+            lost = ~np.isfinite(scores)
+            scores = np.where(lost, -np.inf, scores)
+            state.exceeded[lanes, h] += np.sum(scores >= least, axis=0)
+            state.failed[lanes, h] += np.sum(lost, axis=0)
+            mine = state.maxima[h][first : first + len(scores)]
+            np.maximum(mine, scores.max(axis=1), out=mine)
+            told(scores.size)
+
+    def _statistics(self, here: OnRows, part: Part) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the first number, and the statistics, of some replicates at a time."""
+        plan, errors = self._plans[part.number], part.errors
+        rows, c = errors.shape
+        together = max(1, min(TOGETHER // c, BLOCK_BYTES // (8 * rows * c)))
+        blocks = [range(a, min(a + together, plan.n)) for a in range(0, plan.n, together)]
+        tester, on = here.tester(part.number), here.exchanges[part.number]
+        if on is None:
+            draws = drawer(self._design, here.rows, here.null(part.number), errors, part.lanes)
+            for block in blocks:
+                drawn = np.concatenate([draws.draw(self._seed, r) for r in block], axis=1)
+                yield block[0], tester.statistics(drawn).reshape(len(block), c)
+            return
+        replicates = tester.replicates(errors)
+        for block in blocks:
+            yield block[0], replicates([on.of(plan.keys(self._seed, r)) for r in block])
+
+    def _by_rows(self, y: np.ndarray) -> Iterator[tuple[np.ndarray, OnRows | None]]:
+        """Yield positions of responses that lack the same rows, with the model on the others."""
+        gone = np.isnan(y)
+        if not gone.any():
+            yield np.arange(y.shape[1]), self._whole
+            return
+        keys, which = np.unique(np.packbits(gone, axis=0), axis=1, return_inverse=True)
+        for number in range(keys.shape[1]):
+            own = np.flatnonzero(which.reshape(-1) == number)
+            rows = np.flatnonzero(~gone[:, own[0]])
+            if len(rows) == len(y):
+                yield own, self._whole
+                continue
+            key = keys[:, number].tobytes()
+            if key not in self._parts:
+                while len(self._parts) >= PATTERNS:
+                    self._parts.pop(next(iter(self._parts)))
+                self._parts[key] = self._on(rows)
+            yield own, self._parts[key]
+
+    def _on(self, rows: np.ndarray) -> OnRows | None:
+        """Return the model on some of the rows; None if it cannot be fitted there."""
+        if not rows.size:
+            return None
+        design = subset(self._design, rows, self._design.y[rows])
+        if any(len(np.unique(grouping.codes)) < 2 for grouping in design.groupings):
+            return None
+        try:
+            return OnRows(rows, Model(design, self._whole.model.settings), self._plans)
+        except DataError:
+            return None
+
+
+def _score(statistics: np.ndarray, alternative: str) -> np.ndarray:
+    """Return what is large if it speaks against the hypothesis."""
+    if alternative == "two-sided":
+        return np.abs(statistics)
+    return statistics if alternative == "greater" else -statistics
+
+
+class OnRows:
+    """The model on some of the rows, and its hypotheses.
+
+    Attributes:
+        rows: positions of the rows, ascending, (n,).
+        model: the model on them.
+        L: the hypotheses' combinations of the coefficients that were kept; None where not all are.
+        exchanges: how errors are rearranged; None if they are drawn.
+    """
+
+    def __init__(self, rows: np.ndarray, model: Model, plans: Sequence[Plan]) -> None:
+        self.rows, self.model = rows, model
+        self.L = [model.combinations(plan.test) for plan in plans]
+        self.exchanges: list[ExchangeOn | None] = [
+            None if plan.exchange is None else plan.exchange.on(model.design, rows)
+            for plan in plans
+        ]
+        self._testers: dict[int, Tester] = {}
+        self._nulls: dict[int, Model] = {}
+
+    def tester(self, number: int) -> Tester:
+        """Return what tests a hypothesis."""
+        L = self.L[number]
+        assert L is not None
+        if number not in self._testers:
+            self._testers[number] = self.model.tester(L)
+        return self._testers[number]
+
+    def null(self, number: int) -> Model:
+        """Return the reduced model of a hypothesis."""
+        L = self.L[number]
+        assert L is not None
+        if number not in self._nulls:
+            self._nulls[number] = self.model.reduced(L)
+        return self._nulls[number]
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """p-values by resampling; made by :func:`lmmax.resample`.
+
+    Attributes:
+        names: names of the responses.
+        hypotheses: what was tested.
+        statistic: observed statistics, t for single combinations and F for several, (k, h).
+        exceeded: number of replicates that were at least that, in the direction of the
+            alternative, (k, h).
+        failed: number of replicates whose fit did not converge, (k, h).
+        maxima: per hypothesis the largest statistic over the responses in each replicate, (n,):
+            |t| if two-sided, -t if the alternative is "less".
+        method: "permutation", "wild" or "parametric".
+        alternative: "two-sided", "greater" or "less".
+        notes: what was done.
+    """
+
+    names: pd.Index
+    hypotheses: tuple[Hypothesis, ...]
+    statistic: np.ndarray
+    exceeded: np.ndarray
+    failed: np.ndarray
+    maxima: tuple[np.ndarray, ...]
+    method: str
+    alternative: str
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _number(self, name: str | None) -> int:
+        known = [test.name for test in self.hypotheses]
+        if name is None and len(known) == 1:
+            return 0
+        if name not in known:
+            raise KeyError(f"{name!r} was not tested; there are {', '.join(known)}")
+        return known.index(name)
+
+    def _scores(self, h: int) -> np.ndarray:
+        joint = len(self.hypotheses[h].L) > 1
+        return _score(self.statistic[:, h], "greater" if joint else self.alternative)
+
+    def _over_all(self, h: int) -> np.ndarray:
+        """Return p-values over all responses, (k,)."""
+        scores, maxima = self._scores(h), np.sort(self.maxima[h])
+        least = scores - TIES * np.abs(scores)
+        count = len(maxima) - np.searchsorted(maxima, least, side="left")
+        found = (1.0 + np.minimum(count + self.failed[:, h], len(maxima))) / (1.0 + len(maxima))
+        return np.where(np.isnan(scores), np.nan, found)
+
+    def test(self, name: str | None = None) -> pd.DataFrame:
+        """Return the test of a hypothesis, which need not be named if it is the only one.
+
+        Returns:
+            A row per response: ``t`` or ``F``, ``p``, ``p_fwe`` (over all responses), and
+            ``failed``, the number of replicates that did not converge.
+        """
+        h = self._number(name)
+        n = len(self.maxima[h])
+        p = (1.0 + self.exceeded[:, h] + self.failed[:, h]) / (1.0 + n)
+        return pd.DataFrame(
+            {
+                "t" if len(self.hypotheses[h].L) == 1 else "F": self.statistic[:, h],
+                "p": np.where(np.isnan(self.statistic[:, h]), np.nan, p),
+                "p_fwe": self._over_all(h),
+                "failed": self.failed[:, h],
+            },
+            index=self.names,
+        )
+
+    def critical(self, name: str | None = None, alpha: float = 0.05) -> float:
+        """Return the value above which a statistic is significant over all responses.
+
+        Args:
+            name: the hypothesis.
+            alpha: family-wise error rate.
+
+        Returns:
+            The critical value of |t|, of t (of -t for the alternative "less"), or of F.
+        """
+        if not 0.0 < alpha < 1.0:
+            raise ValueError(f"alpha={alpha!r} must lie between 0 and 1")
+        h = self._number(name)
+        scores = self._scores(h)
+        if np.isnan(scores).all():
+            return np.nan
+        every = np.sort(np.append(self.maxima[h], np.nanmax(scores)))[::-1]
+        return float(every[int(alpha * len(every) + 1e-9)])
+
+    def frame(self) -> pd.DataFrame:
+        """Return all tests as one tidy data frame, a row per response and hypothesis."""
+        parts = []
+        for test in self.hypotheses:
+            part = self.test(test.name).rename(columns={"t": "statistic", "F": "statistic"})
+            part.insert(0, "test", test.name)
+            part.insert(0, "response", self.names.to_numpy())
+            parts.append(part)
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self, alpha: float = 0.05) -> pd.DataFrame:
+        """Return, a row per hypothesis, what was found.
+
+        Args:
+            alpha: level of the tests.
+
+        Returns:
+            Number of replicates, critical value over all responses, smallest p-values, and how many
+            responses are significant alone and over all.
+        """
+        rows = {}
+        for test in self.hypotheses:
+            table = self.test(test.name)
+            rows[test.name] = {
+                "replicates": len(self.maxima[self._number(test.name)]),
+                "critical": self.critical(test.name, alpha),
+                "min p": table["p"].min(),
+                "min p_fwe": table["p_fwe"].min(),
+                f"p <= {alpha:g}": int((table["p"] <= alpha).sum()),
+                f"p_fwe <= {alpha:g}": int((table["p_fwe"] <= alpha).sum()),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def _head(self) -> str:
+        return f"{self.method} tests of {len(self)} responses, {self.alternative}"
+
+    def __str__(self) -> str:
+        table = self.summary().to_string(float_format="{:.4g}".format)
+        return "\n".join([self._head(), "", table, "", *self.notes])
+
+    def __repr__(self) -> str:
+        return f"<lmmax.Resampled {self._head()!r}>"
+
+    def _repr_html_(self) -> str:
+        table = self.summary().to_html(float_format="{:.4g}".format)
+        notes = [f"<p>{escape(note)}</p>" for note in self.notes]
+        return "\n".join([f"<p>{escape(self._head())}</p>", table, *notes])
