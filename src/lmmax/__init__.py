@@ -28,7 +28,7 @@ if _TYPE_CHECKING:
     from .batch.plan import Plan as Plan
     from .batch.plan import PlanError as PlanError
     from .batch.plan import plan as plan
-    from .batch.resampling import Resampled as Resampled
+    from .batch.resampled import Resampled as Resampled
     from .batch.resampling import resample as resample
     from .batch.result import BatchFit as BatchFit
     from .batch.store import StoreError as StoreError
@@ -61,7 +61,8 @@ _LATER = {
     "batch.exchange": ("ExchangeError",),
     "batch.many": ("fit_many",),
     "batch.plan": ("Plan", "PlanError", "plan"),
-    "batch.resampling": ("Resampled", "resample"),
+    "batch.resampled": ("Resampled",),
+    "batch.resampling": ("resample",),
     "batch.result": ("BatchFit",),
     "batch.store": ("StoreError",),
     "batch.stream": ("LostWorkerWarning",),

@@ -14,18 +14,11 @@ from ..design import DataError, Design, build_design
 from ..formula import parse_formula
 from ..frames import as_table, listing, n_rows
 from ..spec import ModelSpec
+from .changing import changing, scanned_design, with_column
 from .result import hypotheses
 from .sources import Chunks, Columns, columns, head
-from .varied import (
-    Varied,
-    changing,
-    read_columns,
-    read_varied,
-    scanned_design,
-    varied_work,
-    varying_options,
-    with_column,
-)
+from .varied import Varied, read_columns, read_varied, varying_options
+from .varied_work import varied_work
 from .work import Work
 
 CHUNK_BYTES = 1 << 27

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +32,7 @@ from .exchange import (
 from .progress import progress_bar
 from .reading import block_size, lent
 from .replicates import Model, Tester, drawer
+from .resampled import TIES, Resampled, score
 from .result import BatchFit, hypotheses
 from .rows import subset
 from .sources import Columns
@@ -46,8 +46,6 @@ MULTIPLIERS = {
 }
 FEW_BLOCKS = 12
 """Blocks below which two signs make too few samples for the wild bootstrap."""
-TIES = 1e-6
-"""A replicate this much below the observed statistic, relative to that, counts as equal."""
 CHUNK, TOGETHER = 2048, 8192
 """Responses worked on at once; responses times replicates that are fitted together."""
 BLOCK_BYTES = 1 << 26
@@ -125,12 +123,11 @@ def resample(
 
     Example:
         >>> import lmmax, numpy as np
-        >>> from lmmax.batch.resampling import resample
         >>> sleep = lmmax.datasets.load("sleepstudy")
         >>> noise = np.random.default_rng(0).normal(size=(180, 3))
         >>> y = noise + np.outer(sleep["Days"], [0.1, 0.0, 0.0])
         >>> batch = lmmax.fit_many("~ Days + (1 | Subject)", sleep, y)
-        >>> found = resample(batch, ["Days"], n=199)
+        >>> found = lmmax.resample(batch, ["Days"], n=199)
         >>> found.test("Days")[["p", "p_fwe"]].round(3)
                p  p_fwe
         0  0.005  0.005
@@ -451,11 +448,11 @@ class Run:
         """Run all replicates of some lanes."""
         h, lanes = part.number, part.lanes
         joint = len(self._plans[h].test.L) > 1
-        score = partial(_score, alternative="greater" if joint else self._alternative)
-        observed = score(part.observed)
+        judged = partial(score, alternative="greater" if joint else self._alternative)
+        observed = judged(part.observed)
         least = observed - TIES * np.abs(observed)
         for first, statistics in self._statistics(here, part):
-            scores = score(statistics)
+            scores = judged(statistics)
             lost = ~np.isfinite(scores)
             scores = np.where(lost, -np.inf, scores)
             state.exceeded[lanes, h] += np.sum(scores >= least, axis=0)
@@ -514,13 +511,6 @@ class Run:
             return None
 
 
-def _score(statistics: np.ndarray, alternative: str) -> np.ndarray:
-    """Return what is large if it speaks against the hypothesis."""
-    if alternative == "two-sided":
-        return np.abs(statistics)
-    return statistics if alternative == "greater" else -statistics
-
-
 class OnRows:
     """The model on some of the rows, and its hypotheses.
 
@@ -556,142 +546,3 @@ class OnRows:
         if number not in self._nulls:
             self._nulls[number] = self.model.reduced(L)
         return self._nulls[number]
-
-
-@dataclass(frozen=True, eq=False)
-class Resampled:
-    """p-values by resampling; made by :func:`lmmax.resample`.
-
-    Attributes:
-        names: names of the responses.
-        hypotheses: what was tested.
-        statistic: observed statistics, t for single combinations and F for several, (k, h).
-        exceeded: number of replicates that were at least that, in the direction of the
-            alternative, (k, h).
-        failed: number of replicates whose fit did not converge, (k, h).
-        maxima: per hypothesis the largest statistic over the responses in each replicate, (n,):
-            |t| if two-sided, -t if the alternative is "less".
-        method: "permutation", "wild" or "parametric".
-        alternative: "two-sided", "greater" or "less".
-        notes: what was done.
-    """
-
-    names: pd.Index
-    hypotheses: tuple[Hypothesis, ...]
-    statistic: np.ndarray
-    exceeded: np.ndarray
-    failed: np.ndarray
-    maxima: tuple[np.ndarray, ...]
-    method: str
-    alternative: str
-    notes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def _number(self, name: str | None) -> int:
-        known = [test.name for test in self.hypotheses]
-        if name is None and len(known) == 1:
-            return 0
-        if name not in known:
-            raise KeyError(f"{name!r} was not tested; there are {', '.join(known)}")
-        return known.index(name)
-
-    def _scores(self, h: int) -> np.ndarray:
-        joint = len(self.hypotheses[h].L) > 1
-        return _score(self.statistic[:, h], "greater" if joint else self.alternative)
-
-    def _over_all(self, h: int) -> np.ndarray:
-        """Return p-values over all responses, (k,)."""
-        scores, maxima = self._scores(h), np.sort(self.maxima[h])
-        least = scores - TIES * np.abs(scores)
-        count = len(maxima) - np.searchsorted(maxima, least, side="left")
-        found = (1.0 + np.minimum(count + self.failed[:, h], len(maxima))) / (1.0 + len(maxima))
-        return np.where(np.isnan(scores), np.nan, found)
-
-    def test(self, name: str | None = None) -> pd.DataFrame:
-        """Return the test of a hypothesis, which need not be named if it is the only one.
-
-        Returns:
-            A row per response: ``t`` or ``F``, ``p``, ``p_fwe`` (over all responses), and
-            ``failed``, the number of replicates that did not converge.
-        """
-        h = self._number(name)
-        n = len(self.maxima[h])
-        p = (1.0 + self.exceeded[:, h] + self.failed[:, h]) / (1.0 + n)
-        return pd.DataFrame(
-            {
-                "t" if len(self.hypotheses[h].L) == 1 else "F": self.statistic[:, h],
-                "p": np.where(np.isnan(self.statistic[:, h]), np.nan, p),
-                "p_fwe": self._over_all(h),
-                "failed": self.failed[:, h],
-            },
-            index=self.names,
-        )
-
-    def critical(self, name: str | None = None, alpha: float = 0.05) -> float:
-        """Return the value above which a statistic is significant over all responses.
-
-        Args:
-            name: the hypothesis.
-            alpha: family-wise error rate.
-
-        Returns:
-            The critical value of |t|, of t (of -t for the alternative "less"), or of F.
-        """
-        if not 0.0 < alpha < 1.0:
-            raise ValueError(f"alpha={alpha!r} must lie between 0 and 1")
-        h = self._number(name)
-        scores = self._scores(h)
-        if np.isnan(scores).all():
-            return np.nan
-        every = np.sort(np.append(self.maxima[h], np.nanmax(scores)))[::-1]
-        return float(every[int(alpha * len(every) + 1e-9)])
-
-    def frame(self) -> pd.DataFrame:
-        """Return all tests as one tidy data frame, a row per response and hypothesis."""
-        parts = []
-        for test in self.hypotheses:
-            part = self.test(test.name).rename(columns={"t": "statistic", "F": "statistic"})
-            part.insert(0, "test", test.name)
-            part.insert(0, "response", self.names.to_numpy())
-            parts.append(part)
-        return pd.concat(parts, ignore_index=True)
-
-    def summary(self, alpha: float = 0.05) -> pd.DataFrame:
-        """Return, a row per hypothesis, what was found.
-
-        Args:
-            alpha: level of the tests.
-
-        Returns:
-            Number of replicates, critical value over all responses, smallest p-values, and how many
-            responses are significant alone and over all.
-        """
-        rows = {}
-        for test in self.hypotheses:
-            table = self.test(test.name)
-            rows[test.name] = {
-                "replicates": len(self.maxima[self._number(test.name)]),
-                "critical": self.critical(test.name, alpha),
-                "min p": table["p"].min(),
-                "min p_fwe": table["p_fwe"].min(),
-                f"p <= {alpha:g}": int((table["p"] <= alpha).sum()),
-                f"p_fwe <= {alpha:g}": int((table["p_fwe"] <= alpha).sum()),
-            }
-        return pd.DataFrame.from_dict(rows, orient="index")
-
-    def _head(self) -> str:
-        return f"{self.method} tests of {len(self)} responses, {self.alternative}"
-
-    def __str__(self) -> str:
-        table = self.summary().to_string(float_format="{:.4g}".format)
-        return "\n".join([self._head(), "", table, "", *self.notes])
-
-    def __repr__(self) -> str:
-        return f"<lmmax.Resampled {self._head()!r}>"
-
-    def _repr_html_(self) -> str:
-        table = self.summary().to_html(float_format="{:.4g}".format)
-        notes = [f"<p>{escape(note)}</p>" for note in self.notes]
-        return "\n".join([f"<p>{escape(self._head())}</p>", table, *notes])

@@ -18,13 +18,13 @@ import pandas as pd
 from ..constraints import Settings
 from ..design import DataError, Design
 from ..fit import check_enough, check_reml, prepare
-from ..frames import as_table, listing, plural
-from ..levels import Grouping, other_type
-from ..relationship import with_relationships
+from ..frames import as_table, plural
 from ..solve import Status
 from ..spec import ModelSpec
 from . import artifact
 from .engines import Engine, Hypothesis, Record, empty, engine_of, stacked
+from .merging import check_alike, joined, merged
+from .parts import Part
 from .progress import progress_bar
 from .reading import block_size, read_design
 from .reasons import failed
@@ -33,72 +33,6 @@ from .rotation import ROUNDING, Rotated, Rotation, rotate, rotation
 from .selection import selected
 from .sources import Chunks, columns, pieces
 from .work import PATTERNS
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Rotated rows of the responses that have the same rows.
-
-    Attributes:
-        lanes: positions of the responses, ascending, (k,).
-        X: fixed-effects design, (N, p).
-        Z: columns of all random terms, (N, q).
-        codes: level of each grouping factor, (factors, N).
-        y: what is left of the responses around their origin, (k, N).
-        origin: coefficients that were taken out, (k, p).
-        n_obs: number of rows of the data that they stand for.
-        log_weights: sum of the logarithms of the prior weights.
-    """
-
-    lanes: np.ndarray
-    X: np.ndarray
-    Z: np.ndarray
-    codes: np.ndarray
-    y: np.ndarray
-    origin: np.ndarray
-    n_obs: int
-    log_weights: float
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What it holds, by name."""
-        found = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return {**found, "sizes": np.array([self.n_obs, self.log_weights])}
-
-    @staticmethod
-    def of(arrays: Mapping[str, np.ndarray]) -> Part:
-        """Return the part that holds such arrays."""
-        rest = dict(arrays)
-        n_obs, log_weights = rest.pop("sizes").tolist()
-        return Part(**rest, n_obs=int(n_obs), log_weights=log_weights)
-
-    def rows(self, design: Design) -> Design:
-        """Return a design without rows with those of the part, levels without rows left out."""
-        blocks, at = [], 0
-        for block in design.blocks:
-            here = slice(at, at + len(block.names))
-            blocks.append(replace(block, Z=np.asfortranarray(self.Z[:, here])))
-            at = here.stop
-        return replace(
-            design,
-            y=np.zeros(len(self.X)),
-            X=np.asfortranarray(self.X),
-            blocks=tuple(blocks),
-            groupings=tuple(
-                _with_rows(grouping, codes)
-                for grouping, codes in zip(design.groupings, self.codes, strict=True)
-            ),
-            index=pd.RangeIndex(len(self.X)),
-            n_zero=self.n_obs - len(self.X),
-            log_weights=self.log_weights,
-        )
-
-
-def _with_rows(grouping: Grouping, codes: np.ndarray) -> Grouping:
-    if grouping.root is not None:  # related levels stay, with or without rows
-        return replace(grouping, codes=codes)
-    kept, codes = np.unique(codes, return_inverse=True)
-    return replace(grouping, codes=codes.astype(np.int64), levels=grouping.levels[kept])
 
 
 class NoRows:
@@ -342,8 +276,8 @@ class SufficientStatistics:
                     f"merge takes SufficientStatistics, not {type(other).__name__} (number "
                     f"{number})"
                 )
-            _check_alike(self, other, number)
-        design, moves = _joined([each.design for each in every], distinct, relmat)
+            check_alike(self, other, number)
+        design, moves = joined([each.design for each in every], distinct, relmat)
         positions = [each.responses.get_indexer(self.responses) for each in every]
         which = np.stack(
             [each._part_of()[at] for each, at in zip(every, positions, strict=True)], axis=1
@@ -358,7 +292,7 @@ class SufficientStatistics:
                 mine = np.searchsorted(part.lanes, at[lanes])
                 if part.n_obs:
                     pieces.append((replace(part, codes=codes), mine))
-            parts.append(_merged(lanes, pieces, self.parts[combination[0]]))
+            parts.append(merged(lanes, pieces, self.parts[combination[0]]))
         notes = [f"part {i}: {note}" for i, each in enumerate(every, 1) for note in each.notes]
         notes.insert(0, f"merged from {len(every)} parts")
         return SufficientStatistics(self.responses, design, tuple(parts), self.learnt, tuple(notes))
@@ -651,163 +585,3 @@ def _plain(state: Any) -> Any:
     if isinstance(state, list | tuple):
         return [_plain(value) for value in state]
     return state.tolist() if isinstance(state, np.ndarray | np.generic) else str(state)
-
-
-# --- merging --------------------------------------------------------------------------------------
-
-
-def _check_alike(first: SufficientStatistics, other: SufficientStatistics, number: int) -> None:
-    """Raise if statistics are not of the same model and responses."""
-    here, there = first.design, other.design
-    where = f"part {number} cannot be merged with the first: "
-    if there.spec.formula.partition("~")[2] != here.spec.formula.partition("~")[2]:
-        raise DataError(f"{where}its model is {there.spec.formula}, not {here.spec.formula}")
-    _same_names(here.x_names, there.x_names, f"{where}columns of X", "give all parts a factor's")
-    for block, other_block in zip(here.blocks, there.blocks, strict=True):
-        what = f"{where}effects of {block.term}"
-        _same_names(block.names, other_block.names, what, "give all parts a factor's")
-    for mine, yours in zip(
-        [here.terms, *(block.terms for block in here.blocks)],
-        [there.terms, *(block.terms for block in there.blocks)],
-        strict=True,
-    ):
-        for name in mine.codings:
-            if artifact.coding(mine.codings[name]) != artifact.coding(yours.codings[name]):
-                raise DataError(f"{where}the contrasts or levels of {name!r} differ")
-    for text in {**first.learnt, **other.learnt}:
-        if first.learnt.get(text) != other.learnt.get(text):
-            raise DataError(
-                f"{where}{text!r} learns from the rows of each part, and learnt something else "
-                "there: transform the column beforehand, with the same numbers for all parts"
-            )
-    _same_names(
-        list(map(str, first.responses)),
-        list(map(str, other.responses)),
-        f"{where}responses",
-        "give all parts the same",
-        order=False,
-    )
-    if (other.responses.get_indexer(first.responses) < 0).any():
-        raise DataError(f"{where}the names of the responses are of another type")
-
-
-def _same_names(
-    mine: Collection[str], yours: Collection[str], what: str, remedy: str, *, order: bool = True
-) -> None:
-    if (list(mine) == list(yours)) if order else (set(mine) == set(yours)):
-        return
-    lacks = [name for name in mine if name not in set(yours)]
-    more = [name for name in yours if name not in set(mine)]
-    found = [f"it lacks {listing(map(repr, lacks), 5)}"] if lacks else []
-    found += [f"it has {listing(map(repr, more), 5)} besides"] if more else []
-    end = "levels in their data, or merge the data" if "factor" in remedy else "responses"
-    raise DataError(
-        f"{what} differ: {' and '.join(found) or 'their order is another'}; {remedy} {end}"
-    )
-
-
-def _joined(
-    designs: list[Design], distinct: bool | Collection[str], relmat: Any
-) -> tuple[Design, list[list[np.ndarray]]]:
-    """Return the design with the levels of all parts, and per part and factor their new codes."""
-    first = designs[0]
-    names = [grouping.name for grouping in first.groupings]
-    if isinstance(distinct, bool):
-        apart = set(names) if distinct else set()
-    else:
-        apart = {distinct} if isinstance(distinct, str) else set(distinct)
-    for name in sorted(apart.difference(names)):
-        raise DataError(
-            f"distinct has the name {name!r}, which is no grouping factor; there are "
-            f"{listing(map(repr, names))}"
-        )
-    groupings, moves = [], []
-    for at, name in enumerate(names):
-        each = [design.groupings[at] for design in designs]
-        levels = [
-            pd.Index([f"{label} [{part}]" for label in grouping.levels], dtype=object)
-            if name in apart
-            else grouping.levels
-            for part, grouping in enumerate(each, start=1)
-        ]
-        every = _union(levels, name)
-        moves.append([every.get_indexer(own) for own in levels])
-        root = _root(each, every, name, relmat)
-        groupings.append(Grouping(name, np.zeros(0, dtype=np.int64), every, root))
-    joined = with_relationships(groupings, relmat)
-    n_dropped = sum(design.n_dropped for design in designs)
-    design = replace(first, groupings=joined, n_dropped=n_dropped)
-    return design, [list(own) for own in zip(*moves, strict=True)]
-
-
-def _union(levels: list[pd.Index], name: str) -> pd.Index:
-    found = levels[0]
-    for more in levels[1:]:
-        alike = other_type(more, found)
-        if alike is not None:
-            raise DataError(
-                f"the labels of {name!r} are of different types in the parts ({alike!r} in one): "
-                "convert them before the statistics are made"
-            )
-        found = found.append(more.difference(found, sort=False))
-    return found
-
-
-def _root(each: list[Grouping], levels: pd.Index, name: str, relmat: Any) -> np.ndarray | None:
-    """Return the root of the relationship matrix that the parts have in common, if there is one."""
-    roots = [grouping.root for grouping in each]
-    first = roots[0]
-    if all(root is None for root in roots) or name in (relmat or {}):
-        return None
-    if first is None or any(
-        root is None or len(root) != len(levels) or not np.array_equal(root, first)
-        for root in roots
-    ):
-        raise DataError(
-            f"the relationship matrices of {name!r} differ between the parts, or have other "
-            f"levels: pass relmat={{{name!r}: ...}} with that of all levels together"
-        )
-    return first
-
-
-def _merged(lanes: np.ndarray, pieces: list[tuple[Part, np.ndarray]], none: Part) -> Part:
-    """Return the statistics of responses whose rows are in several parts.
-
-    Args:
-        lanes: the responses.
-        pieces: parts with rows, codes those of all together, and where the responses are in each.
-        none: a part without rows, if there is no other.
-    """
-    if not pieces:
-        empty_y = np.zeros((len(lanes), 0))
-        return replace(none, lanes=lanes, y=empty_y, origin=np.zeros((len(lanes), none.X.shape[1])))
-    n_obs = sum(part.n_obs for part, _ in pieces)
-    turned = rotation(
-        np.concatenate([part.X for part, _ in pieces]),
-        np.concatenate([part.Z for part, _ in pieces]),
-        np.concatenate([part.codes for part, _ in pieces], axis=1),
-        n_obs,
-    )
-    size = block_size(None, turned.inside.shape[1])
-    found, origins = [], []
-    for first in range(0, len(lanes), size):
-        here = slice(first, first + size)
-        origin = pieces[0][0].origin[pieces[0][1][here]]
-        rows, known = [], np.zeros(len(lanes[here]))
-        for part, mine in pieces:
-            own = part.origin[mine[here]]
-            rows.append(part.y[mine[here]] + (own - origin) @ part.X.T)
-            known += np.einsum("ij,ij->i", own @ part.X.T, own @ part.X.T)
-        done = rotate(turned, np.concatenate(rows, axis=1).T, known)
-        found.append(done.y)
-        origins.append(done.origin + origin)
-    return Part(
-        lanes=lanes,
-        X=turned.X,
-        Z=turned.Z,
-        codes=turned.codes,
-        y=np.concatenate(found),
-        origin=np.concatenate(origins),
-        n_obs=n_obs,
-        log_weights=sum(part.log_weights for part, _ in pieces),
-    )

@@ -1,0 +1,179 @@
+"""What a worker does with models that differ in more than the response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..compress.grouped import Statistics, equal_groups
+from ..compress.rows import SMALLEST_BUCKET
+from ..constraints import Settings
+from ..design import DataError, Design
+from ..fit import prepare
+from ..solve import Status
+from .engines import Hypothesis, Record, empty, stacked
+from .rows import subset
+from .scan_engine import ScanEngine, put, scan_engine
+from .store import fingerprint
+from .subsets import LARGE, Subsets, SubsetWork
+from .varied import STACKED_NUMBERS, Block
+from .work import PATTERNS, Done, Work, arrays, by_pattern, remembered
+
+
+@dataclass(eq=False)
+class VariedWork(Work):
+    """Fits blocks of models that differ in more than the response.
+
+    Attributes:
+        columns: positions of the columns of X that are multiplied by the models' own.
+        weighted: whether prior weights differ.
+        lines: per pattern of missing values, as bytes, what fits it on a line.
+    """
+
+    columns: tuple[int, ...] = ()
+    weighted: bool = False
+    lines: dict[bytes, ScanEngine | None] = field(default_factory=dict)
+
+    @cached_property
+    def on_a_line(self) -> bool:
+        """Whether complete models are a search on a line."""
+        every = np.arange(len(self.design.y))
+        return not self.weighted and self._line_of(b"", every) is not None
+
+    @property
+    def name(self) -> str:
+        """How complete models are fitted."""
+        if self.on_a_line:
+            engine = self._line_of(b"", np.arange(len(self.design.y)))
+            assert engine is not None
+            return engine.name
+        together = SubsetWork(self.design, self.settings, self.tests, _one_subset(self.design))
+        how = "side by side: Newton's method in lanes" if together.together else "one by one"
+        return f"designs that differ, {how}"
+
+    def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
+        """See `Work`."""
+        return tuple(
+            note.replace(" responses have", " models have") for note in super().notes(n_obs)
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """See `Work`."""
+        own = [str(self.design.spec), self.settings, self.tests, self.columns, self.weighted]
+        return fingerprint(*arrays(self.design), *own)
+
+    def __reduce__(self) -> Any:
+        parts = (self.design, self.settings, self.tests, self.columns, self.weighted)
+        return remembered, (self.key, varied_work, *parts)
+
+    def done(self, block: np.ndarray | Block) -> Done:
+        """Fit a block of models and count their rows."""
+        assert isinstance(block, Block)
+        n, complete = len(block.y), block.complete
+        if not self.on_a_line:
+            record = self._stacked(block)
+        elif complete or not block.gone.any():
+            record = self._on_line(block, b"", None, None)
+        else:
+            record = by_pattern(block.gone, partial(self._on_line, block))
+        return record, np.full(len(block), n) if complete else n - block.gone.sum(axis=0)
+
+    def _on_line(
+        self, block: Block, key: bytes, rows: np.ndarray | None, lanes: np.ndarray | None
+    ) -> Record:
+        """Fit models that lack the same rows; None for all of the rows, or models."""
+        own = block if lanes is None or rows is None else block.take(lanes, rows)
+        assert own.x is not None
+        engine = self._line_of(key, np.arange(len(block.y)) if rows is None else rows)
+        return self._stacked(own, rows) if engine is None else engine.fit(own.y, own.x)
+
+    def _line_of(self, key: bytes, rows: np.ndarray) -> ScanEngine | None:
+        with self._lock:
+            if key not in self.lines:
+                if len(self.lines) >= PATTERNS:
+                    self.lines.pop(next(k for k in self.lines if k))
+                design = subset(self.design, rows, self.design.y[rows])
+                try:
+                    self.lines[key] = scan_engine(design, self.columns, self.settings, self.tests)
+                except DataError:
+                    if not key:
+                        raise
+                    self.lines[key] = None
+            return self.lines[key]
+
+    @cached_property
+    def _most_groups(self) -> int:
+        """Groups that data sets may have and be compressed in company."""
+        if self.weighted:
+            return LARGE
+        compressed = prepare(self.design, self.settings.engine).compression.detail
+        if not isinstance(compressed, Statistics):
+            return SMALLEST_BUCKET
+        # Where groups share designs, merging them makes the data sets small.
+        alike = sum(map(len, equal_groups(compressed.U, self.width)))
+        return SMALLEST_BUCKET if 2 * alike > compressed.U.shape[2] else LARGE
+
+    def _stacked(self, block: Block, rows: np.ndarray | None = None) -> Record:
+        """Fit models as data sets, some at a time."""
+        design = self.design
+        if rows is not None:
+            design = subset(design, rows, design.y[rows])
+        numbers = len(design.y) * (design.X.shape[1] + self.width + 2)
+        step = max(1, STACKED_NUMBERS // max(numbers, 1))
+        parts = []
+        for first in range(0, len(block), step):
+            here = block.take(slice(first, first + step))
+            infinite = here.infinite
+            # They would be mistaken for columns without any variation.
+            sound = here.take(np.flatnonzero(~infinite)) if infinite.any() else here
+            subsets = stacked_models(design, self.columns, sound)
+            work = SubsetWork(subsets.design, self.settings, self.tests, subsets, self._most_groups)
+            found = empty(len(here), design.X.shape[1], self.width, len(self.tests))
+            found.status[infinite] = Status.INFINITE
+            put(found, np.flatnonzero(~infinite), work.done(np.arange(int(np.sum(~infinite))))[0])
+            parts.append(found)
+        return stacked(parts)
+
+
+def varied_work(
+    design: Design,
+    settings: Settings,
+    tests: tuple[Hypothesis, ...],
+    columns: tuple[int, ...],
+    weighted: bool,
+) -> VariedWork:
+    """Return the work of models that differ in more than the response."""
+    return VariedWork(design, settings, tests, columns=columns, weighted=weighted)
+
+
+def stacked_models(design: Design, columns: tuple[int, ...], block: Block) -> Subsets:
+    """Return models as subsets of the rows of a design in which they follow on one another."""
+    lane, row = np.nonzero(~block.gone.T)
+
+    def own(part: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(part[row, lane if part.shape[1] > 1 else 0])
+
+    X = np.asfortranarray(design.X[row])
+    if block.x is not None:
+        X[:, list(columns)] *= own(block.x)[:, None]
+    weights = None if design.weights is None else design.weights[row]
+    stack = replace(
+        design,
+        y=own(block.y),
+        X=X,
+        blocks=tuple(replace(each, Z=np.asfortranarray(each.Z[row])) for each in design.blocks),
+        groupings=tuple(replace(each, codes=each.codes[row]) for each in design.groupings),
+        weights=weights if block.weights is None else own(block.weights),
+        offset=None if design.offset is None else design.offset[row],
+        index=design.index[row],
+    )
+    return Subsets(pd.RangeIndex(len(block)), lane, stack)
+
+
+def _one_subset(design: Design) -> Subsets:
+    return Subsets(pd.RangeIndex(1), np.zeros(len(design.y), dtype=np.int64), design)
