@@ -72,7 +72,7 @@ def on_devices(path: str) -> None:
 
     solver = sys.modules["lmmax.batch.solve"]
     y, found, compiled = np.nan_to_num(responses(1500)), {}, []
-    compilers = {"intercept": one_variance._search_compiled, "slope": solver._compiled}
+    compilers = {"intercept": one_variance._compiled, "slope": solver._compiled}
     for model, k in (("intercept", 1500), ("slope", 60)):
         record = fit(model, y[:, :k], chunk=k // 2).record
         found |= {f"{model}.{name}": leaf for name, leaf in record._asdict().items()}

@@ -163,6 +163,36 @@ def test_results_do_not_depend_on_the_chunks(sleep: pd.DataFrame, chunk: int) ->
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+def test_results_do_not_depend_on_the_number_of_cores(
+    sleep: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k = 2 * one_variance.SEARCH_LANES + 76
+    y = 25.0 * np.random.default_rng(3).normal(size=(len(sleep), k)) + simulated(sleep)[:, [0]]
+    found = {}
+    for cores in (1, 3):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
+        found[cores] = lmmax.fit_many(MODELS["intercept"], sleep, y).record
+    for mine, other in zip(found[1], found[3], strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert 0.1 < found[1].singular.mean() < 0.9
+
+
+def test_groups_in_which_z_is_zero_have_no_random_part() -> None:
+    """Their eigenvalues are zero, so that nothing may be divided by them."""
+    rng = np.random.default_rng(0)
+    codes = np.repeat(np.arange(12), 5)
+    x = rng.normal(size=60) * (codes > 3)
+    y = rng.normal(size=(60, 2)) + rng.normal(size=(12, 2))[codes] * x[:, None]
+    data, snp = pd.DataFrame({"x": x, "g": codes, "y": y[:, 0]}), rng.normal(size=60)
+    batch = lmmax.fit_many("~ x + (0 + x | g)", data, y)
+    scan = lmmax.fit_many("~ x + snp + (0 + x | g)", data, ["y"], scan={"snp": snp[:, None]})
+    scanned = lmmax.fit("y ~ x + snp + (0 + x | g)", data.assign(snp=snp))
+    for many, i, alone in ((batch, 0, batch[0]), (batch, 1, batch[1]), (scan, 0, scanned)):
+        assert abs(many.llf.iloc[i] - alone.llf) < 1e-11
+        np.testing.assert_allclose(many.params.iloc[i], alone.params, rtol=1e-8)
+        np.testing.assert_allclose(many.bse.iloc[i], alone.bse, rtol=1e-8)
+
+
 def test_float32_responses_are_summed_in_float64(sleep: pd.DataFrame) -> None:
     y = simulated(sleep)[:, [0, 1, 2]].astype(np.float32)
     found = lmmax.fit_many(MODELS["intercept"], sleep, y)
@@ -221,17 +251,6 @@ def test_a_relationship_matrix_is_one_decomposition() -> None:
         alone = lmmax.fit("y ~ x + (1 | id)", frame, relmat=relmat)
         assert abs(batch.llf.iloc[i] - alone.llf) < 5e-8
         np.testing.assert_allclose(batch.bse.iloc[i], alone.bse, rtol=1e-6)
-
-
-def test_several_factors_are_fitted_one_by_one() -> None:
-    data = lmmax.datasets.load("pastes")
-    rng = np.random.default_rng(3)
-    y = data["strength"].to_numpy()[:, None] + rng.normal(size=(60, 2))
-    batch = lmmax.fit_many("~ 1 + (1 | batch/cask)", data, y)
-    for i in range(2):
-        alone = lmmax.fit("y ~ 1 + (1 | batch/cask)", data.assign(y=y[:, i]))
-        assert abs(batch.llf.iloc[i] - alone.llf) < 5e-8
-        np.testing.assert_allclose(batch.df.iloc[i], alone.df, rtol=1e-5)
 
 
 def test_tables(batch: lmmax.BatchFit) -> None:

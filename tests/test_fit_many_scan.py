@@ -103,7 +103,7 @@ def test_every_column_equals_a_fit_of_its_own(
         warnings.simplefilter("ignore", lmmax.RankWarning)
         for i in (MISSING, CONSTANT):
             check(batch, i, batch[i])
-    assert batch.notes == ("1 models have missing values; each is fitted to the rows that it has",)
+    assert batch.notes == ("1 model has missing values; each is fitted to the rows that it has",)
 
 
 def test_a_scan_against_the_dense_model(scanned: Any, data: pd.DataFrame) -> None:

@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -77,6 +78,15 @@ def relatives(q: int, p: int, k: int) -> tuple[pd.DataFrame, np.ndarray, str, An
     )
 
 
+def factors(first: np.ndarray, second: np.ndarray, k: int) -> tuple[pd.DataFrame, np.ndarray, str]:
+    """Two grouping factors, with variances of zero to four."""
+    rng = np.random.default_rng(4)
+    y = rng.normal(size=(len(first), k))
+    for codes in (first, second):
+        y += (rng.choice([0.0, 0.3, 2.0], size=k) * rng.normal(size=(codes.max() + 1, k)))[codes]
+    return pd.DataFrame({"f": first, "g": second}), y, "~ 1 + (1 | f) + (1 | g)"
+
+
 def seconds(call: Callable[[], Any], rounds: int = 3) -> float:
     """Return the least seconds of a few calls, after one that is not counted."""
     call()
@@ -91,11 +101,11 @@ def seconds(call: Callable[[], Any], rounds: int = 3) -> float:
 def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None) -> dict[str, Any]:
     """Return fits a second by each way, and how much work lanes waste."""
     import lmmax
-    from lmmax.batch import one_variance, solve_statistics
+    from lmmax.batch import one_variance, solve_responses, solve_statistics
     from lmmax.batch.engines import LineEngine, engine_of
     from lmmax.batch.reading import read_design
     from lmmax.batch.solve import Effort
-    from lmmax.batch.statistics import project, shared_designs
+    from lmmax.batch.statistics import SharedDesigns, project
     from lmmax.constraints import Settings
     from lmmax.fit import prepare
 
@@ -110,12 +120,11 @@ def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None)
         found["statistics"] = k / seconds(lambda: work.of_statistics(stats))
     else:
         work.fit(y[:, :64])
-        template = work.template
-        shared = shared_designs(template)
-        responses = project(shared, y.T)
-        found["statistics"] = k / seconds(lambda: solve_statistics(template, shared, responses))
-        effort = Effort()
-        solve_statistics(template, shared, responses, effort)
+        template, shared, effort = work.template, work.shared, Effort()
+        if isinstance(shared, SharedDesigns):
+            responses = project(shared, y.T)
+            found["statistics"] = k / seconds(lambda: solve_statistics(template, shared, responses))
+        solve_responses(template, shared, y.T, effort=effort)
         found["wasted"] = effort.run / effort.needed
     found["rows"] = k / seconds(lambda: lmmax.fit_many(formula, data, y, relmat=relmat))
     frame = data.assign(response=y[:, 0])
@@ -127,9 +136,11 @@ def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None)
 
         frames = [data.assign(response=each) for each in few]
         text = f"response {formula}"
-        found["glmm"] = len(few) / seconds(
-            lambda: [glmm.fit(frame, text, satterthwaite=True) for frame in frames], 1
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of every singular fit
+            found["glmm"] = len(few) / seconds(
+                lambda: [glmm.fit(frame, text, satterthwaite=True) for frame in frames], 1
+            )
     return found
 
 
@@ -224,6 +235,7 @@ def against_lme4(k: int, many: int) -> None:
 def cases(quick: bool) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
     """Bars (fits a second from statistics) and measurements."""
     k = 2_000 if quick else 20_000
+    crossing = np.random.default_rng(5)
     return {
         "intercept, 200 groups, p = 2": (50_000, lambda: measure(*intercepts(200, 2, k))),
         "intercept, 1,000 groups, p = 10": (
@@ -245,6 +257,23 @@ def cases(quick: bool) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
         "relationship matrix, q = 259, p = 49": (
             5_000,
             lambda: measure(*relatives(259, 49, k // 2)),
+        ),
+        # No bars: fits a second from rows.
+        "nested, 10 x 3 x 2 rows": (
+            0,
+            lambda: measure(*factors(np.arange(60) // 6, np.arange(60) // 2, k // 20)),
+        ),
+        "nested, 200 x 5 x 4 rows": (
+            0,
+            lambda: measure(*factors(np.arange(4000) // 20, np.arange(4000) // 4, k // 80)),
+        ),
+        "crossed, 24 x 6, one row each": (
+            0,
+            lambda: measure(*factors(np.arange(144) // 6, np.arange(144) % 6, k // 20)),
+        ),
+        "crossed, 300 x 60, 6,000 rows": (
+            0,
+            lambda: measure(*factors(*crossing.integers(0, (300, 60), (6_000, 2)).T, k // 80)),
         ),
     }
 

@@ -73,7 +73,7 @@ def shared_by_responses(fit: Fit) -> SharedDesigns | SharedFactors | None:
     if vectorises(fit):
         return shared_designs(fit)
     if fit.engine.name in ("nested", "crossed") and _by_newton(fit):
-        return shared_factors(fit)
+        return shared_factors(fit.layout, fit.compression)
     return None
 
 

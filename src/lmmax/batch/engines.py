@@ -207,7 +207,7 @@ class LineEngine:
             len(self.prepared.design.x_names),
             layout.fixed.kept,
             self.tests,
-            partial(self.line.unscaled_variances, found.variance),
+            (found.unscaled, found.unscaled_slope),
             partial(self.line.unscaled_covariance, found.variance),
         )
 
@@ -318,7 +318,7 @@ def record_on_line(
     p: int,
     kept: np.ndarray,
     tests: Sequence[Hypothesis],
-    variances: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    unscaled: tuple[np.ndarray, np.ndarray],
     covariance: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
 ) -> Record:
     """Return the record of fits with one variance besides the residual's.
@@ -328,7 +328,8 @@ def record_on_line(
         p: number of columns of X.
         kept: positions of the columns of X that the coefficients of the fits belong to.
         tests: hypotheses on the coefficients.
-        variances: returns the diagonals of what `covariance` does, (n, r) each.
+        unscaled: diagonal of ``(X'V^-1 X)^-1`` and its derivative in the relative variance,
+            (n, kept) each.
         covariance: returns ``L (X'V^-1 X)^-1 L'`` of combinations L (r, kept) of these, and its
             derivative in the relative variance, (n, r, r) each.
     """
@@ -343,10 +344,9 @@ def record_on_line(
     C[inside] = np.linalg.inv(found.information[inside])
     C[at_zero, 1, 1] = 1.0 / found.information[at_zero, 1, 1]
     record.params[:, kept] = found.beta
-    unscaled, slope = variances(np.eye(len(kept)))
-    V = found.scale[:, None] * unscaled
+    V, slope = (found.scale[:, None] * part for part in unscaled)
     record.bse[:, kept] = np.sqrt(V)
-    slopes = np.stack([found.scale[:, None] * slope, V], axis=1)
+    slopes = np.stack([slope, V], axis=1)
     record.df[:, kept] = np.where(usable[:, None], satterthwaite(V, slopes, C), np.nan)
     for h, asked in enumerate(tests):
         if not estimable(asked, kept):

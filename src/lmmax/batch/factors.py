@@ -8,10 +8,11 @@ is centred, scaled and projected as one of its own would be.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..compress import Compression
 from ..compress.crossed import Skeleton
 from ..compress.layout import Layout
 from ..compress.nested import Tree
@@ -20,9 +21,6 @@ from ..compress.scaling import Scaling, rough_variances
 from ..likelihood.cells import DenseCells
 from ..likelihood.crossed import CrossedProblem
 from ..likelihood.nested import NestedProblem
-
-if TYPE_CHECKING:
-    from ..results import Fit
 
 BYTES = 1 << 24
 """Most bytes of the rows of responses that are projected together."""
@@ -81,10 +79,25 @@ class SharedFactors:
         """Number of coefficients, without padding."""
         return len(self.layout.fixed.kept)
 
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """Names of the fields in which the problems of responses differ."""
+        return ("Y", "C") if isinstance(self.problem, NestedProblem) else ("Y", "C_cross", "C")
 
-def shared_factors(fit: Fit) -> SharedFactors:
-    """Return what all responses of a model with several grouping factors share."""
-    layout, problem, detail = fit.layout, fit.compression.problem, fit.compression.detail
+    @property
+    def numbers(self) -> int:
+        """How many numbers a response brings with it."""
+        return sum(getattr(self.problem, name).size for name in self.varying)
+
+
+def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
+    """Return what all responses of a model with several grouping factors share.
+
+    Args:
+        layout: the designs.
+        compression: what they were compressed to with some response.
+    """
+    problem, detail = compression.problem, compression.detail
     outer = tail = None
     if isinstance(detail, Tree):
         head: int | None = layout.chain[0]
@@ -192,15 +205,16 @@ def _rounded(groups: int) -> int:
 
 def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
     """Compress responses given by row, their offset removed, (n, nobs)."""
-    layout, problem, p = shared.layout, shared.problem, shared.n_fixed
+    layout, p = shared.layout, shared.n_fixed
+    problem: Any = shared.problem
     weighted = y if layout.weights is None else y * layout.weights
     origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
     squares = np.maximum(np.einsum("ni,ni->n", weighted, y), np.finfo(float).tiny)
     n = len(y)
     nested = isinstance(problem, NestedProblem)
-    varying = ("Y", "C") if nested else ("Y", "C_cross", "C")
     parts = {
-        name: np.repeat(np.asarray(getattr(problem, name))[None], n, axis=0) for name in varying
+        name: np.repeat(np.asarray(getattr(problem, name))[None], n, axis=0)
+        for name in shared.varying
     }
     total = np.empty(n)
     together = max(1, BYTES // (8 * y.shape[1]))
@@ -223,7 +237,8 @@ def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
         part[:, :, -1] /= unit
         if name == "C":
             part[:, -1] /= unit
-    return FactorResponses(replace(problem, **parts), varying, origin, y_scale, total / squares)
+    whole = replace(problem, **parts)
+    return FactorResponses(whole, shared.varying, origin, y_scale, total / squares)
 
 
 def _residuals(shared: SharedFactors, y: np.ndarray, origin: np.ndarray) -> np.ndarray:

@@ -61,7 +61,7 @@ def fit_many(
 
     What the responses share is worked out once.  A model with one random intercept, one random
     slope or one known relationship matrix is then a search on a line for each response; other
-    models with one grouping factor are solved side by side; those with several one by one.
+    models are solved side by side, those too large for a dense factor one by one.
 
     With `by` there is one fit for each level of a column, to its rows, and the response is that of
     the formula.  Columns of the design are those of all rows together: subsets share names and

@@ -25,10 +25,11 @@ from ..fit import ConvergenceWarning, Prepared, RankWarning, fit_prepared, prepa
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
-from . import one_variance, solve_statistics, vectorises
+from . import one_variance, shared_by_responses, solve_responses
 from .engines import Engine, GeneralEngine, Hypothesis, LineEngine, engine_of, estimable
 from .exchange import Rearrangement
-from .statistics import SharedDesigns, project, shared_designs
+from .factors import SharedFactors
+from .statistics import SharedDesigns
 
 BLOCK = 64
 """Responses that share a generator of random numbers."""
@@ -139,13 +140,13 @@ class FitTester:
 
     template: Fit
     L: np.ndarray
-    shared: SharedDesigns | None
+    shared: SharedDesigns | SharedFactors | None
 
     def statistics(self, errors: np.ndarray) -> np.ndarray:
         """See `Tester`."""
         if self.shared is None:
             return np.array([self._alone(column) for column in errors.T])
-        solved = solve_statistics(self.template, self.shared, project(self.shared, errors.T))
+        solved = solve_responses(self.template, self.shared, errors.T)
         lanes, kept = np.arange(errors.shape[1]), self.template.layout.fixed.kept
         V, _ = solved.combined(lanes, self.L)
         tested = wald(solved.estimates.params[:, kept] @ self.L.T, V)
@@ -220,8 +221,8 @@ class Model:
             return fit_prepared(again, self.settings)
 
     @cached_property
-    def _shared(self) -> SharedDesigns | None:
-        return shared_designs(self.template) if vectorises(self.template) else None
+    def _shared(self) -> SharedDesigns | SharedFactors | None:
+        return shared_by_responses(self.template)
 
     def combinations(self, test: Hypothesis) -> np.ndarray | None:
         """Return L on the columns that were kept, (r, p); None if it involves others."""

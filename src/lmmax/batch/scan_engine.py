@@ -123,7 +123,7 @@ class ScanEngine:
             self.design.X.shape[1],
             self.kept,
             self.tests,
-            fitted.unscaled_variances,
+            fitted.unscaled_variances(np.eye(len(self.kept))),
             fitted.unscaled_covariance,
         )
         return record, np.concatenate(closer)
@@ -149,7 +149,7 @@ class ScanEngine:
             self.design.X.shape[1],
             self.kept[: -len(self.columns)],
             self.tests,
-            partial(self.line.unscaled_variances, found.variance),
+            (found.unscaled, found.unscaled_slope),
             partial(self.line.unscaled_covariance, found.variance),
         )
         repeated = np.zeros(int(lanes.sum()), dtype=int) if y.shape[1] == 1 else slice(None)

@@ -457,7 +457,10 @@ def chunk_size(lanes: Lanes) -> int:
         k = q * (q + 1) // 2
         numbers = 2 * (k + 1) * (k * problem.U.shape[2] + q * m)
     elif isinstance(problem, NestedProblem):
+        # And as much for each pair of entries of D, whose second derivatives are taken in turn.
+        k = sum(size * (size + 1) // 2 for size in (b - a for a, b in problem.blocks))
         numbers = math.prod(problem.Y.shape[1:]) + math.prod(problem.C.shape[1:])
+        numbers *= 1 + k * (k + 1) // 2
     elif isinstance(problem, CrossedProblem):
         # One at a time: only what goes back and forth counts.
         numbers = math.prod(problem.Y.shape[1:]) + math.prod(problem.C_cross.shape[1:])
@@ -498,7 +501,7 @@ def _run(
         max_steps=max_steps,
         tol=tolerance(lanes.problem) if settings.tol is None else settings.tol,
     )
-    size = chunk_size(lanes)
+    size, in_turn = chunk_size(lanes), isinstance(lanes.problem, CrossedProblem)
     small = max(1, size // PARTS) * n_devices()
     size *= n_devices()
     state = _beginning(lanes, start)
@@ -507,6 +510,8 @@ def _run(
 
     def run(local: np.ndarray) -> list[Any]:
         own = jax.tree.unflatten(structure, [leaf[local] for leaf in leaves])
+        # What fills a chunk up has no work to do.
+        own.status[1:][local[1:] == local[0]] = Status.STALLED
         return jax.tree.leaves(_compiled(lanes.take(which[local]), constraints, options, own, most))
 
     while left.size:
@@ -514,7 +519,7 @@ def _run(
         for count, local, new in zip(counts, chunks, side_by_side(run, chunks), strict=True):
             local = local[:count]
             taken = new[0][:count] - leaves[0][local]
-            effort.run += int(taken.max()) * len(new[0])
+            effort.run += int(taken.sum() if in_turn else taken.max() * len(new[0]))
             effort.needed += int(taken.sum())
             for leaf, part in zip(leaves, new, strict=True):
                 leaf[local] = part[:count]

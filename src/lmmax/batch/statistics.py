@@ -95,6 +95,11 @@ class SharedDesigns:
         return len(self.root_C)
 
     @property
+    def numbers(self) -> int:
+        """How many numbers a response brings with it."""
+        return int(self.problem.Y.size)
+
+    @property
     def sizes(self) -> list[int]:
         """Number of pseudo-groups of each pattern."""
         return [pattern.basis.shape[1] + len(self.U) for pattern in self.patterns]

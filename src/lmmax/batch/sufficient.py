@@ -32,7 +32,7 @@ from .result import BatchFit, hypotheses
 from .rotation import ROUNDING, Rotated, Rotation, rotate, rotation
 from .selection import selected
 from .sources import Chunks, columns, pieces
-from .work import PATTERNS
+from .work import PATTERNS, left_out
 
 
 class NoRows:
@@ -461,16 +461,10 @@ def sufficient_statistics(
         for piece in pieces(source, block_size(chunk, len(design.y))):
             found.add(piece.first, piece.read())
             bar.update(len(piece.names))
-    notes = []
-    if design.n_dropped:
-        notes.append(f"{plural(design.n_dropped, 'row')} dropped for missing covariates")
     parts = found.parts()
-    gaps = sum(len(part.lanes) for part in parts if part.n_obs < len(design.y))
-    if gaps:
-        notes.append(f"{gaps} responses have missing values; each has the rows that it has")
-    return SufficientStatistics(
-        source.names, _without_rows(design), parts, _learnt(design), tuple(notes)
-    )
+    n_obs = np.concatenate([np.full(len(part.lanes), part.n_obs) for part in parts])
+    notes = left_out(design, n_obs, "response")
+    return SufficientStatistics(source.names, _without_rows(design), parts, _learnt(design), notes)
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ class VariedWork(Work):
 
     columns: tuple[int, ...] = ()
     weighted: bool = False
+    unit: ClassVar[str] = "model"
     lines: dict[bytes, ScanEngine | None] = field(default_factory=dict)
 
     @cached_property
@@ -54,12 +55,6 @@ class VariedWork(Work):
         together = SubsetWork(self.design, self.settings, self.tests, _one_subset(self.design))
         how = "side by side: Newton's method in lanes" if together.together else "one by one"
         return f"designs that differ, {how}"
-
-    def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
-        """See `Work`."""
-        return tuple(
-            note.replace(" responses have", " models have") for note in super().notes(n_obs)
-        )
 
     @cached_property
     def key(self) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import check_enough, prepare
+from ..frames import plural
 from ..matrices import Design
 from ..solve import Status
 from .engines import Engine, Record, empty, engine_of, stacked
@@ -47,6 +48,7 @@ class Work:
     settings: Settings
     tests: tuple[Any, ...]
     engines: dict[bytes, Engine | None] = field(default_factory=dict)
+    unit: ClassVar[str] = "response"
     _lock: Any = field(default_factory=Lock, repr=False)
 
     @property
@@ -61,15 +63,7 @@ class Work:
         Args:
             n_obs: number of rows that each response has.
         """
-        design, found = self.design, []
-        if design.n_dropped:
-            found.append(f"{design.n_dropped} rows dropped for missing covariates")
-        gaps = int(np.sum(n_obs < len(design.y)))
-        if gaps:
-            found.append(
-                f"{gaps} responses have missing values; each is fitted to the rows that it has"
-            )
-        return tuple(found)
+        return left_out(self.design, n_obs, self.unit)
 
     @cached_property
     def key(self) -> str:
@@ -164,6 +158,26 @@ def by_pattern(gone: np.ndarray, fit: Callable[[bytes, np.ndarray, np.ndarray], 
     order = np.argsort(np.concatenate([lanes for lanes, _ in parts]), kind="stable")
     whole = stacked([record for _, record in parts])
     return Record(*(leaf[order] for leaf in whole))
+
+
+def left_out(design: Design, n_obs: np.ndarray, unit: str) -> tuple[str, ...]:
+    """Return notes on the rows that were left out.
+
+    Args:
+        design: the design.
+        n_obs: number of rows of each fit.
+        unit: what is fitted.
+    """
+    found = []
+    if design.n_dropped:
+        found.append(f"{plural(design.n_dropped, 'row')} dropped for missing covariates")
+    gaps = int(np.sum(n_obs < len(design.y)))
+    if gaps:
+        verb = "has" if gaps == 1 else "have"
+        found.append(
+            f"{plural(gaps, unit)} {verb} missing values; each is fitted to the rows that it has"
+        )
+    return tuple(found)
 
 
 def remembered(key: str, make: Callable[..., Any], *parts: Any) -> Any:

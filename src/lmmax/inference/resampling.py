@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..batch import BatchEstimates, check_engine, refit_responses, refit_statistics, vectorises
+from ..batch import (
+    BatchEstimates,
+    check_engine,
+    refit_responses,
+    refit_statistics,
+    shared_by_responses,
+    vectorises,
+)
 from ..batch.statistics import Responses, sampler, shared_designs
 from ..simulate import draws, generator, spread_effects
 
@@ -24,7 +31,7 @@ BLOCK = 64
 STREAM_BYTES = 1 << 28
 """Bytes of data of the replicates that are in memory together."""
 TOGETHER, ONE_BY_ONE = 4096, 16
-"""Most replicates in one chunk of the stream, vectorised or not."""
+"""Most replicates in one chunk of the stream, in lanes or not."""
 
 
 def parametric(fit: Fit, n: int, seed: int) -> Iterator[BatchEstimates]:
@@ -59,10 +66,9 @@ def residual(fit: Fit, n: int, seed: int) -> Iterator[BatchEstimates]:
 def by_rows(fit: Fit, responses: Iterable[np.ndarray], n: int) -> Iterator[BatchEstimates]:
     """Refit n responses given by row, in chunks."""
     check_engine(fit)
-    batch = vectorises(fit)
-    shared = shared_designs(fit) if batch else None
-    size = fit.nobs if shared is None else max(fit.nobs, shared.problem.Y.size)
-    chunk = min(_fitting(size), TOGETHER if batch else ONE_BY_ONE)
+    shared = shared_by_responses(fit)
+    size = fit.nobs if shared is None else max(fit.nobs, shared.numbers)
+    chunk = min(_fitting(size), ONE_BY_ONE if shared is None else TOGETHER)
     source = iter(responses)
     for start in range(0, n, chunk):
         rows = np.stack(list(islice(source, min(chunk, n - start))))
