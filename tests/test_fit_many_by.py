@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -169,6 +170,17 @@ def test_the_origin_of_a_covariate_does_not_matter(
     for name in ("bse", "df"):
         found, expected = (getattr(b.record, name)[rest][:, slopes] for b in (far, batch))
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_subsets_whose_start_fails_are_solved_from_another(
+    data: pd.DataFrame, batch: lmmax.BatchFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver = sys.modules["lmmax.batch.solve"]
+    moments = solver.moment_start
+    monkeypatch.setattr(solver, "moment_start", lambda problem: np.nan * moments(problem))
+    found = lmmax.fit_many("y ~ x + f + (1 + x | g)", data, by="store", tests=TESTS)
+    np.testing.assert_array_equal(found.converged, batch.converged)
+    np.testing.assert_allclose(found.llf, batch.llf, rtol=1e-10)
 
 
 def test_several_columns_and_crossed_factors() -> None:

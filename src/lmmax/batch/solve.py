@@ -266,8 +266,11 @@ def solve(
     for other in starts[1:]:
         _keep_better(ends, everyone, run(other, everyone, em_steps))
     lost = np.flatnonzero(ends.status != Status.CONVERGED)
-    if start is not None and lost.size:
-        for other in others(lost):
+    if lost.size:
+        # From the usual starts; where these have failed, from the noise of an average group.
+        squares = lanes.noise[lost, :, None] ** 2 * np.eye(len(constraints.blocks))
+        again = starts_from(lanes, constraints, lost, squares) if start is None else others(lost)
+        for other in again:
             _keep_better(ends, lost, run(other, lost, usual_em))
     _leave_boundary(lanes, constraints, terms, ends, run)
     return ends
