@@ -39,11 +39,11 @@ def side_by_side(call: Callable[[Chunk], Any], chunks: Iterable[Chunk]) -> list[
 
     chunks = list(chunks)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if len(chunks) < 3 or n_devices() > 1 or jax.default_backend() != "cpu":
+    if len(chunks) < 2 or jax.default_backend() != "cpu":
         return [run(chunk) for chunk in chunks]
-    first = run(chunks[0])  # compiles what the others share
+    # JAX compiles what they share once: the others wait for it.
     with ThreadPoolExecutor(cores) as pool:
-        return [first, *pool.map(run, chunks[1:])]
+        return list(pool.map(run, chunks))
 
 
 class OverLanes:

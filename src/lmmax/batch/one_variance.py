@@ -17,7 +17,9 @@ and their covariance need no factorisation either: with ``L'L - L'X X'L = E diag
 orthonormal X, ``(X'V^-1 X)^-1 = I + X'L E diag(d / (1 + d l)) E'L'X``.
 
 The criterion is evaluated for all lanes on one grid of d, a matrix product; the best cell of it
-holds the search.  So the minimum does not depend on a start, and is the least of several.
+holds the search.  So the minimum does not depend on a start, and is the least of several.  All of
+a fit, from its statistics to the variances of its coefficients, is one compiled function of a block
+of lanes, whose arrays stay in cache; the blocks run side by side.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -57,8 +60,8 @@ TILE_BYTES = 1 << 19
 """Bytes of the rows that are summed together: they stay in cache from one sum to the next."""
 CENTRE_ROWS = 64
 """Rows, spread over the data, around whose mean the others are summed."""
-SEARCH_LANES = 512
-"""Lanes that a device works on together: their arrays stay in cache."""
+SEARCH_LANES, BLOCK_BYTES = 512, 1 << 21
+"""Most lanes of a block, and most bytes of their numbers: the arrays of a block stay in cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,10 +221,12 @@ def one_variance(layout: Layout) -> OneVariance | None:
         C = C @ to_groups.T
     else:
         kappa = diagonal
-    members, loose = [], np.ones(m, dtype=bool)
-    values, which = np.unique(np.round(kappa, 12), return_inverse=True)
+    # Groups in which z is zero have no random part.
+    some = np.flatnonzero(kappa > RANK * kappa.max())
+    members, loose = [], np.isin(np.arange(m), some)
+    values, which = np.unique(np.round(kappa[some], 12), return_inverse=True)
     for u in np.flatnonzero(np.bincount(which, minlength=len(values)) > 1):
-        own = np.flatnonzero(which == u)
+        own = some[which == u]
         left, size, _ = np.linalg.svd(C[:, own].T, full_matrices=False)
         basis = left[:, size > 1e-13]
         if len(own) > basis.shape[1]:
@@ -514,21 +519,34 @@ def _at(spectrum: Spectrum, w: Array, d: Array) -> Minimum:
     first = w * r
     shrunk = r * spectrum.quadratic
     second = first * shrunk
-    rss, slope = jnp.sum(first, 1), -jnp.sum(second, 1)
-    bend = 2.0 * jnp.sum(second * shrunk, 1)
     logdet = spectrum.logdet
     share = shrunk if logdet is None else logdet / (1.0 + d[:, None] * logdet)
+    trace = spectrum.count * share
+    if logdet is None:
+        sums = _sums(first, second, second * shrunk, trace, trace * share)
+    else:
+        sums = *_sums(first, second, second * shrunk), *_sums(trace, trace * share)
+    rss, slope, bend = sums[0], -sums[1], 2.0 * sums[2]
     relative = slope / rss
     return Minimum(
         d=d,
         value=jnp.zeros_like(d),
-        slope=share @ spectrum.count + spectrum.d * relative,
-        bend=spectrum.d * (bend / rss - relative**2) - (share * share) @ spectrum.count,
+        slope=sums[3] + spectrum.d * relative,
+        bend=spectrum.d * (bend / rss - relative**2) - sums[4],
         rss=rss,
         rss_slope=slope,
         steps=jnp.zeros(d.shape, jnp.int32),
         converged=jnp.zeros(d.shape, bool),
     )
+
+
+def _sums(*terms: Array) -> tuple[Array, ...]:
+    """Return the sums along lanes of several arrays (n, K), in one pass: divisions are dear."""
+
+    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    return tuple(lax.reduce(terms, (jnp.zeros((), terms[0].dtype),) * len(terms), add, (1,)))
 
 
 def _search(spectrum: Spectrum, w: Array) -> Minimum:
@@ -598,9 +616,6 @@ def _vertex(t: Array, values: Array, best: Array) -> Array:
     return t[best] + jnp.where(inner, change / jnp.where(inner, below, 1.0), 0.0)
 
 
-_search_compiled = OverLanes(_search, lambda *_: (-1, 0))
-
-
 def spectrum(design: OneVariance, reml: bool) -> Spectrum:
     """Return the constants of the criterion."""
     inside = design.random
@@ -616,23 +631,94 @@ def spectrum(design: OneVariance, reml: bool) -> Spectrum:
     return Spectrum(quadratic * unit, logdet * unit, count, d, GRID)
 
 
-def coordinates(design: OneVariance, stats: Statistics, rotated: np.ndarray) -> np.ndarray:
-    """Return the squared coordinates of the responses relative to their total, (lanes, K).
-
-    Args:
-        design: the designs.
-        stats: statistics of the responses.
-        rotated: their inside coordinates along the eigenvectors, (lanes, R).
-    """
-    inside = design.random
-    along = rotated[:, inside] ** 2 / design.eigenvalues[inside]
-    parts = np.concatenate([along, stats.sets / design.set_kappa], axis=1)
-    rest = (stats.total - parts.sum(axis=1)).clip(min=0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.concatenate([rest[:, None], parts], axis=1) / stats.total[:, None]
-
-
 # --- fits -------------------------------------------------------------------------------------
+
+
+class Directions(NamedTuple):
+    """What the fits of a design need of it beside its spectrum; see :class:`OneVariance`.
+
+    Attributes:
+        eigenvalues: ``l_k`` of the directions, (R,).
+        vectors: their eigenvectors, (R, R).
+        inverse: ``1 / l_k``, zero of those without a random part beside X, (R,).
+        set_inverse: the same of the sets, (U,).
+        loadings: how the coefficients respond to each direction, (p, R).
+        x_inverse: from working coefficients to the user's, (p, p).
+        unit: relative variance that is one unit of the grid.
+    """
+
+    eigenvalues: Any
+    vectors: Any
+    inverse: Any
+    set_inverse: Any
+    loadings: Any
+    x_inverse: Any
+    unit: Any
+
+
+class Solution(NamedTuple):
+    """Where the criterion is least, and the coefficients there.
+
+    Attributes:
+        at: the minimum.
+        beta: coefficients, (lanes, p).
+        unscaled: diagonal of ``(X'V^-1 X)^-1``, (lanes, p).
+        unscaled_slope: its derivative in the relative variance, (lanes, p).
+    """
+
+    at: Minimum
+    beta: Any
+    unscaled: Any
+    unscaled_slope: Any
+
+
+def _solve(spectrum: Spectrum, directions: Directions, sound: Array, stats: Statistics) -> Solution:
+    """Fit lanes.
+
+    One that is not sound, without variation or with values that are not finite, goes through as a
+    harmless one.
+    """
+    own = directions
+    rotated = jnp.where(sound[:, None], stats.inside, 0.0) @ own.vectors
+    along = jnp.concatenate([rotated**2 * own.inverse, stats.sets * own.set_inverse], axis=1)
+    rest = jnp.maximum(stats.total - along.sum(axis=1), 0.0)
+    w = jnp.concatenate([rest[:, None], along], axis=1) / stats.total[:, None]
+    at = _search(spectrum, jnp.where(sound[:, None] & jnp.isfinite(w), w, 1.0))
+    at = at._replace(d=jnp.where(at.d <= BOUNDARY, 0.0, at.d))
+    variance = (at.d * own.unit)[:, None]
+    shrunk = 1.0 / (1.0 + variance * own.eigenvalues)
+    squares = (own.loadings**2).T
+    return Solution(
+        at,
+        stats.origin @ own.x_inverse.T - variance * ((rotated * shrunk) @ own.loadings.T),
+        (own.x_inverse**2).sum(axis=1) + variance * (shrunk @ squares),
+        (shrunk * shrunk) @ squares,
+    )
+
+
+_compiled = OverLanes(_solve, lambda *_: (-1, -1, 0, 0))
+
+
+def _constants(design: OneVariance, reml: bool) -> tuple[Spectrum, Directions]:
+    """Return the constants of the fits; a direction without a random part has eigenvalue zero."""
+    random = design.random
+    inverse = np.divide(1.0, design.eigenvalues, out=np.zeros(len(random)), where=random)
+    quadratic = np.concatenate([[0.0], design.eigenvalues * random, design.set_kappa])
+    found = spectrum(design, reml)._replace(quadratic=quadratic * design.unit)
+    if reml:
+        # The determinant has the eigenvalues of the quadratic form.
+        count = np.concatenate([[0.0], random, design.set_size])
+        found = found._replace(logdet=None, count=count)
+    x_inverse = design.layout.fixed.inverse
+    return found, Directions(
+        design.eigenvalues,
+        design.vectors,
+        inverse,
+        1.0 / design.set_kappa,
+        design.loadings,
+        x_inverse,
+        design.unit,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -661,21 +747,25 @@ class Fits:
     gradient: np.ndarray
 
 
-def fits(design: OneVariance, stats: Statistics, reml: bool) -> Fits:
+@dataclass(frozen=True, eq=False)
+class OwnFits(Fits):
+    """Fits with what their standard errors come from.
+
+    Attributes:
+        unscaled: diagonals of ``(X'V^-1 X)^-1``, (lanes, p).
+        unscaled_slope: their derivatives in the relative variance, (lanes, p).
+    """
+
+    unscaled: np.ndarray
+    unscaled_slope: np.ndarray
+
+
+def fits(design: OneVariance, stats: Statistics, reml: bool) -> OwnFits:
     """Fit every response to its own optimum."""
     n = len(stats.total)
-    constants = spectrum(design, reml)
-    # A lane without variation, or with values that are not finite, goes through as a harmless one.
     sound = np.isfinite(stats.total) & (stats.total > 0.0) & np.isfinite(stats.origin).all(axis=1)
-    rotated = np.where(sound[:, None], stats.inside, 0.0) @ design.vectors
-    w = coordinates(design, stats, rotated)
-    w = np.where(sound[:, None] & np.isfinite(w), w, 1.0)
-    # Under REML the determinant has the eigenvalues of the quadratic form.
-    searched = constants._replace(logdet=None) if reml else constants
-    at = Minimum(*_in_chunks(partial(_search_compiled, searched), (w,), SEARCH_LANES * n_devices()))
-    d = np.where(at.d <= BOUNDARY, 0.0, at.d)
-    gain = design.gain(d * design.unit)
-    beta = stats.origin @ design.layout.fixed.inverse.T - (rotated * gain) @ design.loadings.T
+    constants, directions = _constants(design, reml)
+    at, beta, unscaled, slope = _in_blocks(partial(_compiled, constants, directions), sound, stats)
     contrasts = constants.d
     scale = at.rss * stats.total / contrasts
     constant = contrasts * (1.0 + np.log(2.0 * np.pi / contrasts)) + contrasts * np.log(
@@ -696,29 +786,36 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> Fits:
     status = np.where(at.rss / contrasts <= rounding, Status.UNBOUNDED, status)
     status = np.where(sound, status, Status.NOT_FINITE)
     lost = ~sound
-    found = Fits(
+    found = OwnFits(
         beta=beta,
-        variance=d * design.unit,
+        variance=at.d * design.unit,
         scale=scale,
         criterion=at.value + constant,
         information=0.5 * information,
         status=status,
         steps=at.steps,
         gradient=at.slope * (1.0 + at.d),
+        unscaled=unscaled,
+        unscaled_slope=slope,
     )
     for values in (found.beta, found.variance, found.scale, found.criterion):
         values[lost] = np.nan
     return found
 
 
-def _in_chunks(function: Any, arrays: tuple[np.ndarray, ...], size: int) -> list[np.ndarray]:
-    """Run a function on lanes, chunk by chunk; the last one is filled up with its first lane."""
-    n = len(arrays[0])
+def _in_blocks(solve: Any, sound: np.ndarray, stats: Statistics) -> Solution:
+    """Solve lanes block by block; the last one is filled up with its first lane."""
+    numbers = stats.inside.shape[1] + stats.sets.shape[1] + 1
+    fitting = max(BLOCK_BYTES // (8 * numbers), 1)
+    n, size = len(sound), min(SEARCH_LANES, 1 << (fitting.bit_length() - 1)) * n_devices()
 
     def run(first: int) -> Any:
-        local = np.arange(first, first + size)
-        local = np.where(local < n, local, first)
-        return tuple(function(*(array[local] for array in arrays)))
+        if first + size <= n:
+            local: Any = slice(first, first + size)
+        else:
+            local = np.arange(first, first + size)
+            local[n - first :] = first
+        return solve(sound[local], Statistics(*(part[local] for part in stats)))
 
     parts = side_by_side(run, range(0, n, size))
-    return [np.concatenate(leaves)[:n].copy() for leaves in zip(*parts, strict=True)]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
