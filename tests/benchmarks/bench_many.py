@@ -252,7 +252,7 @@ def cases(quick: bool) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
         ),
         "slope, 1,000 groups of 2 to 8, p = 10": (
             1_000,
-            lambda: measure(*slopes(1_000, (2, 8), 10, k // 40)),
+            lambda: measure(*slopes(1_000, (2, 8), 10, k // 20)),
         ),
         "relationship matrix, q = 259, p = 49": (
             5_000,

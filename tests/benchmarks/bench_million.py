@@ -316,6 +316,8 @@ def main() -> None:
     elif asked.rates:
         rates(image, asked.directory)
     else:
+        if asked.directory is not None:
+            Path(asked.directory).mkdir(parents=True, exist_ok=True)
         here = Path(tempfile.mkdtemp(dir=asked.directory))
         try:
             for line in run(image, here, asked.chunk):
