@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import lmmax
 
 CACHE_VARIABLE = "LMMAX_CACHE_DIR"
+MOST_MAPPINGS = int(os.environ.get("LMMAX_TEST_MAPPINGS", 25_000))
+"""Mappings of memory after which the compiled code of a test module is dropped."""
 _own_cache = pytest.StashKey[str]()
 
 
@@ -54,6 +57,21 @@ def _optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
 
             patch.setattr(compilation, "CPU_OPTIONS", UNOPTIMISED)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+    """Let go of compiled code before a process reaches the system's limit of memory mappings.
+
+    Every executable takes several; beyond 65,530 of them XLA aborts.  What is needed again is read
+    from the disk.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
 
 
 def _fit(formula: str, name: str) -> lmmax.Fit:

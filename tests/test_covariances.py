@@ -28,6 +28,8 @@ from lmmax.design import DataError, build_design
 from lmmax.spec import ModelSpec, RandomTerm
 from tests.compiled import jit
 
+pytestmark = pytest.mark.unoptimised
+
 STRUCTURES = ["us", "diag", "homdiag", "cs", "homcs", "ar1", "hetar1", "toep", "homtoep", "ou"]
 TIMES = (0.5, 1.0, 3.0, 4.0, 4.5)
 Q = len(TIMES)

@@ -22,6 +22,8 @@ from tests.compiled import jit
 from tests.oracles import dense
 from tests.simulate import simulate
 
+pytestmark = pytest.mark.unoptimised
+
 FORMULA = "y ~ x + z + (1 + x | g)"
 DIAGONAL = "y ~ x + z + (1 + x || g)"
 TERMS = "y ~ x + z + (1 | g) + (0 + x | g)"

@@ -242,7 +242,7 @@ def test_failed_fit_still_prints(intercepts: Fit) -> None:
         beta=np.full(2, np.nan),
         beta_unscaled=np.full((2, 2), np.nan),
         scale=np.nan,
-        root=np.full((1, 1), np.nan),
+        working_root=np.full((1, 1), np.nan),
         criterion=np.nan,
     )
     text = str(replace(intercepts, estimates=estimates))

@@ -23,6 +23,8 @@ from lmmax.inference.jackknife import JackknifeError, leave_out_groups
 from lmmax.simulate import simulate
 from tests.reference import load_data
 
+pytestmark = pytest.mark.unoptimised
+
 SLOPE = "Reaction ~ Days + (1 + Days | Subject)"
 
 

@@ -20,6 +20,8 @@ from tests.oracles.dense import Array, Factor, Model, log_det
 from tests.oracles.designs import Problem, simulate
 from tests.reference import load_data
 
+pytestmark = pytest.mark.unoptimised
+
 STEP = 1e-30
 
 

@@ -40,6 +40,7 @@ from jax import Array, lax
 from ..compress.layout import Layout
 from ..solve import Status
 from .devices import OverLanes, n_devices, side_by_side
+from .line_search import minimise
 
 LARGEST = 3000
 """Most eigenvalues; their decomposition takes seconds then."""
@@ -49,9 +50,6 @@ RANK = 1e-10
 """Eigenvalue, relative to the largest, below which a direction has no random part."""
 GRID = np.concatenate([[0.0], 10.0 ** np.linspace(-3.0, 9.0, 37)])
 """Values of d, in units of the sampling variance of an average group's effect, that are tried."""
-STEPS = 60
-DECREMENT = 1e-16
-"""Newton decrement that counts as converged, as for a single fit."""
 BOUNDARY = 1e-8
 """A relative variance below this, in the units of the grid, is zero, as for a single fit."""
 SUM_BYTES, LEAST_LANES, MOST_LANES = 1 << 26, 16, 512
@@ -556,64 +554,9 @@ def _search(spectrum: Spectrum, w: Array) -> Minimum:
     shrunk = 1.0 / (1.0 + spectrum.quadratic[:, None] * grid)
     fixed = spectrum.count @ jnp.log1p(eigenvalues[:, None] * grid)
     values = fixed + spectrum.d * jnp.log(w @ shrunk)
-    best = jnp.argmin(values, axis=1)
-    low = jnp.log1p(grid[jnp.maximum(best - 1, 0)])
-    high = jnp.log1p(grid[jnp.minimum(best + 1, len(grid) - 1)])
-
-    # In t = log(1 + d) a variance near zero and a huge one are equally easy.
-    def judge(t: Array, at: Minimum) -> tuple[Array, Array, Array]:
-        inner = at.d + 1.0
-        slope, bend = at.slope * inner, at.bend * inner**2 + at.slope * inner
-        stays = (t <= 0.0) & (slope >= 0.0)
-        near = (bend > 0.0) & (slope**2 <= DECREMENT * jnp.where(bend > 0.0, bend, 1.0))
-        return slope, bend, stays | near
-
-    def go_on(state: tuple[Any, ...]) -> Array:
-        return jnp.any(~state[1].converged & (state[1].steps < STEPS))
-
-    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        t, at, low, high = state
-        slope, bend, _ = judge(t, at)
-        high = jnp.where(slope > 0.0, t, high)
-        low = jnp.where(slope > 0.0, low, t)
-        newton = t - slope / jnp.where(bend > 0.0, bend, 1.0)
-        # Downhill and inside the bracket; else in its middle, or at the boundary.
-        inside = (bend > 0.0) & (newton < high) & (newton > low)
-        at_zero = (bend > 0.0) & (newton <= 0.0) & (low <= 0.0)
-        new = jnp.where(inside, newton, jnp.where(at_zero, 0.0, 0.5 * (low + high)))
-        new = jnp.where(at.converged, t, new)
-        after = _at(spectrum, w, jnp.expm1(new))
-        done = at.converged | judge(new, after)[2] | (high - low <= 1e-14 * high)
-        steps = at.steps + (~at.converged & (at.steps < STEPS))
-        return new, after._replace(steps=steps, converged=done), low, high
-
-    t = jnp.clip(_vertex(jnp.log1p(grid), values, best), low, high)
-    at = _at(spectrum, w, jnp.expm1(t))
-    finite = jnp.isfinite(at.slope)
-    at = at._replace(converged=judge(t, at)[2] | ~finite)
-    _, at, _, _ = lax.while_loop(go_on, step, (t, at, low, high))
+    at: Minimum = minimise(lambda d: _at(spectrum, w, d), grid, values)
     determinant = jnp.log1p(at.d[:, None] * eigenvalues) @ spectrum.count
-    value = determinant + spectrum.d * jnp.log(at.rss)
-    return at._replace(value=value, converged=at.converged & finite)
-
-
-def _vertex(t: Array, values: Array, best: Array) -> Array:
-    """Return the vertex of the parabola through the best of a grid and its neighbours, (n,).
-
-    Args:
-        t: the grid, (G,).
-        values: the criterion there, (n, G).
-        best: where it is least, (n,); at either end that is the answer.
-    """
-    left, right = jnp.maximum(best - 1, 0), jnp.minimum(best + 1, len(t) - 1)
-    at = jnp.arange(len(best))
-    rise_left = values[at, left] - values[at, best]
-    rise_right = values[at, right] - values[at, best]
-    to_left, to_right = t[left] - t[best], t[right] - t[best]
-    below = to_left * rise_right - to_right * rise_left
-    change = 0.5 * (to_left**2 * rise_right - to_right**2 * rise_left)
-    inner = (left < best) & (right > best) & (below < 0.0)
-    return t[best] + jnp.where(inner, change / jnp.where(inner, below, 1.0), 0.0)
+    return at._replace(value=determinant + spectrum.d * jnp.log(at.rss))
 
 
 def spectrum(design: OneVariance, reml: bool) -> Spectrum:

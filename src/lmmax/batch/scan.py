@@ -30,17 +30,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from ..compilation_cache import compilation_cache
 from ..solve import Status
 from .devices import OverLanes, n_devices
+from .line_search import minimise
 from .one_variance import (
     BOUNDARY,
     CENTRE_ROWS,
-    DECREMENT,
     EXPLAINED,
-    STEPS,
     Fits,
     OneVariance,
     Spectrum,
@@ -337,43 +336,9 @@ def _search(constants: Spectrum, reml: Array, products: Array) -> Minimum:
     shrunk = 1.0 / (1.0 + constants.quadratic[:, None] * grid)
     fixed = constants.count @ jnp.log1p(constants.logdet[:, None] * grid)
     rss, logdet = _eliminated([products[:, k] @ shrunk for k in range(products.shape[1])])
-    best = jnp.argmin(fixed + constants.d * jnp.log(rss) + reml * logdet, axis=1)
-    low = jnp.log1p(grid[jnp.maximum(best - 1, 0)])
-    high = jnp.log1p(grid[jnp.minimum(best + 1, len(grid) - 1)])
-
-    # In t = log(1 + d) a variance near zero and a huge one are equally easy.
-    def judge(t: Array, at: Minimum) -> tuple[Array, Array, Array]:
-        inner = at.d + 1.0
-        slope, bend = at.slope * inner, at.bend * inner**2 + at.slope * inner
-        stays = (t <= 0.0) & (slope >= 0.0)
-        near = (bend > 0.0) & (slope**2 <= DECREMENT * jnp.where(bend > 0.0, bend, 1.0))
-        return slope, bend, stays | near
-
-    def go_on(state: tuple[Any, ...]) -> Array:
-        return jnp.any(~state[1].converged & (state[1].steps < STEPS))
-
-    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        t, at, low, high = state
-        slope, bend, _ = judge(t, at)
-        high = jnp.where(slope > 0.0, t, high)
-        low = jnp.where(slope > 0.0, low, t)
-        newton = t - slope / jnp.where(bend > 0.0, bend, 1.0)
-        # Downhill and inside the bracket; else in its middle, or at the boundary.
-        inside = (bend > 0.0) & (newton < high) & (newton > low)
-        at_zero = (bend > 0.0) & (newton <= 0.0) & (low <= 0.0)
-        new = jnp.where(inside, newton, jnp.where(at_zero, 0.0, 0.5 * (low + high)))
-        new = jnp.where(at.converged, t, new)
-        after = _at(constants, reml, products, jnp.expm1(new))
-        done = at.converged | judge(new, after)[2] | (high - low <= 1e-14 * high)
-        steps = at.steps + (~at.converged & (at.steps < STEPS))
-        return new, after._replace(steps=steps, converged=done), low, high
-
-    t = jnp.log1p(grid[best])
-    at = _at(constants, reml, products, grid[best])
-    finite = jnp.isfinite(at.slope)
-    at = at._replace(converged=judge(t, at)[2] | ~finite)
-    _, at, _, _ = lax.while_loop(go_on, step, (t, at, low, high))
-    return at._replace(converged=at.converged & finite)
+    values = fixed + constants.d * jnp.log(rss) + reml * logdet
+    found: Minimum = minimise(lambda d: _at(constants, reml, products, d), grid, values)
+    return found
 
 
 _search_compiled = OverLanes(_search, lambda *_: (-1, -1, 0))
