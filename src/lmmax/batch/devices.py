@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ..compilation import Compiled
@@ -44,6 +45,26 @@ def side_by_side(call: Callable[[Chunk], Any], chunks: Iterable[Chunk]) -> list[
     # JAX compiles what they share once: the others wait for it.
     with ThreadPoolExecutor(cores) as pool:
         return list(pool.map(run, chunks))
+
+
+def in_blocks(call: Callable[[Any], Any], n: int, size: int) -> Any:
+    """Call a function on n lanes, so many at a time; return its pytree of arrays for all.
+
+    Args:
+        call: takes positions of lanes, a slice or numbers.
+        n: number of lanes.
+        size: lanes of a block; the last one is filled up with its first lane, so that one shape
+            is compiled.
+    """
+
+    def run(first: int) -> Any:
+        if first + size <= n:
+            return call(slice(first, first + size))
+        local = np.arange(first, first + size)
+        return call(np.where(local < n, local, first))
+
+    parts = side_by_side(run, range(0, n, size))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
 
 
 class OverLanes:

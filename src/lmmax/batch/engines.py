@@ -6,10 +6,11 @@ An engine takes responses as columns and returns a :class:`Record` of arrays, on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -158,9 +159,7 @@ def tested(of: Uncertainty, difference: np.ndarray, values: np.ndarray) -> list[
 
 def engine_of(prepared: Prepared, settings: Settings, tests: Sequence[Hypothesis]) -> Engine:
     """Return the fastest engine for a design."""
-    terms = prepared.terms
-    free = not settings.fix and len(terms) == 1 and terms[0].pattern is not None
-    if settings.engine in ("auto", "grouped") and one_variance.suits(prepared.layout, free):
+    if one_variance.suits(prepared.layout, prepared.terms, settings):
         found = one_variance.one_variance(prepared.layout)
         if found is not None:
             return LineEngine(prepared, found, settings.reml, tuple(tests))
@@ -257,8 +256,7 @@ class GeneralEngine:
         else:
             fits = [self._single(self._whole(y, origin, lane)) for lane in sound]
             parts = stacked([self._row(fit) for fit in fits])
-        for mine, part in zip(found, parts, strict=True):
-            mine[sound] = part
+        put(found, sound, parts)
         return found
 
     def _whole(
@@ -275,15 +273,13 @@ class GeneralEngine:
     def _single(self, y: np.ndarray) -> Fit | None:
         """Fit one response; None if the data cannot identify its variances."""
         design = replace(self.prepared.design, y=np.ascontiguousarray(y, dtype=float))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            warnings.simplefilter("ignore", RankWarning)
-            try:
-                if self.template is None:
-                    return fit_prepared(prepare(design, self.settings.engine), self.settings)
+        try:
+            if self.template is None:
+                return fitted_alone(design, self.settings)
+            with quiet():
                 return self.template.refit(design.y)
-            except DataError:
-                return None
+        except DataError:
+            return None
 
     def _row(self, fit: Fit | None) -> Record:
         """Return the record of one fit."""
@@ -438,6 +434,21 @@ def record_of_lanes(
     return found
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Fit without a word: what there is to say stands in the record."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", RankWarning)
+        yield
+
+
+def fitted_alone(design: Design, settings: Settings) -> Fit:
+    """Fit one model without a word."""
+    with quiet():
+        return fit_prepared(prepare(design, settings.engine), settings)
+
+
 def estimable(asked: Hypothesis, kept: np.ndarray) -> bool:
     """Return whether a hypothesis is about coefficients that were kept only."""
     return not np.delete(asked.L, kept, axis=1).any()
@@ -469,6 +480,12 @@ def empty(n: int, p: int, q: int, n_tests: int) -> Record:
         estimate=nan((n, n_tests), np.nan),
         error=nan((n, n_tests), np.nan),
     )
+
+
+def put(found: Record, lanes: Any, record: Record) -> None:
+    """Put the results of some lanes in their places."""
+    for mine, part in zip(found, record, strict=True):
+        mine[lanes] = part
 
 
 def stacked(rows: Sequence[Record]) -> Record:

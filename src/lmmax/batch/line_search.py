@@ -88,3 +88,12 @@ def vertex(t: Array, values: Array, best: Array) -> Array:
     change = 0.5 * (to_left**2 * rise_right - to_right**2 * rise_left)
     inner = (left < best) & (right > best) & (below < 0.0)
     return t[best] + jnp.where(inner, change / jnp.where(inner, below, 1.0), 0.0)
+
+
+def sums_of(*terms: Array) -> tuple[Array, ...]:
+    """Return the sums along lanes of several arrays (n, K), in one pass: divisions are dear."""
+
+    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    return tuple(lax.reduce(terms, (jnp.zeros((), terms[0].dtype),) * len(terms), add, (1,)))

@@ -25,22 +25,22 @@ of lanes, whose arrays stay in cache; the blocks run side by side.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from ..compress.layout import Layout
+from ..constraints import Settings, TermColumns
 from ..solve import Status
-from .devices import OverLanes, n_devices, side_by_side
-from .line_search import minimise
+from .devices import OverLanes, in_blocks, n_devices
+from .line_search import minimise, sums_of
 
 LARGEST = 3000
 """Most eigenvalues; their decomposition takes seconds then."""
@@ -164,6 +164,13 @@ class OneVariance:
             ((shrunk * shrunk) @ products).reshape(shape),
         )
 
+    def centre(self, columns: np.ndarray) -> np.ndarray:
+        """Return about where columns (n, lanes) lie, if X has the constant; else zero, (lanes,)."""
+        if self.ones is None:
+            return np.zeros(columns.shape[1])
+        some = np.linspace(0, len(columns) - 1, CENTRE_ROWS).astype(np.int64)
+        return np.asarray(columns[some].mean(axis=0, dtype=float))
+
     @property
     def n_obs(self) -> int:
         """Number of rows, n."""
@@ -186,14 +193,17 @@ class Statistics(NamedTuple):
     sets: np.ndarray
 
 
-def suits(layout: Layout, free: bool) -> bool:
-    """Return whether a model has one free variance besides the residual's.
+def suits(layout: Layout, terms: Sequence[TermColumns], settings: Settings) -> bool:
+    """Return whether a model has one free variance besides the residual's, and no structure.
 
     Args:
         layout: its designs.
-        free: whether the variance is estimated, and no structure.
+        terms: its random terms.
+        settings: how it is to be fitted.
     """
-    return free and len(layout.factors) == 1 and layout.factors[0].n_effects == 1
+    free = not settings.fix and len(terms) == 1 and terms[0].pattern is not None
+    form = settings.engine in ("auto", "grouped")
+    return free and form and len(layout.factors) == 1 and layout.factors[0].n_effects == 1
 
 
 def one_variance(layout: Layout) -> OneVariance | None:
@@ -281,10 +291,7 @@ def statistics(design: OneVariance, y: np.ndarray) -> Statistics:
 def _statistics(design: OneVariance, y: np.ndarray) -> Statistics:
     fixed = design.layout.fixed
     with np.errstate(invalid="ignore", over="ignore"):
-        centre = np.zeros(y.shape[1])
-        if design.ones is not None:
-            some = np.linspace(0, len(y) - 1, CENTRE_ROWS).astype(np.int64)
-            centre = y[some].mean(axis=0, dtype=float)
+        centre = design.centre(y)
         origin, size, sums = summed(design, y, centre)
         total = size - np.einsum("ij,ij->j", origin, origin)
         fitted = origin.copy()
@@ -360,7 +367,7 @@ def _of_sums(
         groups_X, origin = np.zeros_like(groups_X), np.zeros_like(origin)
     inside, sets = [], []
     for own, basis in design.members:
-        here = sums[_range(own)]
+        here = sums[as_range(own)]
         # The basis spans what X does there: what it leaves of the sums is free of the fitted part.
         seen = basis.T @ here
         squares = np.einsum("ij,ij->j", here, here)
@@ -384,7 +391,7 @@ def _of_sums(
     )
 
 
-def _range(positions: np.ndarray) -> np.ndarray | slice:
+def as_range(positions: np.ndarray) -> np.ndarray | slice:
     """Return ascending positions as a slice, which copies nothing, if they are one."""
     first, last = int(positions[0]), int(positions[-1])
     return slice(first, last + 1) if last - first + 1 == len(positions) else positions
@@ -521,9 +528,9 @@ def _at(spectrum: Spectrum, w: Array, d: Array) -> Minimum:
     share = shrunk if logdet is None else logdet / (1.0 + d[:, None] * logdet)
     trace = spectrum.count * share
     if logdet is None:
-        sums = _sums(first, second, second * shrunk, trace, trace * share)
+        sums = sums_of(first, second, second * shrunk, trace, trace * share)
     else:
-        sums = *_sums(first, second, second * shrunk), *_sums(trace, trace * share)
+        sums = *sums_of(first, second, second * shrunk), *sums_of(trace, trace * share)
     rss, slope, bend = sums[0], -sums[1], 2.0 * sums[2]
     relative = slope / rss
     return Minimum(
@@ -536,15 +543,6 @@ def _at(spectrum: Spectrum, w: Array, d: Array) -> Minimum:
         steps=jnp.zeros(d.shape, jnp.int32),
         converged=jnp.zeros(d.shape, bool),
     )
-
-
-def _sums(*terms: Array) -> tuple[Array, ...]:
-    """Return the sums along lanes of several arrays (n, K), in one pass: divisions are dear."""
-
-    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
-    return tuple(lax.reduce(terms, (jnp.zeros((), terms[0].dtype),) * len(terms), add, (1,)))
 
 
 def _search(spectrum: Spectrum, w: Array) -> Minimum:
@@ -708,7 +706,16 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> OwnFits:
     n = len(stats.total)
     sound = np.isfinite(stats.total) & (stats.total > 0.0) & np.isfinite(stats.origin).all(axis=1)
     constants, directions = _constants(design, reml)
-    at, beta, unscaled, slope = _in_blocks(partial(_compiled, constants, directions), sound, stats)
+    numbers = stats.inside.shape[1] + stats.sets.shape[1] + 1
+    fitting = max(BLOCK_BYTES // (8 * numbers), 1)
+
+    def solved(lanes: Any) -> Solution:
+        own = Statistics(*(part[lanes] for part in stats))
+        found: Solution = _compiled(constants, directions, sound[lanes], own)
+        return found
+
+    size = min(SEARCH_LANES, 1 << (fitting.bit_length() - 1)) * n_devices()
+    at, beta, unscaled, slope = in_blocks(solved, n, size)
     contrasts = constants.d
     scale = at.rss * stats.total / contrasts
     constant = contrasts * (1.0 + np.log(2.0 * np.pi / contrasts)) + contrasts * np.log(
@@ -744,21 +751,3 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> OwnFits:
     for values in (found.beta, found.variance, found.scale, found.criterion):
         values[lost] = np.nan
     return found
-
-
-def _in_blocks(solve: Any, sound: np.ndarray, stats: Statistics) -> Solution:
-    """Solve lanes block by block; the last one is filled up with its first lane."""
-    numbers = stats.inside.shape[1] + stats.sets.shape[1] + 1
-    fitting = max(BLOCK_BYTES // (8 * numbers), 1)
-    n, size = len(sound), min(SEARCH_LANES, 1 << (fitting.bit_length() - 1)) * n_devices()
-
-    def run(first: int) -> Any:
-        if first + size <= n:
-            local: Any = slice(first, first + size)
-        else:
-            local = np.arange(first, first + size)
-            local[n - first :] = first
-        return solve(sound[local], Statistics(*(part[local] for part in stats)))
-
-    parts = side_by_side(run, range(0, n, size))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)

@@ -21,12 +21,20 @@ import numpy as np
 
 from ..constraints import Settings
 from ..design import DataError
-from ..fit import ConvergenceWarning, Prepared, RankWarning, fit_prepared, prepare
+from ..fit import ConvergenceWarning, Prepared, prepare
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
 from . import one_variance, shared_by_responses, solve_responses
-from .engines import Engine, GeneralEngine, Hypothesis, LineEngine, engine_of, estimable
+from .engines import (
+    Engine,
+    GeneralEngine,
+    Hypothesis,
+    LineEngine,
+    engine_of,
+    estimable,
+    fitted_alone,
+)
 from .exchange import Rearrangement
 from .factors import SharedFactors
 from .statistics import SharedDesigns
@@ -214,11 +222,7 @@ class Model:
         if isinstance(self.engine, GeneralEngine) and self.engine.template is not None:
             return self.engine.template
         noise = np.random.default_rng(0).normal(size=len(self.design.y))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            warnings.simplefilter("ignore", RankWarning)
-            again = prepare(replace(self.design, y=noise), self.settings.engine)
-            return fit_prepared(again, self.settings)
+        return fitted_alone(replace(self.design, y=noise), self.settings)
 
     @cached_property
     def _shared(self) -> SharedDesigns | SharedFactors | None:

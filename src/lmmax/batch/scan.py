@@ -32,13 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..compilation_cache import compilation_cache
 from ..solve import Status
-from .devices import OverLanes, n_devices
-from .line_search import minimise
+from .devices import OverLanes, in_blocks, n_devices
+from .line_search import minimise, sums_of
 from .one_variance import (
     BOUNDARY,
-    CENTRE_ROWS,
     EXPLAINED,
     Fits,
     OneVariance,
@@ -91,8 +89,7 @@ def vectors(line: OneVariance, columns: np.ndarray, residualise: bool = False) -
     """
     fixed = line.layout.fixed
     ones = np.zeros(line.n_fixed) if line.ones is None else line.ones
-    some = np.linspace(0, len(columns) - 1, CENTRE_ROWS).astype(np.int64)
-    centre = columns[some].mean(axis=0, dtype=float) * float(line.ones is not None)
+    centre = line.centre(columns)
     around, size, sums = summed(line, columns, centre)
     total = size - np.einsum("ij,ij->j", around, around)
     # The centre is a multiple of the constant, of which X has the coefficients.
@@ -298,9 +295,11 @@ def _at(constants: Spectrum, reml: Array, products: Array, d: Array) -> Minimum:
     """Evaluate lanes (n, pairs, K) at d (n,)."""
     r = 1.0 / (1.0 + d[:, None] * constants.quadratic)
     shrunk = r * constants.quadratic
-    A = [jnp.sum(products[:, k] * r, 1) for k in range(products.shape[1])]
-    A1 = [-jnp.sum(products[:, k] * (r * shrunk), 1) for k in range(products.shape[1])]
-    A2 = [2.0 * jnp.sum(products[:, k] * (r * shrunk**2), 1) for k in range(products.shape[1])]
+    pairs = range(products.shape[1])
+    powers = (r, r * shrunk, r * shrunk**2)
+    sums = sums_of(*(products[:, k] * power for power in powers for k in pairs))
+    A, A1, A2 = ([sums[o * len(pairs) + k] for k in pairs] for o in range(len(powers)))
+    A1, A2 = [-a for a in A1], [2.0 * a for a in A2]
 
     # Along d; the derivatives are those of a few numbers.
     def along(t: Array) -> tuple[Array, Array]:
@@ -447,8 +446,7 @@ def fits(line: OneVariance, models: Coordinates, reml: bool) -> Scanned:
 
 
 def searched(constants: Spectrum, reml: bool, products: np.ndarray) -> Minimum:
-    """Run the search chunk by chunk; the last one is filled up with its first lane."""
-    n, size = len(products), SEARCH_LANES * n_devices()
+    """Run the search block by block."""
     # Designs with nearly as many eigenvalues share compiled code; zeros add nothing.
     products = np.pad(products, [(0, 0), (0, 0), (0, _bucket(products.shape[2]))])
     more = (0, _bucket(len(constants.logdet)))
@@ -458,13 +456,10 @@ def searched(constants: Spectrum, reml: bool, products: np.ndarray) -> Minimum:
         count=np.pad(constants.count, more),
     )
     call = partial(_search_compiled, constants, float(reml))
-    parts = []
-    with jax.enable_x64(True), compilation_cache():
-        for first in range(0, n, size):
-            local = np.arange(first, first + size)
-            parts.append(call(products[np.where(local < n, local, first)]))
-        parts = jax.device_get(parts)
-    return Minimum(*(np.concatenate(leaves)[:n].copy() for leaves in zip(*parts, strict=True)))
+    found: Minimum = in_blocks(
+        lambda lanes: call(products[lanes]), len(products), SEARCH_LANES * n_devices()
+    )
+    return found
 
 
 def _bucket(count: int) -> int:

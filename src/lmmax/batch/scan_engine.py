@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -13,17 +12,21 @@ from ..compress.columns import ALIAS_TOLERANCE
 from ..constraints import Settings
 from ..design import DataError, Design
 from ..fit import (
-    ConvergenceWarning,
-    RankWarning,
     arrange,
     check_enough,
-    fit_prepared,
-    prepare,
 )
-from ..results import Fit
 from ..solve import Status
 from . import one_variance, scan
-from .engines import Hypothesis, Record, empty, record_of, record_on_line, stacked
+from .engines import (
+    Hypothesis,
+    Record,
+    empty,
+    fitted_alone,
+    put,
+    record_of,
+    record_on_line,
+    stacked,
+)
 from .reasons import reasons
 from .varied import scaled
 
@@ -109,7 +112,7 @@ class ScanEngine:
         """Fit some models side by side, and tell which need a closer look."""
         parts, closer = [], []
         for first in range(0, len(lanes), scan.TILE_LANES):
-            take = as_range(lanes[first : first + scan.TILE_LANES])  # no copy
+            take = one_variance.as_range(lanes[first : first + scan.TILE_LANES])  # no copy
             changing = [scan.vectors(self.line, self._changed(j, x[:, take])) for j in self.columns]
             own = responses
             if own is None:
@@ -188,11 +191,10 @@ def scan_engine(
     """
     others = np.setdiff1d(np.arange(design.X.shape[1]), columns)
     factors, terms = arrange(design)
-    free = not settings.fix and len(terms) == 1 and terms[0].pattern is not None
-    if len(columns) > scan.MOST_COLUMNS or settings.engine not in ("auto", "grouped"):
+    if len(columns) > scan.MOST_COLUMNS:
         return None
     arranged = layout(design.X[:, others], factors, design.weights, settings.engine)
-    if not one_variance.suits(arranged, free):
+    if not one_variance.suits(arranged, terms, settings):
         return None
     check_enough(design, arranged, terms, settings)
     line = one_variance.one_variance(arranged)
@@ -200,20 +202,6 @@ def scan_engine(
         return None
     kept = np.concatenate([others[arranged.fixed.kept], np.array(columns, dtype=int)])
     return ScanEngine(design, columns, settings, tests, line, kept)
-
-
-def fitted_alone(design: Design, settings: Settings) -> Fit:
-    """Fit one model without a word."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", RankWarning)
-        return fit_prepared(prepare(design, settings.engine), settings)
-
-
-def as_range(lanes: np.ndarray) -> np.ndarray | slice:
-    """Return ascending positions as a slice if they follow on one another."""
-    first, last = int(lanes[0]), int(lanes[-1])
-    return slice(first, last + 1) if last - first + 1 == len(lanes) else lanes
 
 
 def _finite(columns: np.ndarray) -> np.ndarray:
@@ -233,9 +221,3 @@ def _constant(columns: np.ndarray) -> np.ndarray:
     at = np.flatnonzero(constant)
     constant[at] = (columns[:, at] == columns[0, at]).all(axis=0)
     return np.asarray(constant)
-
-
-def put(found: Record, lanes: np.ndarray | list[int], record: Record) -> None:
-    """Put the results of some lanes in their places."""
-    for mine, part in zip(found, record, strict=True):
-        mine[lanes] = part

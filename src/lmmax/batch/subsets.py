@@ -7,7 +7,6 @@ and solved side by side; other models are fitted one subset after the other.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,12 +20,8 @@ from ..compress.rows import SMALLEST_BUCKET
 from ..constraints import Settings, TermColumns, read_constraints
 from ..design import DataError, Design, build_design
 from ..fit import (
-    ConvergenceWarning,
-    RankWarning,
     arrange,
     check_identified,
-    fit_prepared,
-    prepare,
     without_offset,
 )
 from ..formula import parse_formula
@@ -37,7 +32,7 @@ from ..results import Fit
 from ..solve import NEWTON_LIMIT, Status
 from ..spec import ModelSpec
 from . import Solved
-from .engines import Hypothesis, Record, empty, record_of, record_of_lanes
+from .engines import Hypothesis, Record, empty, fitted_alone, put, record_of, record_of_lanes
 from .pooled import FIELDS, Pooled, Rows, alone, joined, pooled
 from .reasons import failed, reasons
 from .rows import subset
@@ -312,8 +307,7 @@ class SubsetWork:
             for part in joined(parts):
                 for at, record in self._solved(part):
                     where = [place[int(number)] for number in part.numbers[at]]
-                    for mine, values in zip(found, record, strict=True):
-                        mine[where] = values
+                    put(found, where, record)
         else:
             single = [int(number) for number in numbers]
         for number in single:
@@ -322,8 +316,7 @@ class SubsetWork:
             except DataError:
                 self._refused.add(number)
                 continue
-            for mine, values in zip(found, row, strict=True):
-                mine[place[number]] = values[0]
+            put(found, [place[number]], row)
         return self._with_reasons(found, asked), self._sizes[asked]
 
     @cached_property
@@ -359,11 +352,7 @@ class SubsetWork:
 
     def _fit(self, number: int) -> Fit:
         """Fit one subset on its own."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            warnings.simplefilter("ignore", RankWarning)
-            prepared = prepare(self._design(number), self.settings.engine)
-            return fit_prepared(prepared, self.settings)
+        return fitted_alone(self._design(number), self.settings)
 
     # --- side by side -----------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ from ..constraints import Settings
 from ..design import DataError, Design
 from ..fit import prepare
 from ..solve import Status
-from .engines import Hypothesis, Record, empty, stacked
+from .engines import Hypothesis, Record, empty, put, stacked
 from .rows import subset
-from .scan_engine import ScanEngine, put, scan_engine
+from .scan_engine import ScanEngine, scan_engine
 from .store import fingerprint
 from .subsets import LARGE, Subsets, SubsetWork
 from .varied import STACKED_NUMBERS, Block
