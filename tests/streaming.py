@@ -68,11 +68,11 @@ def on_devices(path: str) -> None:
     """Fit both models on the devices there are, and note results and what was compiled."""
     import jax
 
-    from lmmax.batch import one_variance
+    from lmmax.batch import line_fits
 
     solver = sys.modules["lmmax.batch.solve"]
     y, found, compiled = np.nan_to_num(responses(1500)), {}, []
-    compilers = {"intercept": one_variance._compiled, "slope": solver._compiled}
+    compilers = {"intercept": line_fits._compiled, "slope": solver._compiled}
     for model, k in (("intercept", 1500), ("slope", 60)):
         record = fit(model, y[:, :k], chunk=k // 2).record
         found |= {f"{model}.{name}": leaf for name, leaf in record._asdict().items()}

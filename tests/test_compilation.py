@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,6 +60,48 @@ def test_options_are_those_of_the_moment_of_a_call(monkeypatch) -> None:
     monkeypatch.setattr(compilation, "CPU_OPTIONS", UNOPTIMISED)
     assert float(double(jnp.ones(()))) == 2.0
     assert double.count() == 2
+
+
+@pytest.mark.parametrize(("few", "mappings", "kept"), [(1, 4, 0), (1, 3, 2), (1000, 4, 2)])
+def test_executables_are_dropped_before_a_process_has_no_mappings_left(
+    monkeypatch, tmp_path: Path, few: int, mappings: int, kept: int
+) -> None:
+    made, most = tmp_path / "maps", tmp_path / "max_map_count"
+    made.write_text(mappings * "one\n")
+    most.write_text("4\n")
+    monkeypatch.setattr(compilation, "FEW", few)
+    monkeypatch.setattr(compilation, "MAPPINGS", (made, most))
+    monkeypatch.setattr(compilation, "_every", weakref.WeakSet())
+    double = Compiled(lambda x: 2.0 * x)
+    for n in (1, 2):
+        assert double(jnp.ones(n)).tolist() == [2.0] * n
+    assert double.count() == kept
+    assert double(jnp.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_where_mappings_are_not_counted_nothing_is_dropped(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compilation, "FEW", 1)
+    monkeypatch.setattr(compilation, "MAPPINGS", (tmp_path / "none", tmp_path / "neither"))
+    double = Compiled(lambda x: 2.0 * x)
+    double(jnp.ones(1))
+    assert double.count() == 1
+
+
+@pytest.mark.skipif(not compilation.MAPPINGS[0].exists(), reason="mappings are counted on Linux")
+def test_dropped_executables_give_their_mappings_back(monkeypatch) -> None:
+    made = compilation.MAPPINGS[0]
+    case = simulate(0, p=3, sizes=np.full(15, 4))
+    solve = Compiled(estimation._flat(estimation.newton))
+    monkeypatch.setitem(estimation._compiled, "newton", solve)
+
+    def fit() -> lmmax.Fit:
+        return lmmax.fit_arrays(case["y"], case["X"], case["codes"], case["Z"])
+
+    first, before = fit(), made.read_bytes().count(b"\n")
+    solve.clear()
+    gc.collect()
+    assert made.read_bytes().count(b"\n") < before - 50
+    assert fit().llf == first.llf
 
 
 def test_other_errors_of_the_compiler_are_not_swallowed() -> None:

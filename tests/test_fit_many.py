@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import lmmax
-from lmmax.batch import one_variance
+from lmmax.batch import line_fits
 from lmmax.batch.multiple import qvalues
 from lmmax.solve import Status
 
@@ -97,14 +97,14 @@ def test_a_lane_that_has_not_converged_tells_no_certainty(
     sleep: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     y = simulated(sleep)[:, :2]
-    original = one_variance.fits
+    original = line_fits.fits
 
-    def stopped(*arguments: Any) -> one_variance.Fits:
+    def stopped(*arguments: Any) -> line_fits.Fits:
         found = original(*arguments)
         status = np.array([Status.MAX_STEPS, Status.CONVERGED])
         return replace(found, status=status)
 
-    monkeypatch.setattr(one_variance, "fits", stopped)
+    monkeypatch.setattr(line_fits, "fits", stopped)
     batch = lmmax.fit_many(MODELS["intercept"], sleep, y, tests=TESTS)
     assert batch.certificate["status"].tolist() == ["max_steps", "converged"]
     for name, df in (("slope", "df"), ("both", "df_den")):
@@ -166,7 +166,7 @@ def test_results_do_not_depend_on_the_chunks(sleep: pd.DataFrame, chunk: int) ->
 def test_results_do_not_depend_on_the_number_of_cores(
     sleep: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    k = 2 * one_variance.SEARCH_LANES + 76
+    k = 2 * line_fits.SEARCH_LANES + 76
     y = 25.0 * np.random.default_rng(3).normal(size=(len(sleep), k)) + simulated(sleep)[:, [0]]
     found = {}
     for cores in (1, 3):

@@ -19,8 +19,9 @@ import pytest
 from scipy import sparse
 
 import lmmax
-from lmmax.batch import one_variance
+from lmmax.batch import line_statistics
 from lmmax.batch.engines import Record
+from lmmax.batch.one_variance import one_variance
 from lmmax.batch.reading import read_design
 from lmmax.batch.sources import Columns, laid_out
 from lmmax.fit import prepare
@@ -247,11 +248,11 @@ def test_statistics_of_tiles_are_those_of_the_rows(monkeypatch: pytest.MonkeyPat
         sums = np.stack([np.bincount(codes, w * z * column) for column in rest.T])
         for order in (np.arange(n), shuffled):
             for size in (8 * lanes, 8 * lanes * 50, 1 << 19):
-                monkeypatch.setattr(one_variance, "TILE_BYTES", size)
+                monkeypatch.setattr(line_statistics, "TILE_BYTES", size)
                 design, _ = read_design(formula, data.iloc[order], weights=weights)
-                line = one_variance.one_variance(prepare(design).layout)
+                line = one_variance(prepare(design).layout)
                 assert line is not None
-                found = one_variance.statistics(line, y[order])
+                found = line_statistics.statistics(line, y[order])
                 mapped = found.origin @ line.layout.fixed.inverse.T
                 np.testing.assert_allclose(mapped, beta.T, rtol=1e-9)
                 total = np.sum(w[:, None] * rest**2, axis=0)

@@ -4,16 +4,31 @@ XLA's newer CPU code generator takes twice the time and seven times the memory o
 the solver (measured with jaxlib 0.10.2: 1.4 s and 245 MB against 0.7 s and 35 MB, for equal speed
 of the result), and compile time is what a user waits for.  The choice is an option of our own
 functions, not a setting of JAX; where XLA no longer knows it, its default serves.
+
+Every executable stays in memory for the next call of its shapes, in about 200 mappings of memory
+each on a CPU.  Linux allows a process 65,530 of them, and XLA aborts the process that has no more
+(seen with jaxlib 0.10.2), which a long study of differing models would reach.  So our executables
+are dropped before that; what is called again is compiled again, or read from the compilation cache.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import jax
 
 CPU_OPTIONS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False}
+FEW = 64
+"""Executables that are always kept: without them little would be gained."""
+MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+"""The mappings of this process, a line each, and how many it may have; on Linux only."""
+
+_every: weakref.WeakSet[Compiled] = weakref.WeakSet()
+_lock = Lock()
 
 
 class Compiled:
@@ -24,9 +39,18 @@ class Compiled:
         self._default: Any = jax.jit(function)
         self._quick: dict[tuple[tuple[str, bool | int], ...], Any] = {}
         self._quick_works = True
+        with _lock:
+            _every.add(self)
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function, compiled for the arguments' shapes and the options of the moment."""
+        before = self.count()
+        result = self._called(*arguments)
+        if self.count() > before:
+            make_room()
+        return result
+
+    def _called(self, *arguments: Any) -> Any:
         if self._quick_works and jax.default_backend() == "cpu":
             try:
                 return self._with_options()(*arguments)
@@ -47,3 +71,26 @@ class Compiled:
     def count(self) -> int:
         """Return how many executables have been compiled, one for each set of shapes."""
         return sum(int(each._cache_size()) for each in (self._default, *self._quick.values()))
+
+    def clear(self) -> None:
+        """Drop the executables."""
+        for each in (self._default, *self._quick.values()):
+            each.clear_cache()
+
+
+def make_room() -> None:
+    """Drop all executables, if a process has made three quarters of the mappings that it may have.
+
+    Nothing else depends on them: one that runs in another thread goes when it has ended.
+    """
+    with _lock:
+        every = list(_every)
+    if sum(each.count() for each in every) < FEW:
+        return
+    try:
+        made, most = (path.read_bytes() for path in MAPPINGS)
+    except OSError:
+        return
+    if 4 * made.count(b"\n") > 3 * int(most):
+        for each in every:
+            each.clear()

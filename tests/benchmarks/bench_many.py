@@ -101,7 +101,7 @@ def seconds(call: Callable[[], Any], rounds: int = 3) -> float:
 def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None) -> dict[str, Any]:
     """Return fits a second by each way, and how much work lanes waste."""
     import lmmax
-    from lmmax.batch import one_variance, solve_responses, solve_statistics
+    from lmmax.batch import line_statistics, solve_responses, solve_statistics
     from lmmax.batch.engines import LineEngine, engine_of
     from lmmax.batch.reading import read_design
     from lmmax.batch.solve import Effort
@@ -116,7 +116,7 @@ def measure(data: pd.DataFrame, y: np.ndarray, formula: str, relmat: Any = None)
     work = engine_of(prepare(design), Settings(), ())
     found: dict[str, Any] = {}
     if isinstance(work, LineEngine):
-        stats = one_variance.statistics(work.line, y)
+        stats = line_statistics.statistics(work.line, y)
         found["statistics"] = k / seconds(lambda: work.of_statistics(stats))
     else:
         work.fit(y[:, :64])

@@ -21,8 +21,9 @@ from ..inference.denominator import combined
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
-from . import Solved, one_variance, shared_by_responses, solve_responses
+from . import Solved, line_fits, line_statistics, shared_by_responses, solve_responses
 from .factors import SharedFactors
+from .one_variance import OneVariance, one_variance, suits
 from .statistics import SharedDesigns
 
 
@@ -159,8 +160,8 @@ def tested(of: Uncertainty, difference: np.ndarray, values: np.ndarray) -> list[
 
 def engine_of(prepared: Prepared, settings: Settings, tests: Sequence[Hypothesis]) -> Engine:
     """Return the fastest engine for a design."""
-    if one_variance.suits(prepared.layout, prepared.terms, settings):
-        found = one_variance.one_variance(prepared.layout)
+    if suits(prepared.layout, prepared.terms, settings):
+        found = one_variance(prepared.layout)
         if found is not None:
             return LineEngine(prepared, found, settings.reml, tuple(tests))
     return GeneralEngine(prepared, settings, tuple(tests))
@@ -180,7 +181,7 @@ class LineEngine:
     """Models with one variance besides the residual's."""
 
     prepared: Prepared
-    line: one_variance.OneVariance
+    line: OneVariance
     reml: bool
     tests: tuple[Hypothesis, ...]
 
@@ -192,15 +193,15 @@ class LineEngine:
 
     def fit(self, y: np.ndarray, origin: np.ndarray | None = None) -> Record:
         """See `Engine`."""
-        stats = one_variance.statistics(self.line, _without_offset(self.prepared.design, y))
+        stats = line_statistics.statistics(self.line, _without_offset(self.prepared.design, y))
         if origin is not None:
             moved = stats.origin + _in_working_units(self.prepared, origin)
             stats = stats._replace(origin=moved)
         return self.of_statistics(stats)
 
-    def of_statistics(self, stats: one_variance.Statistics) -> Record:
+    def of_statistics(self, stats: line_statistics.Statistics) -> Record:
         """Fit from statistics."""
-        found, layout = one_variance.fits(self.line, stats, self.reml), self.prepared.layout
+        found, layout = line_fits.fits(self.line, stats, self.reml), self.prepared.layout
         return record_on_line(
             found,
             len(self.prepared.design.x_names),
@@ -310,7 +311,7 @@ class GeneralEngine:
 
 
 def record_on_line(
-    found: one_variance.Fits,
+    found: line_fits.Fits,
     p: int,
     kept: np.ndarray,
     tests: Sequence[Hypothesis],

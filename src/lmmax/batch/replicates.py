@@ -25,7 +25,7 @@ from ..fit import ConvergenceWarning, Prepared, prepare
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
-from . import one_variance, shared_by_responses, solve_responses
+from . import line_fits, line_statistics, shared_by_responses, solve_responses
 from .engines import (
     Engine,
     GeneralEngine,
@@ -81,11 +81,11 @@ class LineTester:
 
     def statistics(self, errors: np.ndarray) -> np.ndarray:
         """See `Tester`."""
-        return self._tested(one_variance.statistics(self.engine.line, errors))
+        return self._tested(line_statistics.statistics(self.engine.line, errors))
 
-    def _tested(self, stats: one_variance.Statistics) -> np.ndarray:
+    def _tested(self, stats: line_statistics.Statistics) -> np.ndarray:
         line = self.engine.line
-        found = one_variance.fits(line, stats, self.engine.reml)
+        found = line_fits.fits(line, stats, self.engine.reml)
         unscaled = line.unscaled_covariance(found.variance, self.L)[0]
         tested = wald(found.beta @ self.L.T, found.scale[:, None, None] * unscaled)
         return np.where(found.status == Status.CONVERGED, tested, np.nan)
@@ -116,7 +116,7 @@ class LineTester:
             inside = moved.reshape(len(sums), b * c)
             inside -= line.groups_X @ origin
             left = total.ravel() - np.einsum("ij,ij->j", origin, origin)
-            stats = one_variance.from_sums(line, origin.T, left, inside.T)
+            stats = line_statistics.from_sums(line, origin.T, left, inside.T)
             return self._tested(stats).reshape(b, c)
 
         return replicates

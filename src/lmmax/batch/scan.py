@@ -34,16 +34,10 @@ from jax import Array
 
 from ..solve import Status
 from .devices import OverLanes, in_blocks, n_devices
+from .line_fits import BOUNDARY, Fits, Spectrum, observed_information, spectrum
 from .line_search import minimise, sums_of
-from .one_variance import (
-    BOUNDARY,
-    EXPLAINED,
-    Fits,
-    OneVariance,
-    Spectrum,
-    spectrum,
-    summed,
-)
+from .line_statistics import EXPLAINED, summed
+from .one_variance import OneVariance
 from .pooled import INDEPENDENT
 
 SEARCH_LANES = 512
@@ -405,7 +399,7 @@ class Scanned:
 
 def fits(line: OneVariance, models: Coordinates, reml: bool) -> Scanned:
     """Fit every model to its own optimum."""
-    (n, _, _), r = models.products.shape, models.slope.shape[1]
+    r = models.slope.shape[1]
     unit, fixed = line.unit, line.layout.fixed
     contrasts = float(line.n_obs - reml * (line.n_fixed + r))
     constants = spectrum(line, reml)._replace(d=contrasts)
@@ -426,18 +420,13 @@ def fits(line: OneVariance, models: Coordinates, reml: bool) -> Scanned:
     if reml:
         constant += 2.0 * np.linalg.slogdet(fixed.R)[1]
         constant -= 2.0 * np.log(np.abs(np.einsum("njj->nj", models.to_user))).sum(axis=1)
-    cross = at.rss_slope / at.rss * contrasts
-    information = np.empty((n, 2, 2))
-    information[:, 0, 0] = (at.bend + cross**2 / contrasts) / unit**2
-    information[:, 0, 1] = information[:, 1, 0] = -cross / unit
-    information[:, 1, 1] = contrasts
     status = np.where(at.converged, Status.CONVERGED, Status.MAX_STEPS)
     found = Fits(
         beta=np.concatenate([beta, np.einsum("nj,njk->nk", own, models.to_user)], axis=1),
         variance=d * unit,
         scale=at.rss * models.y_scale**2 / contrasts,
         criterion=at.value + constant,
-        information=0.5 * information,
+        information=observed_information(at, contrasts, unit),
         status=status,
         steps=at.steps,
         gradient=at.slope * (1.0 + at.d),

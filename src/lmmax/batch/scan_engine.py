@@ -16,7 +16,7 @@ from ..fit import (
     check_enough,
 )
 from ..solve import Status
-from . import one_variance, scan
+from . import line_fits, line_statistics, scan
 from .engines import (
     Hypothesis,
     Record,
@@ -27,6 +27,8 @@ from .engines import (
     record_on_line,
     stacked,
 )
+from .grouped_rows import as_range
+from .one_variance import OneVariance, one_variance, suits
 from .reasons import reasons
 from .varied import scaled
 
@@ -51,7 +53,7 @@ class ScanEngine:
     columns: tuple[int, ...]
     settings: Settings
     tests: tuple[Hypothesis, ...]
-    line: one_variance.OneVariance
+    line: OneVariance
     kept: np.ndarray
 
     @property
@@ -112,7 +114,7 @@ class ScanEngine:
         """Fit some models side by side, and tell which need a closer look."""
         parts, closer = [], []
         for first in range(0, len(lanes), scan.TILE_LANES):
-            take = one_variance.as_range(lanes[first : first + scan.TILE_LANES])  # no copy
+            take = as_range(lanes[first : first + scan.TILE_LANES])  # no copy
             changing = [scan.vectors(self.line, self._changed(j, x[:, take])) for j in self.columns]
             own = responses
             if own is None:
@@ -145,8 +147,8 @@ class ScanEngine:
         take = np.flatnonzero(lanes) if y.shape[1] > 1 else [0]
         if not lanes.any():
             return empty(0, self.design.X.shape[1], 1, len(self.tests))
-        statistics = one_variance.statistics(self.line, y[:, take])
-        found = one_variance.fits(self.line, statistics, self.settings.reml)
+        statistics = line_statistics.statistics(self.line, y[:, take])
+        found = line_fits.fits(self.line, statistics, self.settings.reml)
         record = record_on_line(
             found,
             self.design.X.shape[1],
@@ -194,10 +196,10 @@ def scan_engine(
     if len(columns) > scan.MOST_COLUMNS:
         return None
     arranged = layout(design.X[:, others], factors, design.weights, settings.engine)
-    if not one_variance.suits(arranged, terms, settings):
+    if not suits(arranged, terms, settings):
         return None
     check_enough(design, arranged, terms, settings)
-    line = one_variance.one_variance(arranged)
+    line = one_variance(arranged)
     if line is None:
         return None
     kept = np.concatenate([others[arranged.fixed.kept], np.array(columns, dtype=int)])
