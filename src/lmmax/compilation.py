@@ -32,11 +32,16 @@ _lock = Lock()
 
 
 class Compiled:
-    """A jitted function with the compiler options of this module."""
+    """A jitted function with the compiler options of this module.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._default: Any = jax.jit(function)
+    Args:
+        function: the function.
+        static_argnums: positions of arguments that are constants to the compiler.
+    """
+
+    def __init__(self, function: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> None:
+        self._function, self._static = function, static_argnums
+        self._default: Any = jax.jit(function, static_argnums=static_argnums)
         self._quick: dict[tuple[tuple[str, bool | int], ...], Any] = {}
         self._quick_works = True
         with _lock:
@@ -64,7 +69,9 @@ class Compiled:
         options = tuple(CPU_OPTIONS.items())
         quick = self._quick.get(options)
         if quick is None:
-            jitted = jax.jit(self._function, compiler_options=dict(options))
+            jitted = jax.jit(
+                self._function, static_argnums=self._static, compiler_options=dict(options)
+            )
             quick = self._quick.setdefault(options, jitted)
         return quick
 

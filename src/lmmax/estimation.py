@@ -241,7 +241,7 @@ def estimate(
     z_inverse = np.asarray(problem.z_inverse)
     constraints, guess = read_constraints(problem, terms, settings)
     if isinstance(compression.detail, Rows):
-        from .iterative_solve import probed  # here, since few models need it and SciPy
+        from .iterative import probed  # here, since few models need it and SciPy
 
         solution, found = probed(problem, compression.detail, constraints, guess, settings, terms)
         estimates = _in_user_units(compression, terms, settings, constraints, solution, "newton")

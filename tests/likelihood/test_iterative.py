@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from lmmax import iterative_solve
-from lmmax.iterative_solve import IterativeSolution, solve_iterative
+from lmmax.iterative import IterativeSolution, solve_iterative
+from lmmax.iterative.evaluation import Evaluator
+from lmmax.iterative.model import Factor as Part
+from lmmax.iterative.model import join, prepare
+from lmmax.iterative.traces import power_traces
 from lmmax.likelihood.iterative import CHUNK_ROWS, multiply_schur, sparse_rows
 from lmmax.parameters import pack_triangle
 from lmmax.solve import Status
@@ -294,20 +297,18 @@ def test_sparse_products_with_rows_of_very_different_length(n_rows: int) -> None
 @pytest.mark.parametrize("kind", ["slopes", "three_factors"])
 def test_traces_of_powers_are_exact(kind: str) -> None:
     case = simulate(kind)
-    parts = [iterative_solve.Factor(*factor) for factor in case.factors]
+    parts = [Part(*factor) for factor in case.factors]
     with jax.enable_x64(True):
-        model = iterative_solve._prepare(parts, case.X, case.y, True, case.patterns, 0)
-        evaluate = iterative_solve._Evaluator(model)
-        at = evaluate._eliminate(iterative_solve._join(model, case.D))
+        model = prepare(parts, case.X, case.y, True, case.patterns, 0)
+        evaluate = Evaluator(model)
+        at = evaluate._eliminate(join(model, case.D))
         identity = np.eye(evaluate.n_tail)
         E = identity - np.asarray(multiply_schur(model.problem, at, identity))
     np.testing.assert_allclose(np.diag(E), 0.0, atol=1e-12)
     expected = [np.trace(np.linalg.matrix_power(E, k)) for k in range(1, 9)]
-    deep = iterative_solve._power_traces(model, at, 4)
+    deep = power_traces(model, at, 4)
     np.testing.assert_allclose(deep, expected, rtol=1e-9, atol=1e-10)
-    np.testing.assert_allclose(
-        iterative_solve._power_traces(model, at, 1), expected[:2], rtol=1e-9, atol=1e-10
-    )
+    np.testing.assert_allclose(power_traces(model, at, 1), expected[:2], rtol=1e-9, atol=1e-10)
 
 
 def test_higher_powers_serve_where_many_probes_would_be_needed() -> None:
