@@ -8,7 +8,7 @@ import pytest
 
 from lmmax import likelihood
 from lmmax.compress import FactorColumns, compress, grouped, layout, rows
-from lmmax.compress.columns import column_factor
+from lmmax.compress.columns import column_factor, constant
 from lmmax.compress.rows import bucket
 from tests.oracles import dense
 from tests.simulate import simulate
@@ -97,6 +97,23 @@ def test_column_factor_of_a_covariate_far_from_zero(offset: float) -> None:
     assert factor.kept.tolist() == [0, 1]
     centred = np.linalg.norm(x - x.mean())
     assert abs(factor.R[1, 1]) == pytest.approx(centred, rel=1e-13 * offset)
+
+
+@pytest.mark.parametrize("offset", [1e2, 3e4, 1e6])
+def test_working_columns_are_orthonormal(offset: float) -> None:
+    """To the rounding of the columns themselves, whichever factorisation served."""
+    rng = np.random.default_rng(2)
+    X = np.column_stack([rng.normal(size=200) + offset, np.ones(200), rng.normal(size=200)])
+    for weights in (None, rng.uniform(0.5, 2.0, size=200)):
+        factor = column_factor(X, weights)
+        working = X @ factor.inverse
+        weighted = working if weights is None else working * weights[:, None]
+        assert np.abs(working.T @ weighted - np.eye(3)).max() < 1e-15 * offset + 1e-14
+        assert constant(X, factor, weights).tolist() == [0.0, 1.0, 0.0]
+        halves = np.column_stack([X[:, 2] > 0.0, X[:, 2] <= 0.0, X[:, 0]]).astype(float)
+        found = constant(halves, column_factor(halves, weights), weights)
+        np.testing.assert_allclose(found, [1.0, 1.0, 0.0], atol=1e-15 * offset + 1e-14)
+        assert constant(X[:, ::2], column_factor(X[:, ::2], weights), weights) is None
 
 
 def test_buckets_waste_little_and_are_few() -> None:

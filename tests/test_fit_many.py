@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ import pandas as pd
 import pytest
 
 import lmmax
-from lmmax.batch import line_fits
+from lmmax.batch import line_fits, line_statistics
+from lmmax.batch.engines import LineEngine, engine_of
 from lmmax.batch.multiple import qvalues
+from lmmax.batch.reading import read_design
+from lmmax.constraints import Settings
+from lmmax.fit import prepare
 from lmmax.solve import Status
 
 N_RESPONSES = 40
@@ -209,6 +215,33 @@ def test_an_enormous_mean_costs_no_digits(sleep: pd.DataFrame) -> None:
     np.testing.assert_allclose(far.params["Days"], near.params["Days"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("reml", [True, False])
+def test_groups_that_are_far_apart_cost_no_digits(sleep: pd.DataFrame, reml: bool) -> None:
+    """Beyond the grid of the search on a line, and far beyond the digits of a difference."""
+    rng = np.random.default_rng(3)
+    apart = rng.normal(size=18)[pd.factorize(sleep["Subject"])[0]]
+    y = rng.normal(size=(180, 1)) + apart[:, None] * 10.0 ** np.array([1, 3, 5, 7])
+    batch = lmmax.fit_many(MODELS["intercept"], sleep, y, reml=reml)
+    assert batch.converged.all()
+    for i, alone in enumerate(batch):
+        # One unit of rounding of a response is 1e-9 of its noise in the end.
+        assert abs(batch.llf.iloc[i] - alone.llf) < 1e-7
+        np.testing.assert_allclose(batch.scale.iloc[i], alone.scale, rtol=1e-8)
+        np.testing.assert_allclose(batch.bse.iloc[i], alone.bse, rtol=1e-7)
+        np.testing.assert_allclose(batch.df.iloc[i], alone.df, rtol=1e-5)
+
+
+def test_a_minimum_beyond_the_grid_is_not_called_converged(sleep: pd.DataFrame) -> None:
+    """What has statistics only, and no rows for a closer look, says so."""
+    design, _ = read_design(MODELS["intercept"], sleep)
+    engine = engine_of(prepare(design), Settings(), ())
+    assert isinstance(engine, LineEngine)
+    apart = np.eye(18)[pd.factorize(sleep["Subject"])[0], :2] * 1e7
+    y = apart * [1.0, 0.0] + np.random.default_rng(0).normal(size=(180, 2))
+    found = engine.of_statistics(line_statistics.statistics(engine.line, y))
+    assert found.status.tolist() == [Status.MAX_STEPS, Status.CONVERGED]
+
+
 def test_a_response_that_x_explains_nearly_is_residualised_first(sleep: pd.DataFrame) -> None:
     y = simulated(sleep)[:, [0]]
     steep = y + 1e7 * sleep["Days"].to_numpy()[:, None]
@@ -272,8 +305,22 @@ def test_data_frames_and_names(sleep: pd.DataFrame) -> None:
     assert list(by_name.names) == ["a", "b"] == list(by_frame.names)
     np.testing.assert_array_equal(by_name.params, by_frame.params)
     assert by_name["b"].params["Days"] == pytest.approx(by_name.params.loc["b", "Days"], rel=1e-9)
+    assert by_name["b"].design.response_name == "b"
+    assert "a" in by_name and "c" not in by_name
+    assert [fit.llf for fit in by_name] == [by_name["a"].llf, by_name[-1].llf]
     with pytest.raises(KeyError, match="'c' is no response"):
         by_name["c"]
+    with pytest.raises(TypeError, match=r"not by slice: .* use params\.loc"):
+        by_name[:1]
+
+
+def test_a_covariate_may_be_called_response(sleep: pd.DataFrame) -> None:
+    y, data = simulated(sleep)[:, :2], sleep.rename(columns={"Days": "response"})
+    found = lmmax.fit_many("~ response + (1 | Subject)", data, y)
+    same = lmmax.fit_many(MODELS["intercept"], sleep, y)
+    np.testing.assert_array_equal(found.params, same.params)
+    with pytest.raises(lmmax.DataError, match=r"no column 'response' .* Columns: [^(]*\.$"):
+        lmmax.fit_many("~ response + (1 | Subject)", sleep, y)
 
 
 def test_rows_with_missing_covariates_are_left_out(sleep: pd.DataFrame) -> None:
@@ -293,12 +340,35 @@ def test_rows_with_missing_covariates_are_left_out(sleep: pd.DataFrame) -> None:
         (np.zeros((2, 180)), "they may be transposed"),
         (np.zeros((180, 2, 2)), r"two-dimensional.*image\[mask\]"),
         (["nowhere"], "'nowhere', which is no column of data"),
+        (["Reaction", "Reaction"], "names 'Reaction' more than once"),
+        ("Reaction", r"write responses=\['Reaction'\] for the column"),
+        ([], "responses is empty"),
         (np.zeros((180, 0)), "no column"),
+        (np.zeros((180, 2), dtype=object), r"not object: convert with astype\(float\)"),
+        (3.0, "an array or a data frame, not float"),
     ],
 )
 def test_wrong_responses(sleep: pd.DataFrame, responses: Any, message: str) -> None:
     with pytest.raises(lmmax.DataError, match=message):
         lmmax.fit_many(MODELS["intercept"], sleep, responses)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 1.5}, "chunk=1.5 must be a whole number"),
+        ({"chunk": "auto"}, "chunk='auto' must be a whole number"),
+        ({"tests": "Days = 10"}, "tests='Days = 10' must be a mapping"),
+        ({"executor": "dask"}, "executor='dask' must be an executor"),
+        ({"executor": ThreadPoolExecutor}, "must be an executor"),
+        ({"out": 3}, "out=3 must be the path of a directory"),
+        ({"resume": True}, "resume=True goes with out="),
+        ({"out": Path(__file__)}, r"test_fit_many.py' cannot be made .* \(File exists\)"),
+    ],
+)
+def test_wrong_options(sleep: pd.DataFrame, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        lmmax.fit_many(MODELS["intercept"], sleep, ["Reaction"], **options)
 
 
 def test_qvalues_of_benjamini_and_hochberg() -> None:

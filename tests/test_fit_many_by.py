@@ -265,5 +265,10 @@ def test_wrong_arguments(data: pd.DataFrame) -> None:
         lmmax.fit_many("y ~ x + (1 | g)", data, ["y"], by="store")
     with pytest.raises(lmmax.DataError, match="by='shop'"):
         lmmax.fit_many("y ~ x + (1 | g)", data, by="shop")
-    with pytest.raises(lmmax.DataError, match="names no column"):
-        lmmax.fit_many("y ~ x + (1 | g)", data, by=[])
+    for by, message in (
+        ([], "names no column"),
+        (["store", "store"], "names 'store' more than once"),
+        (data["store"], "by must be the name of a column of data, .* hold a Series"),
+    ):
+        with pytest.raises(lmmax.DataError, match=message):
+            lmmax.fit_many("y ~ x + (1 | g)", data, by=by)

@@ -323,6 +323,63 @@ def test_missing_values_leave_the_other_rows(data: pd.DataFrame) -> None:
         assert both.statistic[1, 0] == pytest.approx(alone.statistic[0, 0], rel=EXACT)
 
 
+def one_by_one(found: Resampled, alone: list[Resampled]) -> None:
+    """Each response as by itself, and the largest statistic that of all of them."""
+    assert found.exceeded.tolist() == [each.exceeded[0].tolist() for each in alone]
+    np.testing.assert_allclose(
+        found.statistic[:, 0], [each.statistic[0, 0] for each in alone], rtol=EXACT
+    )
+    largest = np.max([each.maxima[0] for each in alone], axis=0)
+    np.testing.assert_allclose(found.maxima[0], largest, rtol=EXACT)
+
+
+def test_designs_that_differ_by_response(data: pd.DataFrame) -> None:
+    rng, formula = np.random.default_rng(5), "~ t + x + (1 | g)"
+    y = responses(data, 2)
+    y[4, 1] = np.nan
+    weights, offset = rng.uniform(0.5, 2.0, size=(2, *y.shape))
+    varied = lmmax.fit_many(formula, data, y, weights=weights, offset=offset)
+    for options in ({"exchange": "flip"}, {"method": "wild"}):
+        alone = [
+            resample(
+                lmmax.fit_many(
+                    formula, data, y[:, [j]], weights=weights[:, j], offset=offset[:, j]
+                ),
+                ["t"],
+                n=5,
+                **options,
+            )
+            for j in range(2)
+        ]
+        one_by_one(resample(varied, ["t"], n=5, **options), alone)
+    with pytest.raises(ExchangeError, match=r"weights differ by response.*flip"):
+        resample(varied, ["t"], exchange="within")
+    drawn = [resample(varied, ["t"], n=5, method="parametric", chunk=c) for c in (1, 2)]
+    assert (drawn[0].maxima[0] == drawn[1].maxima[0]).all()
+    assert len(np.unique(drawn[0].maxima[0])) == 5
+
+    of_offset = resample(lmmax.fit_many(formula, data, y, offset=offset), ["x"], n=5)
+    plain = resample(lmmax.fit_many(formula, data, y - offset), ["x"], n=5)
+    assert (of_offset.exceeded == plain.exceeded).all()
+    np.testing.assert_allclose(of_offset.maxima[0], plain.maxima[0], rtol=EXACT)
+
+    columns, model = rng.normal(size=y.shape), "~ t + s + (1 | g)"
+    scan = lmmax.fit_many(model, data, y[:, :1], scan={"s": columns})
+    alone = [
+        resample(lmmax.fit_many(model, data.assign(s=s), y[:, :1]), ["s"], n=5, exchange="within")
+        for s in columns.T
+    ]
+    one_by_one(resample(scan, ["s"], n=5, exchange="within"), alone)
+
+    frame = data.assign(y=y[:, 0], half=data["g"] < 3)
+    by = resample(lmmax.fit_many(f"y {formula}", frame, by="half"), ["t"], n=99, exchange="flip")
+    assert "all 63 other" in by.notes[0]
+    for half, p in by.test()["p"].items():
+        part = frame[frame["half"] == half]
+        few = resample(lmmax.fit_many(formula, part, ["y"]), ["t"], n=99, exchange="flip")
+        assert "all 7 other" in few.notes[0] and few.test()["p"].iloc[0] == p
+
+
 def test_one_sided(data: pd.DataFrame) -> None:
     batch = lmmax.fit_many("~ t + x + (1 | g)", data, responses(data, 3))
     two, up, down = (
@@ -433,7 +490,7 @@ def test_several_factors_one_after_the_other() -> None:
     assert found.maxima[0][0] == pytest.approx(abs(t), rel=1e-6)
 
 
-def test_mistakes_are_named(data: pd.DataFrame) -> None:
+def test_mistakes_are_named(data: pd.DataFrame, tmp_path: Path) -> None:
     y = responses(data, 1)
     batch = lmmax.fit_many("~ t + x + (1 | g)", data, y)
     for options, words in (
@@ -452,3 +509,12 @@ def test_mistakes_are_named(data: pd.DataFrame) -> None:
         resample(batch, {"a": "t = 0, t = 1"})
     with pytest.raises(lmmax.DataError, match="read again"):
         resample(replace(batch, source=None), ["t"])
+    with pytest.raises(ValueError, match="exchange='flip' is for method='permutation', not 'wild'"):
+        resample(batch, ["t"], method="wild", exchange="flip")
+    with pytest.raises(TypeError, match="not int"):
+        resample(3, ["t"])  # type: ignore[arg-type]
+    with pytest.raises(lmmax.DataError, match="directory that does not exist"):
+        resample(batch, ["t"], out=tmp_path / "no" / "such.npz")
+    np.savez(tmp_path / "other.npz", a=1)
+    with pytest.raises(lmmax.DataError, match="holds no replicates"):
+        resample(batch, ["t"], out=tmp_path / "other.npz", resume=True)

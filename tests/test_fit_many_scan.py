@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 
 import lmmax
+import lmmax.batch.varied_work
 from lmmax.batch.engines import Record
 from lmmax.batch.store import StoreError
 from tests.oracles import dense
+
+pytestmark = pytest.mark.unoptimised
 
 K = 8
 MISSING, CONSTANT, ZERO, ALIASED, INFINITE = 2, 4, 5, 6, 7
@@ -193,6 +196,60 @@ def test_columns_are_paired_with_responses(data: pd.DataFrame, columns: np.ndarr
         check(one, i, alone(formula, own.assign(snp=columns[:, MISSING])))
 
 
+@pytest.mark.parametrize("random", ["1", "1 + t"])
+def test_models_that_lack_rows_of_their_own(
+    data: pd.DataFrame, columns: np.ndarray, random: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and whole groups; in company, and with a design for each pattern."""
+    formula, rng = f"~ age + snp + ({random} | g)", np.random.default_rng(7)
+    x = columns[:, [0, 1, 3, 0, 1, 3]].copy()
+    x[data["g"] == 3, 0], x[[0, 9, 10], 1], x[5, 2] = np.nan, np.nan, np.nan
+    x[rng.random(len(x)) < 0.5, 3] = np.nan
+    x[2:, 4] = np.nan
+    own = data.assign(y=data["y"].where(data.index != 5))
+    weights = np.linspace(0.5, 2.0, len(data))
+    options: dict[str, Any] = {"scan": {"snp": x}, "weights": weights}
+    batch = lmmax.fit_many(formula, own, ["y"], **options)
+    for i in (0, 1, 2, 3, 5):
+        check(batch, i, alone(formula, own.assign(snp=x[:, i]), weights=weights))
+    assert batch.certificate["status"].iloc[4] == "too_few"
+    monkeypatch.setattr(lmmax.batch.varied_work, "COMPANY", 1)
+    each = lmmax.fit_many(formula, own, ["y"], **options)
+    for name in ("params", "bse", "df", "llf", "cov_re"):
+        values = [getattr(of.record, name) for of in (batch, each)]
+        np.testing.assert_allclose(*values, rtol=1e-7, atol=1e-10, err_msg=name)
+    assert each.record.status.tolist() == batch.record.status.tolist()
+
+
+def test_slopes_over_equal_visits() -> None:
+    """Groups with the same design are merged, whatever changes from model to model."""
+    rng, k = np.random.default_rng(6), 3
+    codes, visit = np.repeat(np.arange(30), 4), np.tile(np.arange(4.0), 30)
+    frame = pd.DataFrame({"g": codes, "t": visit, "o": rng.normal(size=120)})
+    b = rng.normal(size=(2, 30)) * [[1.0], [0.5]]
+    frame["y"] = 9.0 + b[0][codes] + b[1][codes] * visit + frame["o"] + rng.normal(size=120)
+    x = rng.integers(0, 3, size=(30, k))[codes].astype(float)
+    x[:, 1] = 1e5 + rng.normal(size=120)
+    x[:, 2] = 1.0
+    weights = 1.0 + 0.5 * visit
+    one = "~ t * snp + offset(o) + (1 + t | g)"
+    options: dict[str, Any] = {"weights": weights, "reml": False}
+    batch = lmmax.fit_many(one, frame, ["y"], scan={"snp": x}, **options)
+    assert "in lanes" in batch.engine
+    # Levels that probing values might follow; more columns than a search on a line takes.
+    frame["h"] = np.random.default_rng(0).integers(0, 5, size=120)
+    levels = lmmax.plan("~ snp:C(h) + (1 | g)", frame, ["y"], scan={"snp": x[:, :2]})
+    assert "5 of 6 columns of X change: Newton's method in lanes" in levels.engine
+    y = frame["y"].to_numpy()[:, None] + rng.normal(size=(120, k))
+    y[:, 0] += 1e3 * x[:, 0]
+    two = "~ t + snp + (1 + t || g)"
+    paired = lmmax.fit_many(two, frame, y, scan={"snp": x})
+    for i in range(k):
+        own = frame.assign(snp=x[:, i])
+        check(batch, i, alone(one, own, **options))
+        check(paired, i, alone(two, own.assign(y=y[:, i])))
+
+
 def test_offsets_and_weights_of_each_response(data: pd.DataFrame) -> None:
     rng = np.random.default_rng(5)
     n, k = len(data), 3
@@ -209,6 +266,44 @@ def test_offsets_and_weights_of_each_response(data: pd.DataFrame) -> None:
         check(both, i, alone(two, own, offset=offset[:, i], weights=weights[:, i]))
     check(both, 2, both[2])
     assert both.n_obs.tolist() == [n, n - 1, n - 2]
+
+
+@pytest.mark.parametrize("what", ["weights", "scan"])
+def test_models_that_lack_whole_groups_or_all_rows(
+    data: pd.DataFrame, columns: np.ndarray, what: str
+) -> None:
+    """In a chunk of their own a group of which no row is left is not there."""
+    y = np.repeat(data[["y"]].to_numpy(), 5, axis=1)
+    y[data["g"] == 7, 0] = y[:, 1] = np.nan
+    y[0, 2], y[:, 3] = np.inf, data["age"]
+    own: dict[str, Any] = {"weights": np.tile(np.linspace(0.5, 2.0, len(y))[:, None], 5)}
+    formula = "~ age + (1 | g)"
+    if what == "scan":
+        own, formula = {"scan": {"snp": columns[:, [0, 0, 0, 0, 1]]}}, "~ age + snp + (1 | g)"
+    batch = lmmax.fit_many(formula, data, y, chunk=1, **own)
+    ends = ["converged", "too_few", "infinite", "explained", "converged"]
+    assert batch.certificate["status"].tolist() == ends
+    for i in (0, 4):
+        frame = data.assign(y=y[:, i], snp=columns[:, i // 4])
+        weights = own["weights"][:, i] if what == "weights" else None
+        check(batch, i, alone(formula, frame, weights=weights))
+
+
+def test_a_model_that_lacks_a_random_effect_is_refused_alone(data: pd.DataFrame) -> None:
+    y = np.repeat(data[["y"]].to_numpy(), 2, axis=1)
+    y[data["h"] == 0, 1] = np.nan
+    frame, options = data.assign(t=data["t"] * (data["h"] == 0)), {"weights": np.ones_like(y)}
+    for chunk in (1, 2):
+        batch = lmmax.fit_many("~ age + (1 + t | g)", frame, y, chunk=chunk, **options)
+        assert batch.certificate["status"].tolist() == ["converged", "too_few"]
+
+
+def test_groups_far_apart_in_a_scan(data: pd.DataFrame, columns: np.ndarray) -> None:
+    apart = data.assign(y=data["y"] + 1e5 * np.sin(data["g"]))
+    formula = "~ age + snp + (1 | g)"
+    batch = lmmax.fit_many(formula, apart, ["y"], scan={"snp": columns[:, :2]})
+    for i in range(2):
+        check(batch, i, alone(formula, apart.assign(snp=columns[:, i])), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -174,10 +174,23 @@ def test_a_single_response(plain: lmmax.BatchFit, y: np.ndarray) -> None:
         np.testing.assert_allclose(found.params.iloc[0], plain.params.iloc[0], rtol=1e-12)
 
 
+def test_masked_values_are_missing_and_columns_may_come_by_name(
+    plain: lmmax.BatchFit, y: np.ndarray
+) -> None:
+    masked = np.ma.MaskedArray(np.nan_to_num(y, nan=1e6), np.isnan(y))
+    by_name = dict(zip(NAMES, y.T, strict=True))
+    for responses in (masked, by_name):
+        found = streaming.fit("intercept", responses)
+        np.testing.assert_array_equal(found.n_obs, plain.n_obs)
+        np.testing.assert_array_equal(found.params.to_numpy(), plain.params.to_numpy())
+    assert list(found.names) == NAMES
+
+
 @pytest.mark.parametrize(
     ("responses", "message"),
     [
         (lambda y: iter([]), "iterator without any response"),
+        (lambda y: iter([y, None, y]), "chunk 2 of responses must be an array .* not NoneType"),
         (lambda y: iter([y, y[:, 0, None, None]]), "chunk 2 of responses must be two-dim"),
         (lambda y: iter([y.astype(str)]), "chunk 1 of responses must be numeric"),
         (

@@ -232,6 +232,15 @@ def test_other_responses_of_the_same_shape_are_other_work(
         streaming.fit(model, y + 1.0, out=out, resume=True)
 
 
+def test_what_is_no_result_is_not_written_over(tmp_path: Path, y: np.ndarray) -> None:
+    zarr.create_array(store=str(tmp_path / "own.zarr"), data=y)
+    for resume in (False, True):
+        with pytest.raises(StoreError, match=r"own.zarr' cannot be made .*use another"):
+            streaming.fit("intercept", y, out=tmp_path / "own.zarr", resume=resume)
+    np.testing.assert_array_equal(zarr.open_array(str(tmp_path / "own.zarr"))[:], y)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.zarr"]
+
+
 # --- sources --------------------------------------------------------------------------------
 
 

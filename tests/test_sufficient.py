@@ -190,6 +190,35 @@ def test_merged_parts_are_the_whole(statistics: SufficientStatistics, tmp_path: 
     check_same(loaded.merge(parts[0]).fit(), merged.merge(parts[0]).fit())
 
 
+def test_parts_too_small_for_a_fit(tmp_path: Path) -> None:
+    """One row, one group, one level of a factor; a covariate far from zero, weights."""
+    model = "~ far + group + (1 | Subject)"
+    data = DATA.assign(far=DATA["Days"] + 1e5, group=pd.Categorical(DATA["group"], ["a", "b"]))
+    site = np.where(data["group"] == "b", 3, 2)
+    site[data["Subject"] == data["Subject"].iloc[-1]] = 1
+    site[20] = 0
+    y = Y + np.array([0.0, 1e5])[np.arange(12) % 2]
+    y[:, 2] += 3.0 * data["far"]
+    y[:, 6] = 2.0 - 0.5 * data["far"]
+    parts = [
+        sufficient_statistics(model, data[site == k], y[site == k], weights="w") for k in range(4)
+    ]
+    assert parts[0].n_groups == 1 and parts[0].n_obs.max() == 1
+    assert set(parts[0].fit().certificate["status"]) == {"too_few"}
+    merged = parts[0].merge(*parts[1:])
+    merged.save(tmp_path / "s.npz")
+    for formula in (None, "~ group + (1 | Subject)"):
+        fits = SufficientStatistics.load(tmp_path / "s.npz").fit(formula, tests={"b": "group[T.b]"})
+        whole = lmmax.fit_many(formula or model, data, y, weights="w", tests={"b": "group[T.b]"})
+        check_same(fits, whole)
+    with pytest.raises(
+        DataError, match=r"it lacks 'group\[T.b\]'; make a factor a pandas\.Categor"
+    ):
+        parts[0].merge(
+            sufficient_statistics(model, data.astype({"group": str})[site == 2], y[site == 2])
+        )
+
+
 def test_a_file_that_is_not_what_was_written(
     statistics: SufficientStatistics, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def build_design(
     missing: str = "drop",
     context: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
+    whole: bool = True,
 ) -> Design:
     """Evaluate a model specification on data.
 
@@ -105,6 +106,8 @@ def build_design(
             animals with common ancestors: a DataFrame with the levels as index and columns,
             symmetric and positive definite. Effects of levels i and j then have covariance
             ``relmat[i, j] * D`` with the D of their term. Levels that do not occur may be in it.
+        whole: whether there will be no other rows; else one group, or one row, is enough, and
+            levels of a categorical that do not occur stay.
 
     Returns:
         The design.
@@ -145,7 +148,7 @@ def build_design(
     rows, dropped_by = complete_rows(masks, missing)
     frame = frame[rows] if dropped_by else frame
 
-    encoder, undefined = _evaluate(frame, factors, context, missing)
+    encoder, undefined = _evaluate(frame, factors, context, missing, whole)
     frame = encoder.data
     for name, (count, first) in undefined.items():
         dropped_by[name] = dropped_by.get(name, 0) + count
@@ -156,8 +159,6 @@ def build_design(
         )
     index = frame.index
     y = encoder.numbers(response_factor(spec.response), "the response")
-    check_response(spec.response, y, index)
-
     schemes = contrasts_by_expression(contrasts, factors, encoder.levels)
     X, fixed = _matrix(encoder, formula_part(spec.fixed, schemes), "the fixed-effects design")
     terms = encoder.terms(fixed)
@@ -176,10 +177,12 @@ def build_design(
         group_rows(
             ":".join(names),
             [frame[name] for name in names],
-            [term for term in spec.random if spec.grouping_of(term) == i],
+            [term for term in spec.random if spec.grouping_of(term) == i] if whole else None,
         )
         for i, names in enumerate(spec.group_columns)
     ]
+    if whole:
+        check_response(spec.response, y, index)
     used = {name for factor in factors for names in factor_names(factor) for name in names}
     return Design(
         spec=spec,
@@ -308,14 +311,18 @@ def _with_groups(
 
 
 def _evaluate(
-    frame: pd.DataFrame, factors: Iterable[Factor], context: Mapping[str, Any], missing: str
+    frame: pd.DataFrame,
+    factors: Iterable[Factor],
+    context: Mapping[str, Any],
+    missing: str,
+    whole: bool,
 ) -> tuple[Encoder, dict[str, tuple[int, str]]]:
     """Evaluate all factors on complete rows, leaving out rows in which one is not a number.
 
     Returns:
         The encoder, with the rows that stay, and the number of rows each term lost and the first.
     """
-    encoder = Encoder(frame, context)
+    encoder = Encoder(frame, context, whole=whole)
     encoder.evaluate(factors)
     masks = encoder.undefined()
     if not masks:
@@ -332,7 +339,7 @@ def _evaluate(
         for name, count in counts.items()
     }
     # Levels, means and knots are learnt from the rows that stay, so all starts again.
-    encoder = Encoder(frame[rows], context)
+    encoder = Encoder(frame[rows], context, whole=whole)
     encoder.evaluate(factors)
     for name, mask in encoder.undefined().items():
         raise DataError(

@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,21 +134,25 @@ def as_contrasts(contrasts: Any, what: str) -> Contrasts:
         raise DataError(f"cannot use {contrasts!r} as contrasts for {what}: {error}") from None
 
 
-def _categorical(data: Any, contrasts: Any = None, *, levels: Any = None) -> _Categories:
+def _categorical(
+    data: Any, contrasts: Any = None, *, levels: Any = None, unused: bool = False
+) -> _Categories:
     """`C(...)` in a formula: take values as categories.
 
     Args:
         data: (n,) values.
         contrasts: see `as_contrasts`.
         levels: the levels in order; every value must be among them.
+        unused: keep levels that do not occur.
     """
-    values = as_categories(data)
+    values = as_categories(data, unused=unused)
     if levels is not None:
         levels = pd.Index(list(levels))
         lacking = values.categories.difference(levels)
         if len(lacking):
             raise DataError(f"C(..., levels=...) lacks {listing(map(repr, lacking))}")
-        values = values.set_categories(levels, ordered=True).remove_unused_categories()
+        values = values.set_categories(levels, ordered=True)
+        values = values if unused else values.remove_unused_categories()
     return _Categories(values, None if contrasts is None else as_contrasts(contrasts, "C()"))
 
 
@@ -168,6 +173,7 @@ _FUNCTIONS: dict[str, Any] = {
 }
 # It would reach across groups and over rows left out.
 del _FUNCTIONS["lag"]
+_FUNCTIONS_OF_PARTS = {**_FUNCTIONS, "C": partial(_categorical, unused=True)}
 
 
 def term_factors(text: str) -> list[Factor]:
@@ -261,6 +267,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         context: names that expressions may use besides the columns.
         transforms: state of the transforms; None learns it.
         levels: levels of the categorical factors, by expression; None learns them.
+        whole: whether there will be no other rows; else categories that do not occur are levels.
     """
 
     def __init__(
@@ -269,11 +276,12 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         context: Mapping[str, Any],
         transforms: dict[str, Any] | None = None,
         levels: dict[str, pd.Index] | None = None,
+        whole: bool = True,
     ) -> None:
         super().__init__(frame, context)
         self.transforms = {} if transforms is None else transforms
         self.levels: dict[str, pd.Index] = {} if levels is None else levels
-        self._learning = levels is None
+        self._learning, self._whole = levels is None, whole
         self._widths: list[tuple[int, ...]] = []
 
     def evaluate(self, factors: Iterable[Factor]) -> None:
@@ -402,7 +410,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         scope = LayeredMapping(
             LayeredMapping({name: as_numbers(self.data[name]) for name in names}, name="data"),
             LayeredMapping(self.context, name="context"),
-            LayeredMapping(_FUNCTIONS, name="transforms"),
+            LayeredMapping(_FUNCTIONS if self._whole else _FUNCTIONS_OF_PARTS, name="transforms"),
         )
         try:
             value = stateful_eval(expr, scope, {}, spec.transform_state, spec)
@@ -435,7 +443,8 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                 )
             return series.to_numpy(np.float64)
         if is_label(series.dtype):
-            return self._known(text, _Categories(as_categories(series)))
+            values = as_categories(series, unused=not self._whole)
+            return self._known(text, _Categories(values))
         dates = series.dtype.kind in "mM"
         hint = ": turn dates into numbers, for instance days since the first" if dates else ""
         raise DataError(f"{text!r} holds {series.dtype}, not numbers{hint}")

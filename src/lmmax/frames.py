@@ -227,7 +227,8 @@ def check_finite(name: str, values: Any, index: pd.Index) -> None:
 
 def unknown_column(name: str, table: Iterable[Any], where: str) -> DataError:
     """The error for a name that is no column, with the likeliest remedy."""
-    columns = [str(column) for column in table]
+    # Columns of our own stand in parentheses.
+    columns = [str(column) for column in table if not str(column).startswith("(")]
     close = difflib.get_close_matches(name, columns, n=1)
     close = close or [column for column in columns if column.lower() == name.lower()]
     dotted = [column for column in columns if column.startswith(name + ".")]

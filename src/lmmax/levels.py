@@ -36,9 +36,10 @@ class Grouping:
     root: np.ndarray | None = None
 
 
-def as_categories(values: Any) -> pd.Categorical:
+def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
     """Values as categories: those that occur, sorted as the levels of `Grouping` are.
 
+    With `unused`, those of a pandas categorical that do not occur as well.
     Whole numbers become integers, because a missing value may have made them floats. The result
     counts as ordered if the data say so, or have the categories in another order than the sorted.
     """
@@ -46,7 +47,8 @@ def as_categories(values: Any) -> pd.Categorical:
     if isinstance(values.dtype, pd.CategoricalDtype):
         if not categorical.categories.is_monotonic_increasing:
             categorical = categorical.as_ordered()
-        categorical = categorical.remove_unused_categories()
+        if not unused:
+            categorical = categorical.remove_unused_categories()
     levels = categorical.categories
     if levels.dtype == np.float64:
         values = levels.to_numpy()
@@ -137,14 +139,14 @@ def _cell(digits: Sequence[np.ndarray], levels: Sequence[pd.Index]) -> np.ndarra
 
 
 def group_rows(
-    name: str, columns: Sequence[pd.Series], terms: Iterable[Any]
+    name: str, columns: Sequence[pd.Series], terms: Iterable[Any] | None
 ) -> tuple[Grouping, GroupKey]:
     """Complete columns of labels -> grouping factor, and the key for new rows.
 
     Args:
         name: name of the grouping factor.
         columns: (n,) labels, one column for each part of its name.
-        terms: its random terms, for messages.
+        terms: its random terms, for messages; None to take one group only, too.
 
     Raises:
         DataError: if there is one group only.
@@ -163,7 +165,7 @@ def group_rows(
             for labels, digit in zip(levels, digits, strict=True)
         ]
         names = pd.Index([":".join(text) for text in zip(*texts, strict=True)], dtype=object)
-    if len(names) < 2:
+    if len(names) < 2 and terms is not None:
         raise DataError(
             f"the grouping factor {name!r} has one level, {str(names[0])!r}: the variance "
             f"of random effects cannot be estimated from one group; leave out {listing(terms)}"

@@ -87,6 +87,33 @@ def factors(first: np.ndarray, second: np.ndarray, k: int) -> tuple[pd.DataFrame
     return pd.DataFrame({"f": first, "g": second}), y, "~ 1 + (1 | f) + (1 | g)"
 
 
+def genotypes(
+    data: pd.DataFrame, y: np.ndarray, formula: str, k: int, missing: float = 0.0
+) -> dict[str, Any]:
+    """Return models a second of a scan of one response over k genotypes of the groups.
+
+    Args:
+        data: covariates and groups.
+        y: responses, of which the first is taken.
+        formula: the model without the genotype.
+        k: number of genotypes.
+        missing: share of the groups whose genotype is missing, others for each.
+    """
+    import lmmax
+
+    rng, codes = np.random.default_rng(6), data["g"].to_numpy()
+    x = rng.binomial(2, 0.3, size=(codes.max() + 1, k)).astype(float)
+    x[rng.random(x.shape) < missing] = np.nan
+    scan, model = {"snp": x[codes]}, formula.replace("~", "~ snp +")
+    frame = data.assign(response=y[:, 0])
+    few = [frame.assign(snp=each) for each in scan["snp"].T[:PEER_RESPONSES]]
+    alone = partial(lmmax.fit, f"response {model}")
+    return {
+        "rows": k / seconds(lambda: lmmax.fit_many(model, frame, ["response"], scan=scan)),
+        "refit": len(few) / seconds(lambda: [alone(each) for each in few], 1),
+    }
+
+
 def seconds(call: Callable[[], Any], rounds: int = 3) -> float:
     """Return the least seconds of a few calls, after one that is not counted."""
     call()
@@ -258,7 +285,27 @@ def cases(quick: bool) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
             5_000,
             lambda: measure(*relatives(259, 49, k // 2)),
         ),
-        # No bars: fits a second from rows.
+        # No bars: fits a second from rows; of scans, single fits in place of refits.
+        "scan, intercept, 1,000 groups, p = 5": (
+            0,
+            lambda: genotypes(*intercepts(1_000, 4, 1), k // 2),
+        ),
+        "scan, the same, 1% of groups missing": (
+            0,
+            lambda: genotypes(*intercepts(1_000, 4, 1), k // 10, 0.01),
+        ),
+        "scan, slope, 1,000 groups of 5 visits, p = 4": (
+            0,
+            lambda: genotypes(*slopes(1_000, (5, 5), 3, 1), k // 2),
+        ),
+        "scan, the same, 1% of groups missing ": (
+            0,
+            lambda: genotypes(*slopes(1_000, (5, 5), 3, 1), k // 10, 0.01),
+        ),
+        "scan, slope, 1,000 groups of 2 to 8, p = 5": (
+            0,
+            lambda: genotypes(*slopes(1_000, (2, 8), 4, 1), k // 5),
+        ),
         "nested, 10 x 3 x 2 rows": (
             0,
             lambda: measure(*factors(np.arange(60) // 6, np.arange(60) // 2, k // 20)),

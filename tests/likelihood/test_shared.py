@@ -16,16 +16,24 @@ SINGLE = Compiled(derivatives)
 
 
 @pytest.mark.parametrize(
-    ("q", "pattern", "n_patterns"),
-    [(2, [0, 0, 0, 1, 1], 2), (1, [0, 0, 0], 1), (3, [0, 1, 2], 3)],
-    ids=["patterns", "one pattern", "each its own"],
+    ("q", "pattern", "n_patterns", "order"),
+    [
+        (2, [0, 0, 0, 1, 1], 2, None),
+        (1, [0, 0, 0], 1, (0, 1, 3, 2)),
+        (3, [0, 1, 2], 3, (0, 3, 4, 1, 2)),
+    ],
+    ids=["the response differs", "a column of X differs", "two columns differ, in any order"],
 )
-def test_lanes_equal_single_problems(q: int, pattern: list[int], n_patterns: int) -> None:
+def test_lanes_equal_single_problems(
+    q: int, pattern: list[int], n_patterns: int, order: tuple[int, ...] | None
+) -> None:
     """Against the grouped form, whose own oracles are autodiff and the dense density."""
-    rng, n, p, m = np.random.default_rng(q), 3, 3, len(pattern)
+    rng, n, w, m = np.random.default_rng(q), 3, 3, len(pattern)
+    to = np.arange(w + 1) if order is None else np.array(order)
+    p, c = len(to) - 1, len(to) - w
     at = np.array(pattern)
     U = np.triu(rng.normal(size=(n_patterns, q, q))).transpose(1, 2, 0)
-    X, y = rng.normal(size=(q, m, p)), rng.normal(size=(n, q, m))
+    X, y = rng.normal(size=(q, m, w)), rng.normal(size=(n, c, q, m))
     weight, root = rng.integers(1, 4, n_patterns).astype(float), rng.normal(size=(p + 1, p + 1))
     C = root @ root.T
     common = {
@@ -47,9 +55,10 @@ def test_lanes_equal_single_problems(q: int, pattern: list[int], n_patterns: int
         XX=shared_matrix(X, at, n_patterns),
         X=X,
         pattern=None if m == n_patterns else at,
-        C=C[:p, :p],
+        C=C[:w, :w],
         y=y,
-        cross=np.tile(C[-1], (n, 1)),
+        cross=np.tile(C[w:], (n, 1, 1)),
+        order=order,
     )
     half = rng.normal(size=(n, q, q))
     D = half @ half.transpose(0, 2, 1)
@@ -58,8 +67,9 @@ def test_lanes_equal_single_problems(q: int, pattern: list[int], n_patterns: int
         with jax.enable_x64(True):
             found = jax.device_get(EVALUATE(lanes, D, reml, np.zeros(n), True))
         for i in range(n):
-            rows = np.concatenate([X.transpose(0, 2, 1), y[i][:, None]], axis=1)
-            one = GroupedProblem(**common, U=U[:, :, at], Y=rows, weight=share[at], C=C)
+            rows = np.concatenate([X.transpose(0, 2, 1), y[i].transpose(1, 0, 2)], axis=1)[:, to]
+            outside = C[np.ix_(to, to)]
+            one = GroupedProblem(**common, U=U[:, :, at], Y=rows, weight=share[at], C=outside)
             with jax.enable_x64(True):
                 expected = jax.device_get(SINGLE(one, D[i], reml, 0.0, True))
             for name, part, whole in zip(expected._fields[:-1], found, expected, strict=False):

@@ -283,12 +283,14 @@ def _solved(
         total,
     )
     free = pack_triangle(np.asarray(constraints.blocks) * (1.0 - constraints.held)) > 0.0
+    free = np.append(free, constraints.scale_free)
+    enough = free.sum() <= float(lanes.problem.n_obs) - fit.settings.reml * len(kept)
     return Solved(
         estimates,
         ends,
-        np.append(free, constraints.scale_free),
+        free,
         np.asarray(lanes.problem.x_inverse)[: len(kept), : len(kept)],
-        not constraints.structures and not np.any(constraints.held),
+        bool(enough) and not constraints.structures and not np.any(constraints.held),
         y_scale,
         snapped(ends, constraints, fit.terms, lanes.noise)[0],
         lanes.noise,

@@ -17,8 +17,11 @@ from ..spec import ModelSpec
 ROUNDING = 1e-9
 """Relative error within which a column of X is linear in the changing one."""
 
-PROBES = (-2.0, 1.0, 3.0)
-"""Values that the changing column takes to see whether the design is linear in it."""
+PROBES = (-2.0, 0.5, 3.0)
+"""Values that the changing column takes to see whether the design is linear in it; not the one
+that the design itself is made with, so that every row tells."""
+SEED = 812_657
+"""Of the values: one that the data are not likely to be drawn with as well."""
 
 
 def changing(scan: Any) -> tuple[str, Any]:
@@ -63,7 +66,7 @@ def scanned_design(
             f"scan={name!r} is not in the formula, {spec.fixed!r}: add it where the changing "
             "column belongs"
         )
-    values = np.random.default_rng(0).choice(PROBES, size=n_rows(table))
+    values = np.random.default_rng(SEED).choice(PROBES, size=n_rows(table))
     with warnings.catch_warnings():
         # Of logarithms of what is negative here.
         warnings.simplefilter("ignore")

@@ -163,7 +163,7 @@ def engine_of(prepared: Prepared, settings: Settings, tests: Sequence[Hypothesis
     if suits(prepared.layout, prepared.terms, settings):
         found = one_variance(prepared.layout)
         if found is not None:
-            return LineEngine(prepared, found, settings.reml, tuple(tests))
+            return LineEngine(prepared, found, settings, tuple(tests))
     return GeneralEngine(prepared, settings, tuple(tests))
 
 
@@ -182,7 +182,7 @@ class LineEngine:
 
     prepared: Prepared
     line: OneVariance
-    reml: bool
+    settings: Settings
     tests: tuple[Hypothesis, ...]
 
     @property
@@ -197,15 +197,25 @@ class LineEngine:
         if origin is not None:
             moved = stats.origin + _in_working_units(self.prepared, origin)
             stats = stats._replace(origin=moved)
-        return self.of_statistics(stats)
+        record = self.of_statistics(stats)
+        variance = record.cov_re[:, 0, 0]
+        far = np.flatnonzero(variance > line_fits.FAR_APART * self.line.unit * record.scale)
+        if far.size:
+            put(record, far, self._general.fit(y[:, far], None if origin is None else origin[far]))
+        return record
+
+    @cached_property
+    def _general(self) -> GeneralEngine:
+        """What fits responses whose groups are too far apart for a search on a line."""
+        return GeneralEngine(self.prepared, self.settings, self.tests)
 
     def of_statistics(self, stats: line_statistics.Statistics) -> Record:
         """Fit from statistics."""
-        found, layout = line_fits.fits(self.line, stats, self.reml), self.prepared.layout
+        found = line_fits.fits(self.line, stats, self.settings.reml)
         return record_on_line(
             found,
             len(self.prepared.design.x_names),
-            layout.fixed.kept,
+            self.prepared.layout.fixed.kept,
             self.tests,
             (found.unscaled, found.unscaled_slope),
             partial(self.line.unscaled_covariance, found.variance),

@@ -24,6 +24,9 @@ from .one_variance import OneVariance
 
 GRID = np.concatenate([[0.0], 10.0 ** np.linspace(-3.0, 9.0, 37)])
 """Values of d, in units of the sampling variance of an average group's effect, that are tried."""
+FAR_APART = 1e5
+"""A relative variance beyond this, in the same units, leaves too few digits for what varies within
+groups, which is here the difference of the total and what varies between them."""
 BOUNDARY = 1e-8
 """A relative variance below this, in the units of the grid, is zero, as for a single fit."""
 SEARCH_LANES, BLOCK_BYTES = 512, 1 << 21

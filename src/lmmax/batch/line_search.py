@@ -30,7 +30,7 @@ def minimise(evaluate: Callable[[Array], Any], grid: Array, values: Array) -> An
         values: the functions there, (n, G).
 
     Returns:
-        What is known at the minima.
+        What is known at the minima; not converged where they are beyond the grid.
     """
     best = jnp.argmin(values, axis=1)
     low = jnp.log1p(grid[jnp.maximum(best - 1, 0)])
@@ -67,8 +67,10 @@ def minimise(evaluate: Callable[[Array], Any], grid: Array, values: Array) -> An
     at = evaluate(jnp.expm1(t))
     finite = jnp.isfinite(at.slope)
     at = at._replace(converged=judge(t, at)[2] | ~finite)
-    _, at, _, _ = lax.while_loop(go_on, step, (t, at, low, high))
-    return at._replace(converged=at.converged & finite)
+    t, at, _, _ = lax.while_loop(go_on, step, (t, at, low, high))
+    # At the end of the grid it may fall still: the minimum is beyond.
+    beyond = (t >= jnp.log1p(grid[-1])) & ~judge(t, at)[2]
+    return at._replace(converged=at.converged & finite & ~beyond)
 
 
 def vertex(t: Array, values: Array, best: Array) -> Array:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..spec import ModelSpec
 from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
 from .progress import progress_bar
-from .reading import begin, block_size
+from .reading import begin, block_size, check_chunk
 from .result import BatchFit, hypotheses, read_again
 from .sources import Chunks, Columns, identity, total
 from .store import Store, StoredRecord, StoreError, fields_of, fingerprint, store_at
@@ -161,8 +162,8 @@ def fit_many(
     settings = Settings(
         reml=check_reml(reml), solver=solver, tol=tol, max_steps=max_steps, engine=engine
     )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
+    check_chunk(chunk)
+    _check_where(out, resume, executor)
     options: dict[str, Any] = {
         "weights": weights,
         "offset": offset,
@@ -199,6 +200,20 @@ def fit_many(
         source=source,
     )
     return batch if store is None else _finished(batch, store)
+
+
+def _check_where(out: Any, resume: bool, executor: Any) -> None:
+    """Raise for what is no directory, or no executor."""
+    if out is None and resume:
+        raise ValueError("resume=True goes with out=, the directory of the results to go on with")
+    if out is not None and not isinstance(out, str | PathLike):
+        raise TypeError(f"out={out!r} must be the path of a directory")
+    if executor is None:
+        return
+    if isinstance(executor, type) or not callable(getattr(executor, "submit", None)):
+        raise TypeError(
+            f"executor={executor!r} must be an executor of concurrent.futures, or have its submit()"
+        )
 
 
 def _fitted(

@@ -28,10 +28,10 @@ def check_alike(first: SufficientStatistics, other: SufficientStatistics, number
     where = f"part {number} cannot be merged with the first: "
     if there.spec.formula.partition("~")[2] != here.spec.formula.partition("~")[2]:
         raise DataError(f"{where}its model is {there.spec.formula}, not {here.spec.formula}")
-    _same_names(here.x_names, there.x_names, f"{where}columns of X", "give all parts a factor's")
+    _same_names(here.x_names, there.x_names, f"{where}columns of X", "make a factor a")
     for block, other_block in zip(here.blocks, there.blocks, strict=True):
         what = f"{where}effects of {block.term}"
-        _same_names(block.names, other_block.names, what, "give all parts a factor's")
+        _same_names(block.names, other_block.names, what, "make a factor a")
     for mine, yours in zip(
         [here.terms, *(block.terms for block in here.blocks)],
         [there.terms, *(block.terms for block in there.blocks)],
@@ -66,7 +66,8 @@ def _same_names(
     more = [name for name in yours if name not in set(mine)]
     found = [f"it lacks {listing(map(repr, lacks), 5)}"] if lacks else []
     found += [f"it has {listing(map(repr, more), 5)} besides"] if more else []
-    end = "levels in their data, or merge the data" if "factor" in remedy else "responses"
+    levels = "pandas.Categorical with the levels of all parts before the statistics are made"
+    end = levels if "factor" in remedy else "responses"
     raise DataError(
         f"{what} differ: {' and '.join(found) or 'their order is another'}; {remedy} {end}"
     )
@@ -81,6 +82,11 @@ def joined(
     if isinstance(distinct, bool):
         apart = set(names) if distinct else set()
     else:
+        if not isinstance(distinct, Collection):
+            raise TypeError(
+                "distinct must be True, False or names of grouping factors, not "
+                f"{type(distinct).__name__}"
+            )
         apart = {distinct} if isinstance(distinct, str) else set(distinct)
     for name in sorted(apart.difference(names)):
         raise DataError(

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ..compress.columns import constant
 from ..compress.layout import Layout
 from ..constraints import Settings, TermColumns
 from .grouped_rows import GroupedRows
@@ -211,9 +212,7 @@ def one_variance(layout: Layout) -> OneVariance | None:
         return None
     eigenvalues, vectors = np.linalg.eigh(np.diag(kappa_R) - X_part.T @ X_part)
     unit = float(m / kappa.sum())
-    ones: np.ndarray | None = X.T @ (np.ones(len(X)) if weights is None else weights)
-    if np.max(np.abs(X @ ones - 1.0), initial=0.0) > 1e-9:
-        ones = None
+    ones = constant(layout.X, layout.fixed, weights)
     return OneVariance(
         layout=layout,
         to_groups=to_groups,
@@ -228,6 +227,6 @@ def one_variance(layout: Layout) -> OneVariance | None:
         unit=unit,
         to_sums=csr_array((wz, (factor.codes, np.arange(len(wz)))), shape=(m, len(wz))),
         groups_X=groups_X.T,
-        ones=ones,
+        ones=None if ones is None else layout.fixed.R @ ones,
         loadings=layout.fixed.inverse @ X_part.reshape(p, len(kappa_R)) @ vectors,
     )

@@ -19,7 +19,7 @@ from ..design import DataError
 from ..fit import check_reml
 from ..spec import ModelSpec
 from .devices import n_devices
-from .reading import begin, block_size
+from .reading import begin, block_size, check_chunk
 from .result import hypotheses
 from .sources import Chunks, Columns, pieces
 from .stream import WINDOW
@@ -183,8 +183,7 @@ def plan(
     settings = Settings(
         reml=check_reml(reml), solver=solver, tol=tol, max_steps=max_steps, engine=engine
     )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
+    check_chunk(chunk)
     options = {
         "weights": weights,
         "offset": offset,

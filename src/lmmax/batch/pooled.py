@@ -133,7 +133,7 @@ def pooled(rows: Rows, mixed: Sequence[tuple[slice, bool]]) -> list[Pooled]:
         "log_weights": sums(np.log(w)),
         "C": C,
     }
-    padded_to = np.array([lane_groups(count) for count in n_groups])
+    padded_to = np.array([lane_groups(count) for count in n_groups.tolist()])
     position = np.arange(len(starts)) - (np.cumsum(n_groups) - n_groups)[group_own]
     found = []
     for size in np.unique(padded_to[sound]):

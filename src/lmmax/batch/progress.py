@@ -17,6 +17,11 @@ def progress_bar(count: int | None, show: bool, unit: str = "fit") -> Any:
     """
     if not show:
         return nullcontext(SimpleNamespace(update=lambda n: None))
-    from tqdm.auto import tqdm
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "progress=True needs tqdm, which is not installed: pip install 'lmmax[progress]'"
+        ) from error
 
     return tqdm(total=count, unit=unit, unit_scale=True)

@@ -17,12 +17,14 @@ from ..spec import ModelSpec
 from .changing import changing, scanned_design, with_column
 from .result import hypotheses
 from .sources import Chunks, Columns, columns, head
-from .varied import Varied, read_columns, read_varied, varying_options
+from .varied import Block, Varied, read_columns, read_varied, varying_options
 from .varied_work import varied_work
 from .work import Work
 
 CHUNK_BYTES = 1 << 27
 """Most bytes of responses, in double precision, that are worked on at once."""
+PLACEHOLDER = "(response)"
+"""Column that stands for the response where a design is made: no name that data have."""
 CANDIDATES = 32
 """Responses among which one is sought that lends the others a start."""
 
@@ -65,7 +67,7 @@ def begin(
             design = build_design(spec, with_column(table, name, changed.column(0)), **options)
         else:
             varying["scan"] = changed
-    design = replace(design, response_name=label)
+    design = _labelled(design, label)
     rows = np.asarray(design.index, dtype=np.int64)
     source = columns(responses, as_table(data), rows, names)
     if not varying:
@@ -82,7 +84,15 @@ def begin(
     if set(varying) == {"offset"}:
         return design, varied, Work(lent(design, varied), settings, asked)
     weighted = "weights" in varying
-    return design, varied, varied_work(design, settings, asked, columns_changed, weighted)
+    work = varied_work(lent(design, varied), settings, asked, columns_changed, weighted)
+    return design, varied, work
+
+
+def check_chunk(chunk: Any) -> None:
+    """Raise unless it is None or a number of responses."""
+    whole = isinstance(chunk, int | np.integer) and not isinstance(chunk, bool)
+    if chunk is not None and not (whole and chunk >= 1):
+        raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
 
 
 def block_size(chunk: int | None, n: int) -> int:
@@ -95,7 +105,8 @@ def lent(design: Design, source: Columns | Chunks | Varied) -> Design:
 
     The same for the same responses, whichever of them are fitted first, and where.
     """
-    for y in head(source, CANDIDATES).T:
+    first: Any = head(source, CANDIDATES)
+    for y in (first.y if isinstance(first, Block) else first).T:
         known = np.isfinite(y)
         if 2 * known.sum() > len(y) and y[known].max() > y[known].min():
             return replace(design, y=np.where(known, y, y[known].mean()))
@@ -108,10 +119,12 @@ def _specification(formula: Any) -> tuple[ModelSpec, str]:
         label, tilde, rest = formula.partition("~")
         if not tilde:
             parse_formula(formula)  # raises
-        return parse_formula(f"response ~ {rest}"), label.strip() or "response"
-    if isinstance(formula, ModelSpec):
-        return replace(formula, response="response"), formula.response
-    raise TypeError(f"formula must be text or a ModelSpec, not {type(formula).__name__}")
+        spec, label = parse_formula(f"response ~ {rest}"), label.strip() or "response"
+    elif isinstance(formula, ModelSpec):
+        spec, label = formula, formula.response
+    else:
+        raise TypeError(f"formula must be text or a ModelSpec, not {type(formula).__name__}")
+    return replace(spec, response=f"`{PLACEHOLDER}`"), label
 
 
 def _placed(data: Any) -> Any:
@@ -119,11 +132,16 @@ def _placed(data: Any) -> Any:
     table = as_table(data)
     if isinstance(table, pd.DataFrame):
         table = table.reset_index(drop=True)
-    return with_column(table, "response", np.random.default_rng(0).normal(size=n_rows(table)))
+    return with_column(table, PLACEHOLDER, np.random.default_rng(0).normal(size=n_rows(table)))
+
+
+def _labelled(design: Design, label: str) -> Design:
+    """Return a design whose response is called what the user calls it."""
+    return replace(design, response_name=label, spec=replace(design.spec, response="response"))
 
 
 def read_design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.ndarray]:
     """Return the design, its response a placeholder, and the positions of its rows in the data."""
     spec, label = _specification(formula)
     design = build_design(spec, _placed(data), **options)
-    return replace(design, response_name=label), np.asarray(design.index, dtype=np.int64)
+    return _labelled(design, label), np.asarray(design.index, dtype=np.int64)

@@ -62,16 +62,25 @@ def with_reasons(
         X: the fixed effects, (n, p).
         offset: known part of the mean, (n,).
     """
-    squares = np.nan_to_num(record.params) ** 2 * np.mean(X**2, axis=0)
-    with np.errstate(invalid="ignore", over="ignore"):
-        suspect = record.scale <= SUSPECT * squares.max(axis=1, initial=0.0)
-    suspect |= record.status == Status.NOT_FINITE
-    lanes = np.flatnonzero(suspect)
+    lanes = suspects(record, X)
     if not lanes.size:
         return record
     why = reasons(y[:, lanes].astype(float) - (0.0 if offset is None else offset[:, None]), X)
     unfit = why != Status.NOT_FINITE
     return failed(record, lanes[unfit], why[unfit])
+
+
+def suspects(record: Record, X: np.ndarray) -> np.ndarray:
+    """Return the lanes whose response may be such that nothing can be fitted.
+
+    Args:
+        record: the fits.
+        X: the fixed effects, (n, p).
+    """
+    squares = np.nan_to_num(record.params) ** 2 * np.mean(X**2, axis=0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        explained = record.scale <= SUSPECT * squares.max(axis=1, initial=0.0)
+    return np.flatnonzero(explained | (record.status == Status.NOT_FINITE))
 
 
 def failed(record: Record, lanes: np.ndarray, status: np.ndarray | Status) -> Record:

@@ -85,7 +85,7 @@ class LineTester:
 
     def _tested(self, stats: line_statistics.Statistics) -> np.ndarray:
         line = self.engine.line
-        found = line_fits.fits(line, stats, self.engine.reml)
+        found = line_fits.fits(line, stats, self.engine.settings.reml)
         unscaled = line.unscaled_covariance(found.variance, self.L)[0]
         tested = wald(found.beta @ self.L.T, found.scale[:, None, None] * unscaled)
         return np.where(found.status == Status.CONVERGED, tested, np.nan)

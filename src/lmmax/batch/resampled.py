@@ -8,6 +8,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+from ..frames import plural
 from .engines import Hypothesis
 
 TIES = 1e-6
@@ -57,7 +58,8 @@ class Resampled:
         if name is None and len(known) == 1:
             return 0
         if name not in known:
-            raise KeyError(f"{name!r} was not tested; there are {', '.join(known)}")
+            what = "several hypotheses were tested" if name is None else f"{name!r} was not tested"
+            raise KeyError(f"{what}; name one of {', '.join(known)}")
         return known.index(name)
 
     def _scores(self, h: int) -> np.ndarray:
@@ -145,7 +147,7 @@ class Resampled:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def _head(self) -> str:
-        return f"{self.method} tests of {len(self)} responses, {self.alternative}"
+        return f"{self.method} tests of {plural(len(self), 'response')}, {self.alternative}"
 
     def __str__(self) -> str:
         table = self.summary().to_string(float_format="{:.4g}".format)

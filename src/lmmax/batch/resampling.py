@@ -8,11 +8,12 @@ each response, and one maximum for each replicate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -24,19 +25,22 @@ from ..simulate import check_count, check_seed, generator
 from .engines import Hypothesis
 from .exchange import (
     Exchange,
+    ExchangeError,
     ExchangeOn,
     check_blocks,
     exchange_of,
     independent_blocks,
 )
 from .progress import progress_bar
-from .reading import block_size, lent
-from .replicates import Model, Tester, drawer
+from .reading import CANDIDATES, block_size, lent
+from .replicates import BLOCK, Model, Tester, drawer
 from .resampled import TIES, Resampled, score
 from .result import BatchFit, hypotheses
 from .rows import subset
 from .sources import Columns
 from .store import fingerprint
+from .subsets import Subsets
+from .varied import Varied
 
 METHODS = ("permutation", "wild", "parametric")
 ALTERNATIVES = ("two-sided", "greater", "less")
@@ -89,7 +93,9 @@ def resample(
       large rather than too small.
 
     Args:
-        batch: the fits, of responses that can be read again.
+        batch: the fits, of responses that can be read again.  With ``by=``, ``scan=`` or weights
+            that differ by response, each model is analysed by itself, in milliseconds; "all
+            responses" are then all subsets, or all models.
         tests: names of coefficients that are zero under the hypothesis, a test for each; or
             hypotheses by name, as in :func:`lmmax.fit_many`.  Those of the batch if None.
         method: "permutation", "wild" or "parametric".
@@ -99,7 +105,8 @@ def resample(
             designs; "flip" changes the signs of independent groups, whose errors must be
             symmetric.  "auto" takes "within" if nearly all that is tested varies among such rows,
             "whole" if it varies between such groups, "flip" otherwise; the result's notes say which
-            and why.  Weights count as part of the design.
+            and why.  Weights count as part of the design; if they differ by response, only signs
+            can be changed.  With ``scan=``, the first model that can be tested decides.
         multipliers: for the wild bootstrap, "rademacher" (a sign), "webb" (six points), or "auto":
             the latter for fewer than 12 groups.
         alternative: "two-sided", "greater" or "less"; the latter two for single combinations.
@@ -116,7 +123,7 @@ def resample(
         One with missing values keeps them: what is exchanged are the rows that it has.
 
     Raises:
-        ValueError: for an unknown method or option.
+        ValueError: for an unknown method or option, or one of another method.
         HypothesisError: for a hypothesis that cannot be tested.
         ExchangeError: if the model leaves nothing to be exchanged.
         DataError: if the responses of the batch are not at hand by row.
@@ -141,44 +148,58 @@ def resample(
     Miller (2008), Rev. Econ. Stat. 90, 414-427, with the null imposed; Webb (2023), Can. J. Econ.
     56, 839-858; Westfall and Young (1993), Resampling-Based Multiple Testing, for maxima.
     """
-    _check(method, alternative, multipliers)
+    if not isinstance(batch, BatchFit):
+        raise TypeError(f"resample takes the fits of fit_many, not {type(batch).__name__}")
+    _check(method, alternative, exchange, multipliers)
     check_count(n, "n")
     check_seed(seed)
     if chunk is not None:
         check_count(chunk, "chunk")
+    path = None if out is None else Path(out)
+    if path is not None and not path.absolute().parent.is_dir():
+        raise DataError(f"out={str(path)!r} is in a directory that does not exist")
     source = batch.source
-    if not isinstance(source, Columns):
+    if not isinstance(source, Columns | Varied | Subsets):
         raise DataError(
-            "resample needs a batch of responses to the same rows and the same design, which can "
-            "be read again: not one made with by=, scan=, weights or offsets per response, or of "
-            "chunks that have gone by"
+            "resample needs the responses by row, and those of this batch cannot be read again: "
+            "fit_many took them from an iterator, or from statistics, or the results were opened "
+            "without them; pass it an array or a file, and its result to resample"
         )
-    design = lent(batch.design, source)
+    own = _own_designs(batch)
     asked = _asked(batch, tests)
     if alternative != "two-sided" and any(len(test.L) > 1 for test in asked):
         raise ValueError(f"alternative={alternative!r} is for tests of a single combination")
-    model = Model(design, batch.settings)
+    model = _model_of_all(batch, asked)
+    design = model.design
+    if isinstance(source, Varied) and source.weights is not None and method == "permutation":
+        exchange = _of_other_weights(exchange)
     plans = tuple(
-        _plan(model, test, method, n, exchange, multipliers, seed, batch.settings.reml)
-        for test in asked
+        _plan(model, test, method, n, exchange, multipliers, batch.settings.reml) for test in asked
     )
-    run = Run(design, model, plans, alternative, seed)
+    run = Run(model, batch.design.offset, plans, alternative, seed)
     size = chunk or min(CHUNK, block_size(None, len(design.y)))
     state = State.empty(len(batch), [plan.n for plan in plans])
     key = fingerprint(
         *(part for test in asked for part in test),
         *(batch.design.X, *(block.Z for block in batch.design.blocks)),
-        *(design.y, source.column(len(batch) - 1)),
+        *((source.rows, batch.design.y) if isinstance(source, Subsets) else (design.y,)),
+        *(() if isinstance(source, Subsets) else (source.column(len(batch) - 1),)),
+        repr(source.identity() if isinstance(source, Varied) else None),
         repr((batch.settings, method, n, exchange, multipliers, alternative, seed)),
     )
-    path = None if out is None else Path(out)
     if path is not None:
         state = state.resumed(path, key, resume)
     total = sum(plan.n + 1 for plan in plans) * (len(batch) - state.done)
     with progress_bar(total, progress) as bar:
         while state.done < len(batch):
             last = min(state.done + size, len(batch))
-            run.add(state, source.block(state.done, last), bar.update)
+            if own is None:
+                block = source.block(state.done, last)
+                assert isinstance(block, np.ndarray)
+                run.add(state, run.of_block(block), bar.update)
+            else:
+                run.add(state, run.of_models(own, range(state.done, last)), bar.update)
+            state.done = last
             if path is not None:
                 state.save(path, key)
     failed = int(state.failed.sum())
@@ -200,7 +221,7 @@ def resample(
     )
 
 
-def _check(method: str, alternative: str, multipliers: str) -> None:
+def _check(method: str, alternative: str, exchange: str, multipliers: str) -> None:
     for name, value, known in (
         ("method", method, METHODS),
         ("alternative", alternative, ALTERNATIVES),
@@ -209,6 +230,54 @@ def _check(method: str, alternative: str, multipliers: str) -> None:
         if value not in known:
             one = ", ".join(map(repr, known))
             raise ValueError(f"{name}={value!r} is unknown; use one of {one}")
+    for name, value, of in (
+        ("exchange", exchange, "permutation"),
+        ("multipliers", multipliers, "wild"),
+    ):
+        if value != "auto" and method != of:
+            raise ValueError(f"{name}={value!r} is for method={of!r}, not {method!r}")
+
+
+Own = Callable[[int], tuple[np.ndarray, Design]]
+"""Returns the response of a model, NaN where it has none, and its design, on all rows."""
+
+
+def _own_designs(batch: BatchFit) -> Own | None:
+    """Return what gives each model its design; None if all have the same."""
+    source, design = batch.source, batch.design
+    if isinstance(source, Subsets):
+        return lambda number: (source.column(number), design)
+    if isinstance(source, Varied) and (source.x is not None or source.weights is not None):
+        return lambda number: (source.column(number), source.design_of(design, number))
+    return None
+
+
+def _model_of_all(batch: BatchFit, asked: Sequence[Hypothesis]) -> Model:
+    """Return the model on all rows, by which it is decided how hypotheses are resampled."""
+    source, design = batch.source, batch.design
+    if isinstance(source, Subsets):
+        return Model(replace(design, y=np.nan_to_num(design.y, posinf=0.0)), batch.settings)
+    assert isinstance(source, Columns | Varied)
+    design = lent(design, source)
+    if not isinstance(source, Varied) or source.x is None:
+        return Model(design, batch.settings)
+    for number in range(min(len(batch), CANDIDATES)):
+        own = source.design_of(design, number)
+        X = np.where(np.isnan(own.X), np.nanmean(own.X, axis=0), own.X)
+        model = Model(replace(own, X=np.asfortranarray(X), weights=None), batch.settings)
+        if all(model.combinations(test) is not None for test in asked):
+            break
+    return model
+
+
+def _of_other_weights(exchange: str) -> str:
+    """Return how errors are exchanged where weights differ from response to response."""
+    if exchange in ("within", "whole"):
+        raise ExchangeError(
+            f"exchange={exchange!r}: the weights differ by response, so that no rows or groups are "
+            "alike for all of them; use exchange='flip', or method='parametric'"
+        )
+    return "flip"
 
 
 def _asked(batch: BatchFit, tests: Any) -> tuple[Hypothesis, ...]:
@@ -272,7 +341,6 @@ def _plan(
     n: int,
     exchange: str,
     multipliers: str,
-    seed: int,
     reml: bool,
 ) -> Plan:
     """Decide how a hypothesis is resampled, on all rows."""
@@ -358,8 +426,13 @@ class State:
             return self
         if not resume:
             raise DataError(f"out={str(path)!r} exists; pass resume=True to go on with it")
-        with np.load(path) as file:
-            if str(file["key"]) != key:
+        try:
+            file = np.load(path)
+            known = str(file["key"])
+        except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
+            raise DataError(f"out={str(path)!r} holds no replicates, or is damaged") from error
+        with file:
+            if known != key:
                 raise DataError(f"out={str(path)!r} holds replicates of other work")
             return State(
                 int(file["done"]),
@@ -390,39 +463,63 @@ class Run:
     """Resamples chunks of responses.
 
     Args:
-        design: the design on all rows.
-        model: the same, analysed.
+        model: the model on all rows.
+        offset: known part of the mean, (n,), or None.
         plans: how each hypothesis is resampled.
         alternative: which statistics speak against a hypothesis.
         seed: of the random numbers.
     """
 
     def __init__(
-        self, design: Design, model: Model, plans: Sequence[Plan], alternative: str, seed: int
+        self,
+        model: Model,
+        offset: np.ndarray | None,
+        plans: Sequence[Plan],
+        alternative: str,
+        seed: int,
     ) -> None:
-        self._design, self._plans, self._seed = design, plans, seed
+        self._model, self._offset, self._plans, self._seed = model, offset, plans, seed
         self._alternative = alternative
-        every: np.ndarray = np.arange(len(design.y))
-        self._whole = OnRows(every, model, plans)
         self._parts: dict[bytes, OnRows | None] = {}
 
-    def add(self, state: State, y: np.ndarray, told: Any) -> None:
-        """Add the next responses, (n, lanes), to what is known.
+    @cached_property
+    def _whole(self) -> OnRows:
+        return OnRows(np.arange(len(self._model.design.y)), self._model, self._plans)
 
-        Args:
-            state: what is known.
-            y: the responses, offset included, NaN where missing.
-            told: called with numbers of fits, as they are done.
-        """
-        if self._design.offset is not None:
-            y = y - self._design.offset[:, None]
+    def of_block(self, y: np.ndarray) -> Iterator[Lanes]:
+        """Yield responses of one design, (n, lanes), with offset, by the rows that they have."""
+        if self._offset is not None:
+            y = y - self._offset[:, None]
         with np.errstate(invalid="ignore", over="ignore"):
             usable = np.flatnonzero(~np.isinf(y).any(axis=0))
         for own, here in self._by_rows(y[:, usable]):
-            if here is None:
+            if here is not None:
+                yield usable[own], y[np.ix_(here.rows, usable[own])], here
+
+    def of_models(self, own: Own, numbers: range) -> Iterator[Lanes]:
+        """Yield the responses of models that have designs of their own, one after the other."""
+        for at, number in enumerate(numbers):
+            try:
+                y, design = own(number)
+            except DataError:  # a subset that cannot be fitted
                 continue
-            lanes = usable[own]
-            values = y[np.ix_(here.rows, lanes)]
+            rows = np.flatnonzero(~np.isnan(y))
+            values = y[rows] if design.offset is None else y[rows] - design.offset[rows]
+            if np.isfinite(values).all():
+                here = self._on(rows, replace(design, offset=None, y=y))
+                if here is not None:
+                    here.alone = True
+                    yield np.array([at]), values[:, None], here
+
+    def add(self, state: State, found: Iterator[Lanes], told: Any) -> None:
+        """Add the next responses to what is known.
+
+        Args:
+            state: what is known.
+            found: the responses.
+            told: called with numbers of fits, as they are done.
+        """
+        for lanes, values, here in found:
             varied = np.ptp(values, axis=0) > 0.0
             lanes, values = lanes[varied], values[:, varied]
             if not lanes.size:
@@ -442,7 +539,6 @@ class Run:
                 part = Part(h, numbers, observed[known], np.ascontiguousarray(errors[:, known]))
                 told(len(numbers))
                 self._replicate(state, here, part, told)
-        state.done += y.shape[1]
 
     def _replicate(self, state: State, here: OnRows, part: Part, told: Any) -> None:
         """Run all replicates of some lanes."""
@@ -469,7 +565,11 @@ class Run:
         blocks = [range(a, min(a + together, plan.n)) for a in range(0, plan.n, together)]
         tester, on = here.tester(part.number), here.exchanges[part.number]
         if on is None:
-            draws = drawer(self._design, here.rows, here.null(part.number), errors, part.lanes)
+            if here.alone:  # a generator of its own
+                design, every, lanes = here.model.design, np.arange(rows), part.lanes * BLOCK
+            else:
+                design, every, lanes = self._model.design, here.rows, part.lanes
+            draws = drawer(design, every, here.null(part.number), errors, lanes)
             for block in blocks:
                 drawn = np.concatenate([draws.draw(self._seed, r) for r in block], axis=1)
                 yield block[0], tester.statistics(drawn).reshape(len(block), c)
@@ -495,20 +595,24 @@ class Run:
             if key not in self._parts:
                 while len(self._parts) >= PATTERNS:
                     self._parts.pop(next(iter(self._parts)))
-                self._parts[key] = self._on(rows)
+                self._parts[key] = self._on(rows, self._model.design)
             yield own, self._parts[key]
 
-    def _on(self, rows: np.ndarray) -> OnRows | None:
-        """Return the model on some of the rows; None if it cannot be fitted there."""
+    def _on(self, rows: np.ndarray, design: Design) -> OnRows | None:
+        """Return a model on some of the rows; None if it cannot be fitted there."""
         if not rows.size:
             return None
-        design = subset(self._design, rows, self._design.y[rows])
+        design = subset(design, rows, design.y[rows])
         if any(len(np.unique(grouping.codes)) < 2 for grouping in design.groupings):
             return None
         try:
-            return OnRows(rows, Model(design, self._whole.model.settings), self._plans)
+            return OnRows(rows, Model(design, self._model.settings), self._plans)
         except DataError:
             return None
+
+
+Lanes = tuple[np.ndarray, np.ndarray, "OnRows"]
+"""Positions of responses, (lanes,), their values, offset removed, (n, lanes), and their model."""
 
 
 class OnRows:
@@ -519,10 +623,11 @@ class OnRows:
         model: the model on them.
         L: the hypotheses' combinations of the coefficients that were kept; None where not all are.
         exchanges: how errors are rearranged; None if they are drawn.
+        alone: whether the model is that of one response.
     """
 
     def __init__(self, rows: np.ndarray, model: Model, plans: Sequence[Plan]) -> None:
-        self.rows, self.model = rows, model
+        self.rows, self.model, self.alone = rows, model, False
         self.L = [model.combinations(plan.test) for plan in plans]
         self.exchanges: list[ExchangeOn | None] = [
             None if plan.exchange is None else plan.exchange.on(model.design, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -24,6 +24,7 @@ from ..results import Fit
 from ..solve import Status
 from .engines import Hypothesis, Record
 from .multiple import qvalues
+from .sources import Columns
 from .store import StoredRecord, StoreError, store_at
 from .subsets import Subsets
 from .varied import Varied
@@ -41,7 +42,7 @@ class BatchFit:
     """Fits of one model to many responses; made by :func:`lmmax.fit_many`.
 
     ``batch[i]``, or ``batch[name]``, is the ordinary :class:`lmmax.Fit` of a response, fitted
-    again.
+    again; iteration goes over all of them in turn.
 
     Attributes:
         names: names of the responses.
@@ -258,7 +259,16 @@ class BatchFit:
     # --- single fits ------------------------------------------------------------------------
 
     def __getitem__(self, which: Any) -> Fit:
-        number = self._number(which)
+        return self._fit(self._number(which))
+
+    def __iter__(self) -> Iterator[Fit]:
+        return map(self._fit, range(len(self)))
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.names
+
+    def _fit(self, number: int) -> Fit:
+        """Fit one response, again."""
         y = self.source.column(number)
         from .rows import subset
 
@@ -268,10 +278,18 @@ class BatchFit:
         if isinstance(self.source, Varied):
             design = self.source.design_of(design, number)
         design = subset(design, np.flatnonzero(~np.isnan(y)), y[~np.isnan(y)])
+        if isinstance(self.source, Columns) and not isinstance(self.names, pd.RangeIndex):
+            design = replace(design, response_name=str(self.names[number]))
         check_finite(str(self.names[number]), design.y, design.index)
         return fit_prepared(prepare(design, self.settings.engine), self.settings)
 
     def _number(self, which: Any) -> int:
+        if not isinstance(which, Hashable) or isinstance(which, slice):
+            raise TypeError(
+                "a batch is indexed by the name or the number of one response, not by "
+                f"{type(which).__name__}: for the estimates of several use params.loc, "
+                "variances.loc, ..."
+            )
         # Whole numbers are positions, but where the names are whole numbers of their own.
         by_position = isinstance(self.names, pd.RangeIndex) or self.names.dtype.kind not in "iu"
         if by_position and isinstance(which, int | np.integer) and not isinstance(which, bool):
@@ -387,6 +405,11 @@ def hypotheses(asked: Any, names: Sequence[str]) -> tuple[Hypothesis, ...]:
         asked: None, or a mapping of names to what ``Fit.t_test`` takes.
         names: names of the coefficients.
     """
+    if not isinstance(asked, Mapping | None):
+        raise TypeError(
+            f"tests={asked!r} must be a mapping from names to hypotheses, such as "
+            "tests={'slope': 'x = 0'}"
+        )
     found = []
     zero = pd.Series(0.0, index=list(names))
     for name, hypothesis in (asked or {}).items():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..compress.columns import Factor, column_factor
+from ..compress.columns import Factor, column_factor, constant
 from ..compress.rows import CHUNK_WORK, orthonormalise
 
 DEPENDENT = 1e-10
@@ -47,8 +47,8 @@ class Rotation:
         working: orthonormal columns that span X, (n, rank).
         fixed: independent columns of X and their triangular factor.
         root: roots of the rows' weights, (n,), or None.
-        ones: coefficients of the constant 1 in the working columns, (rank,); None where X does not
-            have it.
+        ones: coefficients of the constant 1 on the independent columns, (rank,); None where X does
+            not have it.
         dense: the working columns and W, (n, rank + r).
         seen: ``working'dense``, (rank, rank + r).
         inside_seen: the working columns in the rows of ``Q'``, (N_1, rank).
@@ -99,6 +99,8 @@ def rotation(
     """
     from scipy.sparse import csr_array
 
+    fixed = column_factor(X, weights)
+    ones = constant(X, fixed, weights)
     root = None if weights is None else np.sqrt(weights)
     if root is not None:
         X, Z = X * root[:, None], Z * root[:, None]
@@ -122,7 +124,6 @@ def rotation(
     where = (np.concatenate(rows), np.concatenate(columns))
     inside = csr_array((np.concatenate(values), where), shape=(count, n))
 
-    fixed = column_factor(X, None)
     working = X[:, fixed.kept] @ fixed.inverse
     left = working - inside.T @ (inside @ working)
     left -= inside.T @ (inside @ left)
@@ -134,10 +135,6 @@ def rotation(
     coefficients[:, fixed.kept] = fixed.R
     below = (size[kept, None] * across[kept]) @ coefficients
     has_rest = n_obs > count + len(below)
-    one = np.ones(n) if root is None else root
-    ones: np.ndarray | None = working.T @ one
-    if np.max(np.abs(working @ ones - one), initial=0.0) > 1e-9:
-        ones = None
     outside = basis @ turn[:, kept]
     dense = np.concatenate([working, outside], axis=1)
     extra = len(below) + has_rest
@@ -238,11 +235,12 @@ def _rotate(rotation: Rotation, y: np.ndarray, known: np.ndarray) -> Rotated:
     found[:, : len(inside)], found[:, len(inside) : at] = inside.T, outside.T
     if rotation.has_rest:
         found[:, at] = np.sqrt(rest)
+    coefficients = np.zeros((lanes, rotation.X.shape[1]))
+    coefficients[:, fixed.kept] = (fixed.inverse @ origin).T
     if rotation.ones is not None:
-        origin += rotation.ones[:, None] * centre
+        coefficients[:, fixed.kept] += centre[:, None] * rotation.ones
+        origin += (fixed.R @ rotation.ones)[:, None] * centre
     size = size + known + np.einsum("ij,ij->j", origin, origin)
     found[total <= rounding**2 * size] = 0.0
     found[~finite] = np.inf
-    coefficients = np.zeros((lanes, rotation.X.shape[1]))
-    coefficients[:, fixed.kept] = (fixed.inverse @ origin).T
     return Rotated(found, coefficients)

@@ -26,14 +26,15 @@ def subset(design: Design, rows: np.ndarray, y: np.ndarray) -> Design:
         y=np.ascontiguousarray(y, dtype=float),
         X=np.asfortranarray(design.X[rows]),
         blocks=blocks,
-        groupings=tuple(_levels_left(grouping, rows) for grouping in design.groupings),
+        groupings=tuple(levels_left(grouping, rows) for grouping in design.groupings),
         weights=None if design.weights is None else design.weights[rows],
         offset=None if design.offset is None else design.offset[rows],
         index=design.index[rows],
     )
 
 
-def _levels_left(grouping: Grouping, rows: np.ndarray) -> Grouping:
+def levels_left(grouping: Grouping, rows: np.ndarray) -> Grouping:
+    """Return a grouping factor on some rows, without the levels that have none of them."""
     codes = grouping.codes[rows]
     if grouping.root is not None:  # related levels stay, with or without rows
         return replace(grouping, codes=codes)

@@ -39,6 +39,7 @@ from .line_search import minimise, sums_of
 from .line_statistics import EXPLAINED, summed
 from .one_variance import OneVariance
 from .pooled import INDEPENDENT
+from .small import cholesky, turned
 
 SEARCH_LANES = 512
 """Models that a device works on together: their arrays stay in cache."""
@@ -158,7 +159,7 @@ def models(line: OneVariance, y: Vectors, x: list[Vectors]) -> tuple[Coordinates
             gram[:, a, b] = gram[:, b, a] = _products(line, every[a], every[b])
     size = np.stack([each.size for each in x], axis=1)
     xx = gram[:, :r, :r]
-    left, L = _cholesky(xx)
+    left, L = cholesky(xx)
     independent = np.all(left > INDEPENDENT**2 * size, axis=1)
     sound = np.isfinite(gram).all(axis=(1, 2)) & independent
     inverse = np.linalg.inv(np.where(sound[:, None, None], L, np.eye(r)))
@@ -172,8 +173,8 @@ def models(line: OneVariance, y: Vectors, x: list[Vectors]) -> tuple[Coordinates
     turn[:, r, :r] = -np.einsum("nj,njk->nk", slope, inverse) / y_scale[:, None]
     turn[:, r, r] = 1.0 / y_scale
     turn[~sound] = 0.0
-    rotated = _turned(turn, [each.rotated for each in every])
-    lefts = [_turned(turn, [each.left[u] for each in every]) for u in range(len(line.set_kappa))]
+    rotated = turned(turn, [each.rotated for each in every])
+    lefts = [turned(turn, [each.left[u] for each in every]) for u in range(len(line.set_kappa))]
     inside = line.random
     pairs = [(a, b) for a in range(r + 1) for b in range(a + 1)]
     K = 1 + int(inside.sum()) + len(lefts)
@@ -189,7 +190,7 @@ def models(line: OneVariance, y: Vectors, x: list[Vectors]) -> tuple[Coordinates
     # Lanes that are looked at elsewhere go through as harmless ones.
     products[~sound] = 0.0
     products[~sound, :, 0] = [float(a == b) for a, b in pairs]
-    origin = np.stack(_turned(turn[:, :r, :r], [each.origin for each in x]), axis=1)
+    origin = np.stack(turned(turn[:, :r, :r], [each.origin for each in x]), axis=1)
     columns = np.stack(rotated[:r], axis=1)
     found = Coordinates(products, inverse, slope, y_scale, origin, columns, y.origin, y.rotated)
     return found, ~sound
@@ -218,26 +219,6 @@ def _products(line: OneVariance, a: Vectors, b: Vectors) -> np.ndarray:
     if b.rows.shape[1] == 1:
         return np.asarray(b.rows[:, 0] @ rows - fitted)
     return np.asarray(np.einsum("ij,ij->j", rows, b.rows) - fitted)
-
-
-def _turned(turn: np.ndarray, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Return combinations of arrays (lanes or 1, m), by lower triangles (lanes, r, r)."""
-    return [
-        np.asarray(sum(turn[:, a, b, None] * rows[b] for b in range(a + 1)))
-        for a in range(len(rows))
-    ]
-
-
-def _cholesky(A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return squared pivots (n, r) and lower factors (n, r, r), with no limits on A."""
-    r = A.shape[1]
-    L = np.zeros_like(A)
-    left = np.empty(A.shape[:2])
-    for j in range(r):
-        column = A[:, j:, j] - np.einsum("nik,nk->ni", L[:, j:, :j], L[:, j, :j])
-        left[:, j] = column[:, 0]
-        L[:, j:, j] = column / np.sqrt(np.where(column[:, :1] > 0.0, column[:, :1], 1.0))
-    return left, L
 
 
 # --- the search ---------------------------------------------------------------------------------

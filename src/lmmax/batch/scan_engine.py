@@ -1,10 +1,16 @@
-"""Models that differ in a column of X, fitted on a line each."""
+"""Models that differ in a column of X: on a line each, or side by side."""
 
 from __future__ import annotations
 
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from ..compress import layout
@@ -14,9 +20,12 @@ from ..design import DataError, Design
 from ..fit import (
     arrange,
     check_enough,
+    without_offset,
 )
+from ..likelihood.shared import MOST_EFFECTS
+from ..results import Fit
 from ..solve import Status
-from . import line_fits, line_statistics, scan
+from . import line_fits, line_statistics, scan, scan_lanes
 from .engines import (
     Hypothesis,
     Record,
@@ -24,12 +33,16 @@ from .engines import (
     fitted_alone,
     put,
     record_of,
+    record_of_lanes,
     record_on_line,
     stacked,
 )
 from .grouped_rows import as_range
 from .one_variance import OneVariance, one_variance, suits
-from .reasons import reasons
+from .reasons import reasons, suspects
+from .rows import subset
+from .scan_lanes import ScanDesigns, scan_designs
+from .subsets import check_groups
 from .varied import scaled
 
 BLOCK_LANES = 4096
@@ -37,32 +50,31 @@ BLOCK_LANES = 4096
 
 
 @dataclass(eq=False)
-class ScanEngine:
-    """Fits models with one variance besides the residual's that differ in columns of X.
+class ScanEngine(ABC):
+    """Fits models that differ in columns of X.
 
     Attributes:
         design: the design on the rows that the models have.
         columns: positions of the columns of X that are multiplied by the model's own.
         settings: how to fit.
         tests: what is tested.
-        line: the design of the other columns.
-        kept: positions of those that were kept, then of the changing ones.
+        kept: positions of the other columns that were kept, then of the changing ones.
     """
 
     design: Design
     columns: tuple[int, ...]
     settings: Settings
     tests: tuple[Hypothesis, ...]
-    line: OneVariance
     kept: np.ndarray
 
     @property
     def name(self) -> str:
         """How models are fitted, for a reader."""
-        return (
-            f"one variance, {len(self.columns)} of {self.design.X.shape[1]} columns of X change: "
-            "a search on a line"
-        )
+        changing = f"{len(self.columns)} of {self.design.X.shape[1]} columns of X change"
+        return f"{self._form}, {changing}: {self._method}"
+
+    _form: ClassVar[str]
+    _method: ClassVar[str]
 
     def fit(self, y: np.ndarray, x: np.ndarray) -> Record:
         """Fit models.
@@ -76,24 +88,22 @@ class ScanEngine:
         with np.errstate(invalid="ignore"):
             around = y - offset
         one = around.shape[1] == 1
-        responses = None
-        if one and np.isfinite(around).all():
-            responses = scan.vectors(self.line, around, residualise=True)
+        response = self._analysed(around) if one and np.isfinite(around).all() else None
         parts = []
         for first in range(0, lanes, BLOCK_LANES):
             here = slice(first, first + BLOCK_LANES)
-            parts.append(self._block(around if one else around[:, here], responses, x[:, here]))
+            parts.append(self._block(around if one else around[:, here], response, x[:, here]))
         return stacked(parts)
 
-    def _block(self, y: np.ndarray, responses: scan.Vectors | None, x: np.ndarray) -> Record:
-        """Fit some models, the offset removed; `responses` if there is one for all of them."""
+    def _block(self, y: np.ndarray, response: Any, x: np.ndarray) -> Record:
+        """Fit some models, the offset removed; `response` if there is one for all of them."""
         lanes = x.shape[1]
-        found = empty(lanes, self.design.X.shape[1], 1, len(self.tests))
+        found = self._empty(lanes)
         status = np.zeros(lanes, dtype=int)
         with np.errstate(invalid="ignore"):
             status[np.broadcast_to(_constant(y), lanes)] = Status.CONSTANT
         status[~(_finite(y) & _finite(x))] = Status.INFINITE
-        if len(x) <= self.line.n_fixed + len(self.columns):
+        if len(x) <= len(self.kept):
             status[status == 0] = Status.TOO_FEW
         found.status[:] = status
         # A column that is constant changes nothing but its own coefficient, which is aliased.
@@ -102,21 +112,106 @@ class ScanEngine:
         put(found, np.flatnonzero(usable & still), self._without(y, usable & still))
         moving = np.flatnonzero(usable & ~still)
         if moving.size:
-            record, closer = self._scanned(y, responses, x, moving)
+            record, closer = self._scanned(y, response, x, moving)
+            closer[suspects(record, self.design.X)] = True
             put(found, moving, record)
             for lane in moving[closer]:
-                put(found, [lane], self._alone(y[:, lane if y.shape[1] > 1 else 0], x[:, lane]))
+                put(found, [lane], self._one(y, x, int(lane)))
         return found
 
+    @abstractmethod
+    def _analysed(self, y: np.ndarray) -> Any:
+        """Return what is worked out once for a response of all models, (n, 1)."""
+
+    @abstractmethod
     def _scanned(
-        self, y: np.ndarray, responses: scan.Vectors | None, x: np.ndarray, lanes: np.ndarray
+        self, y: np.ndarray, response: Any, x: np.ndarray, lanes: np.ndarray
     ) -> tuple[Record, np.ndarray]:
-        """Fit some models side by side, and tell which need a closer look."""
+        """Fit some models side by side, and tell which need a closer look.
+
+        Args:
+            y: responses, the offset removed, (n, all or 1).
+            response: what `_analysed` returned for it, if there is one.
+            x: changing columns of the design's, (n, all).
+            lanes: which of the models.
+        """
+
+    @abstractmethod
+    def _without(self, y: np.ndarray, lanes: np.ndarray) -> Record:
+        """Fit some models without their changing columns, which are aliased.
+
+        Args:
+            y: responses, the offset removed, (n, all or 1).
+            lanes: whether a model is meant, (all,).
+        """
+
+    def _columns(self, x: np.ndarray, take: Any) -> list[np.ndarray]:
+        """Return the changing columns of some models, (n, models) each."""
+        return [self._changed(j, x[:, take]) for j in self.columns]
+
+    def _changed(self, column: int, x: np.ndarray) -> np.ndarray:
+        factor = self.design.X[:, column]
+        return x if column in self._plain else factor[:, None] * x
+
+    @cached_property
+    def _plain(self) -> list[int]:
+        """Columns that are the models' own as they are."""
+        return [j for j in self.columns if np.all(self.design.X[:, j] == 1.0)]
+
+    def _one(self, y: np.ndarray, x: np.ndarray, lane: int) -> Record:
+        """Fit one model on its own."""
+        y, x, design = y[:, lane if y.shape[1] > 1 else 0], x[:, lane], self.design
+        gone = np.isnan(y) | np.isnan(x)
+        if gone.any():
+            rows = np.flatnonzero(~gone)
+            y, x, design = y[rows], x[rows], subset(design, rows, y[rows])
+        X = scaled(design.X, self.columns, x)
+        try:
+            check_groups(design)
+            fit = fitted_alone(replace(design, y=y, X=X, offset=None), self.settings)
+        except DataError:
+            found = self._empty(1)
+            why = reasons(y[:, None], X)
+            found.status[:] = np.where(why == Status.NOT_FINITE, Status.TOO_FEW, why)
+            return found
+        return record_of(fit, self.tests)
+
+    def _empty(self, lanes: int) -> Record:
+        width = sum(block.Z.shape[1] for block in self.design.blocks)
+        return empty(lanes, self.design.X.shape[1], width, len(self.tests))
+
+    @cached_property
+    def _constant_aliased(self) -> bool:
+        """Whether the changing columns of a constant are combinations of columns before them."""
+        X = self.design.X
+        for j in self.columns:
+            before = X[:, [i for i in range(j) if i not in self.columns]]
+            left = X[:, j] - before @ np.linalg.lstsq(before, X[:, j], rcond=None)[0]
+            if np.linalg.norm(left) > ALIAS_TOLERANCE * np.linalg.norm(X[:, j]):
+                return False
+        return True
+
+
+@dataclass(eq=False)
+class LineScan(ScanEngine):
+    """Fits models with one variance besides the residual's; ``line`` is the other columns'."""
+
+    line: OneVariance
+    _form = "one variance"
+    _method = "a search on a line"
+
+    def _analysed(self, y: np.ndarray) -> scan.Vectors:
+        """See `ScanEngine`."""
+        return scan.vectors(self.line, y, residualise=True)
+
+    def _scanned(
+        self, y: np.ndarray, response: scan.Vectors | None, x: np.ndarray, lanes: np.ndarray
+    ) -> tuple[Record, np.ndarray]:
+        """See `ScanEngine`."""
         parts, closer = [], []
-        for first in range(0, len(lanes), scan.TILE_LANES):
-            take = as_range(lanes[first : first + scan.TILE_LANES])  # no copy
-            changing = [scan.vectors(self.line, self._changed(j, x[:, take])) for j in self.columns]
-            own = responses
+        for take in _tiles(lanes, scan.TILE_LANES):
+            changing = [scan.vectors(self.line, column) for column in self._columns(x, take)]
+            own = response
             if own is None:
                 own = scan.vectors(self.line, y[:, take], residualise=True)
             coordinates, near = scan.models(self.line, own, changing)
@@ -131,22 +226,14 @@ class ScanEngine:
             fitted.unscaled_variances(np.eye(len(self.kept))),
             fitted.unscaled_covariance,
         )
-        return record, np.concatenate(closer)
-
-    def _changed(self, column: int, x: np.ndarray) -> np.ndarray:
-        factor = self.design.X[:, column]
-        return x if column in self._plain else factor[:, None] * x
-
-    @cached_property
-    def _plain(self) -> list[int]:
-        """Columns that are the models' own as they are."""
-        return [j for j in self.columns if np.all(self.design.X[:, j] == 1.0)]
+        far = fitted.found.variance > line_fits.FAR_APART * self.line.unit
+        return record, np.concatenate(closer) | far
 
     def _without(self, y: np.ndarray, lanes: np.ndarray) -> Record:
-        """Fit some models without their changing columns, which are aliased."""
+        """See `ScanEngine`."""
         take = np.flatnonzero(lanes) if y.shape[1] > 1 else [0]
         if not lanes.any():
-            return empty(0, self.design.X.shape[1], 1, len(self.tests))
+            return self._empty(0)
         statistics = line_statistics.statistics(self.line, y[:, take])
         found = line_fits.fits(self.line, statistics, self.settings.reml)
         record = record_on_line(
@@ -160,27 +247,115 @@ class ScanEngine:
         repeated = np.zeros(int(lanes.sum()), dtype=int) if y.shape[1] == 1 else slice(None)
         return Record(*(leaf[repeated] for leaf in record))
 
-    def _alone(self, y: np.ndarray, x: np.ndarray) -> Record:
-        """Fit one model on its own."""
-        X = scaled(self.design.X, self.columns, x)
-        try:
-            fit = fitted_alone(replace(self.design, y=y, X=X, offset=None), self.settings)
-        except DataError:
-            found = empty(1, X.shape[1], 1, len(self.tests))
-            found.status[:] = reasons(y[:, None], X)
-            return found
-        return record_of(fit, self.tests)
+
+@dataclass(eq=False)
+class LaneScan(ScanEngine):
+    """Fits models with one grouping factor; ``template`` is the model without changing columns."""
+
+    template: Fit
+    _form = "one grouping factor"
+    _method = "Newton's method in lanes"
+
+    def _analysed(self, y: np.ndarray) -> ScanDesigns | None:
+        """See `ScanEngine`."""
+        same = np.array_equal(y[:, 0], without_offset(self.template.design))
+        return self._with_response if same else None
+
+    @property
+    def serves(self) -> bool:
+        """Whether this form of the likelihood pays."""
+        return self._with_response is not None
 
     @cached_property
-    def _constant_aliased(self) -> bool:
-        """Whether the changing columns of a constant are combinations of columns before them."""
-        X = self.design.X
-        for j in self.columns:
-            before = X[:, [i for i in range(j) if i not in self.columns]]
-            left = X[:, j] - before @ np.linalg.lstsq(before, X[:, j], rcond=None)[0]
-            if np.linalg.norm(left) > ALIAS_TOLERANCE * np.linalg.norm(X[:, j]):
-                return False
-        return True
+    def _with_response(self) -> ScanDesigns | None:
+        return scan_designs(self.template, len(self.columns), True)
+
+    @cached_property
+    def _with_responses(self) -> ScanDesigns | None:
+        return scan_designs(self.template, len(self.columns), False)
+
+    def fit_lacking(self, y: np.ndarray, x: np.ndarray) -> Record:
+        """Fit models that lack values in rows of their own.
+
+        Args:
+            y: responses, offset of the design included, (n, lanes or 1), complete if it is one.
+            x: changing columns, (n, lanes).
+        """
+        around = y if self.design.offset is None else y - self.design.offset[:, None]
+        lanes, one = x.shape[1], y.shape[1] == 1
+        response = self._analysed(around) if one else None
+        parts = []
+        for first in range(0, lanes, BLOCK_LANES):
+            here = slice(first, first + BLOCK_LANES)
+            parts.append(self._lacking(around if one else around[:, here], response, x[:, here]))
+        return stacked(parts)
+
+    def _lacking(self, y: np.ndarray, response: ScanDesigns | None, x: np.ndarray) -> Record:
+        found = self._empty(x.shape[1])
+        infinite = np.isinf(x).any(axis=0) | np.isinf(y).any(axis=0)
+        found.status[infinite] = Status.INFINITE
+        finite = np.flatnonzero(~infinite)
+        if finite.size:
+            record, closer = self._scanned(y, response, x, finite)
+            closer[suspects(record, self.design.X)] = True
+            put(found, finite, record)
+            for lane in finite[closer]:
+                put(found, [lane], self._one(y, x, int(lane)))
+        return found
+
+    def _scanned(
+        self, y: np.ndarray, response: ScanDesigns | None, x: np.ndarray, lanes: np.ndarray
+    ) -> tuple[Record, np.ndarray]:
+        """See `ScanEngine`; rows in which a model lacks a value are left out."""
+        designs = response or self._with_responses
+        if designs is None:
+            return self._empty(len(lanes)), np.ones(len(lanes), dtype=bool)
+        with np.errstate(invalid="ignore"):
+            lacking = bool(np.isnan(x.sum()) or np.isnan(y.sum()))
+
+        def tile(take: Any) -> tuple[scan_lanes.Columns, np.ndarray]:
+            changing, own, gone = x[:, take], None, None
+            if response is None:
+                own = np.broadcast_to(y if y.shape[1] == 1 else y[:, take], changing.shape)
+            if lacking:
+                gone = np.isnan(changing) if own is None else np.isnan(changing) | np.isnan(own)
+                changing = _filled(changing, gone)
+                own = None if own is None else _filled(own, gone)
+            columns = [self._changed(j, changing) for j in self.columns]
+            return scan_lanes.compressed(designs, columns, own, gone)
+
+        # NumPy lets other threads run meanwhile.
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            parts = list(threads.map(tile, _tiles(lanes, designs.tile_lanes)))
+        compressed = scan_lanes.joined([part for part, _ in parts])
+        near = np.concatenate([each for _, each in parts])
+        found = self._empty(len(lanes))
+        usable = np.flatnonzero(~near)
+        if usable.size:
+            taken = jax.tree.map(lambda leaf: leaf[usable], compressed)
+            put(
+                found,
+                usable,
+                record_of_lanes(
+                    scan_lanes.solved(designs, taken, self.kept, self.design.X.shape[1]),
+                    self.kept,
+                    self.tests,
+                    lambda lane: self._one(y, x, int(lanes[usable[lane]])),
+                ),
+            )
+        return found, near
+
+    def _without(self, y: np.ndarray, lanes: np.ndarray) -> Record:
+        """See `ScanEngine`."""
+        which = np.flatnonzero(lanes)
+        found = self._empty(len(which))
+        # Zeros are aliased, wherever they stand.
+        nothing = np.zeros((len(y), len(lanes)))
+        if y.shape[1] == 1:
+            which = which[:1]
+        for i, lane in enumerate(which):
+            put(found, [i] if y.shape[1] > 1 else slice(None), self._one(y, nothing, int(lane)))
+        return found
 
 
 def scan_engine(
@@ -191,19 +366,55 @@ def scan_engine(
     Raises:
         DataError: if the designs cannot tell the parameters apart, whatever the response is.
     """
-    others = np.setdiff1d(np.arange(design.X.shape[1]), columns)
     factors, terms = arrange(design)
-    if len(columns) > scan.MOST_COLUMNS:
+    if len(factors) > 1:
         return None
-    arranged = layout(design.X[:, others], factors, design.weights, settings.engine)
-    if not suits(arranged, terms, settings):
+    if len(columns) <= scan.MOST_COLUMNS:
+        others = np.setdiff1d(np.arange(design.X.shape[1]), columns)
+        arranged = layout(design.X[:, others], factors, design.weights, settings.engine)
+        if suits(arranged, terms, settings):
+            check_enough(design, arranged, terms, settings)
+            line = one_variance(arranged)
+            if line is not None:
+                kept = np.concatenate([others[arranged.fixed.kept], columns]).astype(int)
+                return LineScan(design, columns, settings, tests, kept, line)
+    return lane_scan(design, columns, settings, tests)
+
+
+def lane_scan(
+    design: Design, columns: tuple[int, ...], settings: Settings, tests: tuple[Hypothesis, ...]
+) -> LaneScan | None:
+    """Return what fits models that differ in columns of X side by side; None if nothing does."""
+    q = sum(block.Z.shape[1] for block in design.blocks)
+    groupings = design.groupings
+    if len(columns) > scan_lanes.MOST_COLUMNS or q > MOST_EFFECTS or len(groupings) > 1:
         return None
-    check_enough(design, arranged, terms, settings)
-    line = one_variance(arranged)
-    if line is None:
+    if groupings[0].root is not None or settings.engine not in ("auto", "grouped"):
         return None
-    kept = np.concatenate([others[arranged.fixed.kept], np.array(columns, dtype=int)])
-    return ScanEngine(design, columns, settings, tests, line, kept)
+    if settings.solver not in ("auto", "newton"):
+        return None
+    others = np.setdiff1d(np.arange(design.X.shape[1]), columns)
+    names = tuple(design.x_names[j] for j in others)
+    try:
+        template = fitted_alone(replace(design, X=design.X[:, others], x_names=names), settings)
+    except DataError:
+        return None  # what is wrong with the response is found out model by model
+    kept = np.concatenate([others[template.layout.fixed.kept], columns]).astype(int)
+    found = LaneScan(design, columns, settings, tests, kept, template)
+    return found if found.serves else None
+
+
+def _filled(columns: np.ndarray, gone: np.ndarray) -> np.ndarray:
+    """Return columns (n, lanes) with the mean of what is there in rows that are gone."""
+    kept = np.where(gone, 0.0, columns)
+    mean = kept.sum(axis=0) / np.maximum(np.sum(~gone, axis=0), 1)
+    return np.where(gone, mean, kept)
+
+
+def _tiles(lanes: np.ndarray, size: int) -> Iterator[Any]:
+    """Yield some lanes at a time, in a form that makes no copy of them."""
+    for first in range(0, len(lanes), size):
+        yield as_range(lanes[first : first + size])
 
 
 def _finite(columns: np.ndarray) -> np.ndarray:

@@ -83,13 +83,15 @@ class Lanes:
 
     def take(self, lanes: np.ndarray) -> Lanes:
         """Return some of the lanes."""
-        parts = {name: getattr(self.problem, name)[lanes] for name in self.varying}
+        parts = {name: self._of(name, lanes) for name in self.varying}
         return replace(self, problem=replace(self.problem, **parts), natural=self.natural[lanes])
 
     def one(self, lane: int) -> Any:
         """Return the problem of a lane."""
-        parts = {name: getattr(self.problem, name)[lane] for name in self.varying}
-        return replace(self.problem, **parts)
+        return replace(self.problem, **{name: self._of(name, lane) for name in self.varying})
+
+    def _of(self, name: str, lanes: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[lanes], getattr(self.problem, name))
 
     @property
     def noise(self) -> np.ndarray:
@@ -456,9 +458,11 @@ def chunk_size(lanes: Lanes) -> int:
     problem = lanes.problem
     if isinstance(problem, SharedProblem):
         # Weights of the value and its slopes; some arrays of that size for intermediates.
-        _, q, m = problem.y.shape
+        _, c, q, m = problem.y.shape
         k = q * (q + 1) // 2
-        numbers = 2 * (k + 1) * (k * problem.U.shape[2] + q * m)
+        numbers = 2 * (k + 1) * (k * problem.U.shape[2] + c * q * m)
+        if problem.exchanged is not None:
+            numbers += 4 * math.prod(problem.exchanged.Y.shape[1:])
     elif isinstance(problem, NestedProblem):
         # And as much for each pair of entries of D, whose second derivatives are taken in turn.
         k = sum(size * (size + 1) // 2 for size in (b - a for a, b in problem.blocks))

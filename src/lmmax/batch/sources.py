@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..design import DataError
-from ..frames import Table, n_rows
+from ..frames import Table, as_numbers, n_rows, read_columns
 from .store import fingerprint, fingerprint_names
 
 TILE_BYTES = 1 << 19
@@ -162,8 +162,9 @@ class Chunks:
 
     def _pull(self) -> bool:
         """Take the next chunk from the iterator; return whether there was one."""
-        chunk = None if self.coming is None else next(self.coming, None)
-        if chunk is None:
+        try:
+            chunk = next(self.coming or iter(()))
+        except StopIteration:
             self.coming = None
             return False
         values, names = _read_chunk(chunk, f"chunk {len(self._names) + 1} of responses")
@@ -268,6 +269,9 @@ def identity(source: Indexed | Chunks, first: np.ndarray) -> dict[str, str | int
 
 def dense(part: Any) -> np.ndarray:
     """Return values that act like a matrix as an array."""
+    if isinstance(part, np.ma.MaskedArray):
+        kind = np.float32 if part.dtype == np.float32 else float
+        return np.ma.filled(part.astype(kind), np.nan)
     if isinstance(part, pd.DataFrame):
         single = all(dtype == np.float32 for dtype in part.dtypes)
         return np.asarray(part.to_numpy(dtype=np.float32 if single else float, na_value=np.nan))
@@ -353,12 +357,21 @@ def columns(responses: Any, table: Table, rows: np.ndarray, names: Any = None) -
     n = n_rows(table)
     given = None if names is None else _given(names)
     path = None
+    if isinstance(responses, str) and responses in table:
+        raise DataError(
+            f"responses={responses!r} is the path of a file: write responses=[{responses!r}] for "
+            "the column of data"
+        )
     if isinstance(responses, str | Path):
         path = str(responses)
         responses = _open(path)
     elif isinstance(responses, Iterable) and not hasattr(responses, "shape"):
         if _annotated(responses):
             responses, given = _annotations(responses, table, given)
+        elif isinstance(responses, Mapping):
+            responses = read_columns(responses, responses)
+            if isinstance(table, pd.DataFrame) and len(responses) == n:
+                responses.index = table.index
         elif isinstance(responses, list | tuple):
             responses = _listed(list(responses), table)
         else:
@@ -413,13 +426,20 @@ def _read_chunk(responses: Any, what: str, n: int | None = None) -> tuple[Any, p
         if responses.columns[0] == 0:  # it had no name
             responses.columns = pd.RangeIndex(1)
     if isinstance(responses, pd.DataFrame):
-        wrong = [name for name, kind in responses.dtypes.items() if kind.kind not in "fiub"]
-        if wrong:
-            raise DataError(f"{what}: {wrong[0]!r} is not numeric")
+        for name, kind in responses.dtypes.items():
+            if kind.kind not in "fiub":
+                raise DataError(
+                    f"{what}: {name!r} is not numeric, but {kind}: convert it, or leave it out"
+                )
         unnamed = isinstance(responses.columns, pd.RangeIndex)
         return responses, None if unnamed else responses.columns
     if isinstance(responses, ParquetColumns):
         return responses, pd.Index(responses._file.schema_arrow.names)
+    if not hasattr(responses, "shape"):
+        hint = ": pass its collect()" if hasattr(responses, "collect") else ""
+        raise DataError(
+            f"{what} must be an array or a data frame, not {type(responses).__name__}{hint}"
+        )
     if len(responses.shape) == 1 and n in (None, responses.shape[0]):
         responses = np.asarray(responses)[:, None]
     if len(responses.shape) != 2:
@@ -429,7 +449,9 @@ def _read_chunk(responses: Any, what: str, n: int | None = None) -> tuple[Any, p
             "flatten it with reshape"
         )
     if np.dtype(responses.dtype).kind not in "fiub":
-        raise DataError(f"{what} must be numeric, not {responses.dtype}")
+        raise DataError(
+            f"{what} must be numeric, not {responses.dtype}: convert with astype(float)"
+        )
     if getattr(responses, "format", None) == "csr" and hasattr(responses, "tocsc"):
         responses = responses.tocsc()  # in which columns are cheap
     return responses, None
@@ -466,13 +488,16 @@ def _check_labels(what: str, index: pd.Index, table: pd.DataFrame) -> None:
 
 def _listed(found: list[Any], table: Table) -> Any:
     """Read a list: names of columns of the data, or numbers."""
-    if found and all(isinstance(name, str) for name in found):
+    if not found:
+        raise DataError("responses is empty: give at least one")
+    if all(isinstance(name, str) for name in found):
         absent = [name for name in found if name not in table]
         if absent:
             raise DataError(f"responses names {absent[0]!r}, which is no column of data")
-        columns = {name: np.asarray(table[name]) for name in found}
-        index = table.index if isinstance(table, pd.DataFrame) else None
-        return pd.DataFrame(columns, index=index)
+        if len(set(found)) < len(found):
+            twice = next(name for name in found if found.count(name) > 1)
+            raise DataError(f"responses names {twice!r} more than once")
+        return read_columns(table, found).apply(as_numbers)
     try:
         return np.asarray(found, dtype=float)
     except (TypeError, ValueError):

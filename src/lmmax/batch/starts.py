@@ -100,8 +100,8 @@ def _quadratic_forms(problem: SharedProblem, D: np.ndarray) -> np.ndarray:
     n, rows = len(problem.y), max(1, BLOCK_BYTES // (8 * q * m))
     parts = []
     for first in range(0, n, rows):
-        y = problem.y[first : first + rows]
-        cross = problem.cross[first : first + rows]
+        y = problem.y[first : first + rows, 0]
+        cross = problem.cross[first : first + rows, 0]
         right = cross[:, :p] + y.reshape(-1, q * m) @ flat.T
         beta = np.linalg.solve(information, right.T).T
         rss = cross[:, p] - np.einsum("np,np->n", beta, right)

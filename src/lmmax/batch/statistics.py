@@ -19,18 +19,20 @@ depends on the number of patterns, not on that of rows or groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..compress.grouped import Statistics, equal_groups
+from ..compress.grouped import Statistics, equal_groups, within_groups
 from ..compress.layout import Layout
 from ..compress.rows import SMALLEST_BUCKET, bucket, chunk_rows, chunks, orthonormalise, project_out
 from ..likelihood import Problem
 from ..likelihood.grouped import GroupedProblem
 from ..likelihood.shared import SharedProblem, pays, shared_matrix
+from .grouped_rows import as_range
 
 if TYPE_CHECKING:
     from ..results import Fit
@@ -114,19 +116,10 @@ class SharedDesigns:
     def by_pattern(self) -> SharedProblem | None:
         """The form of the likelihood for lanes that share designs, without lanes; None if none."""
         whole, p = self.problem, self.n_fixed
-        (q, _, m), alone = whole.U.shape, len(self.loose)
-        u = len(self.patterns) + alone
-        if not pays(q, p, u):
+        q, _, m = whole.U.shape
+        if not pays(q, p, len(self.patterns) + len(self.loose)):
             return None
-        first = np.cumsum([0, *self.sizes[:-1]]) if self.patterns else np.zeros(0, dtype=int)
-        merged = sum(self.sizes)
-        U, weight = np.zeros((q, q, _bucket(u))), np.zeros(_bucket(u))
-        U[:, :, :u] = np.concatenate(
-            [whole.U[:, :, first], whole.U[:, :, merged : merged + alone]], axis=2
-        )
-        weight[:u] = [*(len(members) for members, _ in self.patterns), *np.ones(alone)]
-        pattern = np.zeros(m, dtype=np.int32)
-        pattern[: merged + alone] = np.repeat(np.arange(u), [*self.sizes, *np.ones(alone, int)])
+        U, weight, pattern = pattern_arrays(self.U, self.patterns, self.loose, q, m)
         X = np.ascontiguousarray(whole.Y[:, :p].transpose(0, 2, 1))
         common = {each.name: getattr(whole, each.name) for each in fields(Problem)}
         common["x_inverse"] = whole.x_inverse[:p, :p]
@@ -139,8 +132,8 @@ class SharedDesigns:
             X=X,
             pattern=pattern if self.patterns else None,
             C=whole.C[:p, :p],
-            y=np.zeros((0, q, m)),
-            cross=np.zeros((0, p + 1)),
+            y=np.zeros((0, 1, q, m)),
+            cross=np.zeros((0, 1, p + 1)),
         )
 
 
@@ -150,26 +143,16 @@ def shared_designs(fit: Fit) -> SharedDesigns:
     assert isinstance(statistics, Statistics)  # the engine is "grouped"
     U, p = statistics.U, int(whole.n_fixed)
     X_parts = statistics.Y[:, :p]
-    q, _, m = U.shape
-    patterns = []
-    for members in equal_groups(U, q):
-        rows = X_parts[:, :, members].reshape(q * p, len(members)).T
-        left, values, _ = np.linalg.svd(rows, full_matrices=False)
-        basis = left[:, values > RANK_TOLERANCE]
-        # Fewer groups than this would not shrink.
-        if len(members) > basis.shape[1] + q:
-            patterns.append(Pattern(members, basis))
-    loose = np.ones(m, dtype=bool)
+    q = len(U)
+    patterns, rest = find_patterns(U, X_parts, q)
     parts_U, parts_X, weight = [], [], []
     for members, basis in patterns:
-        loose[members] = False
         r = basis.shape[1]
         X_part = np.zeros((q, p, r + q))
         X_part[:, :, :r] = X_parts[:, :, members] @ basis
         parts_X.append(X_part)
         parts_U.append(np.broadcast_to(U[:, :, members[:1]], (q, q, r + q)))
         weight.append(np.full(r + q, len(members) / (r + q)))
-    rest = np.flatnonzero(loose)
     parts_U.append(U[:, :, rest])
     parts_X.append(X_parts[:, :, rest])
     weight.append(np.ones(len(rest)))
@@ -190,13 +173,67 @@ def shared_designs(fit: Fit) -> SharedDesigns:
     left = values > RANK_TOLERANCE
     return SharedDesigns(
         problem=replace(whole, U=padded_U, Y=Y, weight=padded_weight, C=C),
-        patterns=tuple(patterns),
+        patterns=patterns,
         loose=rest,
         U=U,
         rank=(np.einsum("kkm->km", U) > 0.0).astype(float),
         root_C=vectors[:, left] * np.sqrt(values[left]),
         layout=fit.layout,
     )
+
+
+def find_patterns(
+    U: np.ndarray, shared: np.ndarray, own: int
+) -> tuple[tuple[Pattern, ...], np.ndarray]:
+    """Return groups that are merged, and the positions of those that stand for themselves.
+
+    Args:
+        U: triangular factors, (q, q, m).
+        shared: projected columns that all lanes share, (q, w, m).
+        own: numbers of a group that each lane has of its own.
+    """
+    q, w, m = shared.shape
+    loose, patterns = np.ones(m, dtype=bool), []
+    for members in equal_groups(U, own):
+        rows = shared[:, :, members].reshape(q * w, len(members)).T
+        left, values, _ = np.linalg.svd(rows, full_matrices=False)
+        basis = left[:, values > RANK_TOLERANCE]
+        # Fewer groups than this would not shrink.
+        if len(members) > basis.shape[1] + own:
+            patterns.append(Pattern(members, basis))
+            loose[members] = False
+    return tuple(patterns), np.flatnonzero(loose)
+
+
+def pseudo_groups(patterns: Sequence[Pattern], loose: np.ndarray, own: int) -> int:
+    """Return the number of pseudo-groups, padded so that similar designs share compiled code."""
+    return _bucket(sum(basis.shape[1] + own for _, basis in patterns) + len(loose))
+
+
+def pattern_arrays(
+    U: np.ndarray, patterns: Sequence[Pattern], loose: np.ndarray, own: int, m: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a :class:`SharedProblem` has by pattern.
+
+    Args:
+        U: triangular factors of all groups, (q, q, groups).
+        patterns: the merged groups.
+        loose: groups that stand for themselves.
+        own: numbers of a group that each lane has of its own.
+        m: number of pseudo-groups, padding included.
+
+    Returns:
+        ``U`` and ``weight`` of the patterns, and the pattern of each pseudo-group.
+    """
+    q, u = len(U), len(patterns) + len(loose)
+    first = np.array([members[0] for members, _ in patterns], dtype=int)
+    U_patterns, weight = np.zeros((q, q, _bucket(u))), np.zeros(_bucket(u))
+    U_patterns[:, :, :u] = U[:, :, np.append(first, loose)]
+    weight[:u] = [*(len(members) for members, _ in patterns), *np.ones(len(loose))]
+    counts = [*(basis.shape[1] + own for _, basis in patterns), *[1] * len(loose)]
+    pattern = np.zeros(m, dtype=np.int32)
+    pattern[: sum(counts)] = np.repeat(np.arange(u), counts)
+    return U_patterns, weight, pattern
 
 
 def _bucket(count: int) -> int:
@@ -222,20 +259,47 @@ def lanes_of(shared: SharedDesigns, responses: Responses) -> tuple[Problem, tupl
     """
     if shared.by_pattern is None:
         return with_responses(shared, responses), ("Y", "C")
-    y = np.ascontiguousarray(responses.Y)
-    return replace(shared.by_pattern, y=y, cross=responses.C), ("y", "cross")
+    y, cross = np.ascontiguousarray(responses.Y)[:, None], responses.C[:, None]
+    return replace(shared.by_pattern, y=y, cross=cross), ("y", "cross")
 
 
 def project(shared: SharedDesigns, y: np.ndarray) -> Responses:
     """Compress responses given by row, their offset removed, (n, nobs).
 
-    Each is centred at its least-squares fit and scaled to residuals of unit length.
+    Each is centred at its least-squares fit, or with groups far apart at the fit within them, and
+    scaled to residuals of unit length.
+    """
+    layout, p, weights = shared.layout, shared.n_fixed, shared.layout.weights
+    weighted = y if weights is None else y * weights
+    origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
+    parts, C, total = _projected(shared, y, origin)
+    shift, far_apart = within_groups(shared.problem.C[:p, :p], C[:, :p], C[:, p])
+    far = np.flatnonzero(far_apart)
+    if far.size:
+        origin[far] += shift[far]
+        parts[far], C[far], total[far] = _projected(shared, y[far], origin[far])
+    y_scale = np.sqrt(np.where(total > 0.0, total, 1.0))
+    C[:, :p] /= y_scale[:, None]
+    C[:, p] /= total
+    return Responses(merge(shared, parts / y_scale[:, None, None]), C, origin, y_scale)
+
+
+def _projected(
+    shared: SharedDesigns, y: np.ndarray, origin: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the groups' parts, cross-products outside them, and sums of squares around centres.
+
+    Args:
+        shared: the designs.
+        y: the responses, (n, nobs).
+        origin: their centres, as working coefficients, (n, p).
+
+    Returns:
+        Last column of each ``Y_i`` (n, q, m), last row of C (n, p + 1), sums of squares (n,).
     """
     layout, p, q, m = shared.layout, shared.n_fixed, *shared.U.shape[1:]
     order, weights, sizes = layout.order, layout.weights, layout.sizes[0]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    weighted = y if weights is None else y * weights
-    origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
     n = len(y)
     parts = np.empty((n, q, m))
     C = np.zeros((n, p + 1))
@@ -256,27 +320,34 @@ def project(shared: SharedDesigns, y: np.ndarray) -> Responses:
         parts[:, :, groups] = project_out(Q, data, local, count)[:, p:].transpose(1, 0, 2)
         C[:, :p] += data[p:] @ data[:p].T
         C[:, p] += np.einsum("ni,ni->n", data[p:], data[p:])
-    y_scale = np.sqrt(np.where(total > 0.0, total, 1.0))
-    C[:, :p] /= y_scale[:, None]
-    C[:, p] /= total
-    return Responses(merge(shared, parts / y_scale[:, None, None]), C, origin, y_scale)
+    return parts, C, total
 
 
 def merge(shared: SharedDesigns, parts: np.ndarray) -> np.ndarray:
     """Merge the projected responses of all groups, (n, q, m), to those of the pseudo-groups."""
-    n, q, _ = parts.shape
-    merged = np.zeros((n, q, shared.problem.U.shape[2]))
+    return merged(shared.patterns, shared.loose, parts, shared.problem.U.shape[2])
+
+
+def merged(patterns: Sequence[Pattern], loose: np.ndarray, parts: np.ndarray, m: int) -> np.ndarray:
+    """Merge what lanes have of their own of all groups, (n, own, groups), to m pseudo-groups."""
+    n, own, _ = parts.shape
+    found = np.zeros((n, own, m))
     at = 0
-    for members, basis in shared.patterns:
+    for members, basis in patterns:
         r = basis.shape[1]
-        here = parts[:, :, members]
+        # One large product, not many small ones.
+        here = parts[:, :, as_range(members)].reshape(n * own, len(members))
         inside = here @ basis
-        merged[:, :, at : at + r] = inside
-        left = here - inside @ basis.T
-        merged[:, :, at + r : at + r + q] = _semidefinite_root(left @ left.transpose(0, 2, 1))
-        at += r + q
-    merged[:, :, at : at + len(shared.loose)] = parts[:, :, shared.loose]
-    return merged
+        found[:, :, at : at + r] = inside.reshape(n, own, r)
+        left = (here - inside @ basis.T).reshape(n, own, len(members))
+        squares = np.empty((n, own, own))
+        for a in range(own):
+            for b in range(a + 1):
+                squares[:, a, b] = squares[:, b, a] = np.einsum("nm,nm->n", left[:, a], left[:, b])
+        found[:, :, at + r : at + r + own] = _semidefinite_root(squares)
+        at += r + own
+    found[:, :, at : at + len(loose)] = parts[:, :, loose]
+    return found
 
 
 def _semidefinite_root(A: np.ndarray) -> np.ndarray:

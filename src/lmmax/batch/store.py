@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -26,6 +28,7 @@ from .engines import Record
 
 DIGEST = 32
 """Bytes of a hash."""
+WRITING = "cannot be written to; resume=True goes on with what is there"
 NAMES = 4096
 """Names that are made text at once."""
 
@@ -116,8 +119,8 @@ class Store:
         """
         before = self._described()
         if before is None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._make(description)
+            with self._written("cannot be made a directory of results; use another"):
+                self._make(description)
             return
         if not resume:
             raise StoreError(
@@ -135,7 +138,18 @@ class Store:
         """Write the results of a chunk that begins with response `first`."""
         values = {**record._asdict(), "n_obs": n_obs}
         parts = {f.name: np.ascontiguousarray(values[f.name], dtype=f.kind) for f in self.fields}
-        self._put(first, names, parts, {name: _digest(part) for name, part in parts.items()})
+        digests = {name: _digest(part) for name, part in parts.items()}
+        with self._written(WRITING):
+            self._put(first, names, parts, digests)
+
+    @contextmanager
+    def _written(self, trouble: str) -> Iterator[None]:
+        """Say which directory it is that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise StoreError(f"out={str(self.path)!r} {trouble} ({why})") from error
 
     def read(self, first: int) -> tuple[Record, np.ndarray] | None:
         """Return the results of a chunk; None if there is no such chunk, or it is damaged."""
@@ -186,7 +200,8 @@ class Store:
             content = pickle.dumps(batch)
         except Exception as error:  # what a pickle cannot hold is up to each object
             return f"{type(error).__name__}: {error}"
-        self._keep(content, names)
+        with self._written(WRITING):
+            self._keep(content, names)
         return ""
 
     def opened(self) -> Any:
@@ -238,6 +253,7 @@ class ParquetStore(Store):
         return json.loads(about.read_text()) if about.exists() else None
 
     def _make(self, description: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(description, indent=1, sort_keys=True)
         _write(self.path / "work.json", text.encode())
 
@@ -284,6 +300,8 @@ class ParquetStore(Store):
 
     def _keep(self, content: bytes, names: Names) -> None:
         _write(self.path / "batch.pickle", content)
+        for left in self.path.glob("*.partial"):  # by processes that were killed
+            left.unlink(missing_ok=True)
 
     def _kept(self) -> bytes | None:
         about = self.path / "batch.pickle"
@@ -323,14 +341,27 @@ class ZarrStore(Store):
         return {name: group[name] for name in (*(f.name for f in self.fields), self._SHA)}
 
     def _described(self) -> dict[str, Any] | None:
-        if not (self.path / "zarr.json").exists():
-            return None
-        found = self._group.attrs.get("lmmax")
-        return dict(found) if found is not None else None
+        about = self.path / "zarr.json"  # of a group, or of something that is none of ours
+        found = json.loads(about.read_text()) if about.exists() else {}
+        description: dict[str, Any] | None = found.get("attributes", {}).get("lmmax")
+        return description
 
     def _make(self, description: dict[str, Any]) -> None:
+        # Whole at once, and never over something else, which opening it for writing would delete.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_dir():
+            self.path.rmdir()
+        begun = _partial(self.path)
+        try:
+            self._begin(begun, description)
+            begun.rename(self.path)
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
+
+    def _begin(self, path: Path, description: dict[str, Any]) -> None:
+        """Make a group with the arrays."""
         total, size = description["responses"] or 0, description["chunk"]
-        group = self._zarr.open_group(str(self.path), mode="w")
+        group = self._zarr.open_group(str(path), mode="w")
         for field in self.fields:
             # Zarr has no chunks of length zero; without tests these arrays stay empty.
             own = tuple(max(length, 1) for length in field.shape)
@@ -476,9 +507,17 @@ def _parquet() -> tuple[Any, Any]:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file so that it is complete or absent, whatever happens."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Return where this process alone makes what is to stand at a path."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -7,7 +7,7 @@ and solved side by side; other models are fitted one subset after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -96,7 +96,7 @@ def read_subsets(
     """
     spec = formula if isinstance(formula, ModelSpec) else parse_formula(formula)
     table = as_table(data)
-    columns = [by] if isinstance(by, str) or not isinstance(by, Sequence) else list(by)
+    columns = list(by) if isinstance(by, list | tuple) else [by]
     codes, names = _levels(table, columns)
     lacking = codes < 0
     if lacking.any():
@@ -159,8 +159,15 @@ def _levels(table: Table, columns: list[Any]) -> tuple[np.ndarray, pd.Index]:
     if not columns:
         raise DataError("by=[] names no column")
     for name in columns:
+        if not isinstance(name, Hashable):
+            raise DataError(
+                f"by must be the name of a column of data, or a list of names, and not hold a "
+                f"{type(name).__name__}: make it a column of data first"
+            )
+        if columns.count(name) > 1:
+            raise DataError(f"by={columns!r} names {name!r} more than once")
         if name not in table:
-            raise unknown_column(name, table, f"by={name!r}")
+            raise unknown_column(str(name), table, f"by={name!r}")
     frame = read_columns(table, columns)
     parts = [as_categories(frame[name]) for name in columns]
     if len(parts) == 1:
@@ -202,6 +209,7 @@ class SubsetWork:
         subsets: which rows belong to which subset.
         most_groups: of a subset that is compressed in company; larger ones are compressed one by
             one, which merges groups with the same design.
+        terms: the random terms' places; None for those of the design.
     """
 
     design: Design
@@ -209,6 +217,7 @@ class SubsetWork:
     tests: tuple[Hypothesis, ...]
     subsets: Subsets
     most_groups: int = SMALLEST_BUCKET
+    terms: tuple[TermColumns, ...] | None = None
 
     @property
     def rows(self) -> np.ndarray:
@@ -269,7 +278,7 @@ class SubsetWork:
 
     @cached_property
     def _terms(self) -> tuple[TermColumns, ...]:
-        return arrange(self.design)[1]
+        return arrange(self.design)[1] if self.terms is None else self.terms
 
     @cached_property
     def _order(self) -> np.ndarray:

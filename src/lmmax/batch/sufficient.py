@@ -19,6 +19,7 @@ from ..constraints import Settings
 from ..design import DataError, Design
 from ..fit import check_enough, check_reml, prepare
 from ..frames import as_table, plural
+from ..simulate import check_count
 from ..solve import Status
 from ..spec import ModelSpec
 from . import artifact
@@ -27,7 +28,7 @@ from .merging import check_alike, joined, merged
 from .parts import Part
 from .progress import progress_bar
 from .reading import block_size, read_design
-from .reasons import failed
+from .reasons import failed, reasons, suspects
 from .result import BatchFit, hypotheses
 from .rotation import ROUNDING, Rotated, Rotation, rotate, rotation
 from .selection import selected
@@ -93,12 +94,14 @@ class SufficientStatistics:
 
     def __repr__(self) -> str:
         rows = max((part.n_obs for part in self.parts), default=0)
+        bytes_ = self.nbytes
+        size = f"{bytes_ / 1e6:.1f} MB" if bytes_ >= 1e5 else f"{bytes_ / 1e3:.1f} kB"
         groups = ", ".join(
             f"{plural(len(g.levels), 'group')} of {g.name}" for g in self.design.groupings
         )
         return (
-            f"<lmmax.SufficientStatistics {self.design.spec.formula!r}: {len(self)} responses, "
-            f"{rows} rows, {groups}; {self.nbytes / 1e6:.1f} MB>"
+            f"<lmmax.SufficientStatistics {self.design.spec.formula!r}: "
+            f"{plural(len(self), 'response')}, {plural(rows, 'row')}, {groups}; {size}>"
         )
 
     # --- fits -------------------------------------------------------------------------------
@@ -131,7 +134,8 @@ class SufficientStatistics:
             progress: show a progress bar.
 
         Returns:
-            The fits.  ``batch[i]`` raises, as there are no rows.
+            The fits.  ``batch[i]`` raises, as there are no rows.  Without an intercept, a constant
+            response is called ``explained``.
 
         Raises:
             DataError: for a term or column that the statistics do not have.
@@ -192,21 +196,19 @@ class SufficientStatistics:
         self, engine: Engine, part: Part, here: slice, kept: list[int], rest: np.ndarray
     ) -> Record:
         """Fit some responses of a part; those that cannot be fitted have a status that says why."""
-        y = _around(part, here, rest)
-        record = engine.fit(y.T, part.origin[here][:, kept])
-        infinite = np.isinf(part.y[here]).any(axis=1)
-        explained = ~y.any(axis=1)
-        level, intercept = ~part.y[here].any(axis=1), self.design.terms.intercept
+        record = engine.fit(_around(part, here, rest).T, part.origin[here][:, kept])
+        lanes = suspects(record, part.X[:, kept])
+        if not lanes.size:
+            return record
+        own = replace(part, y=part.y[here][lanes], origin=part.origin[here][lanes])
+        why = reasons((own.y + own.origin @ part.X.T).T, part.X[:, kept])
+        intercept = self.design.terms.intercept
         if intercept is not None:
             others = np.delete(np.arange(len(self.design.x_names)), intercept.columns)
-            level &= ~_left(part, here, others).any(axis=1)
-            if level.any():
-                record = failed(record, np.flatnonzero(level), Status.CONSTANT)
-            explained &= ~level
-        for lanes, why in ((infinite, Status.INFINITE), (explained, Status.EXPLAINED)):
-            if lanes.any():
-                record = failed(record, np.flatnonzero(lanes), why)
-        return record
+            varies = own.y.any(axis=1) | _left(own, slice(None), others).any(axis=1)
+            why[~varies] = Status.CONSTANT
+        unfit = why != Status.NOT_FINITE
+        return failed(record, lanes[unfit], why[unfit])
 
     def _engine(
         self,
@@ -342,8 +344,8 @@ class SufficientStatistics:
             ...     statistics.save(pathlib.Path(here) / "sleep.npz")
             ...     again = lmmax.SufficientStatistics.load(pathlib.Path(here) / "sleep.npz")
             >>> again
-            <lmmax.SufficientStatistics 'response ~ Days + (1 | Subject)': 1 responses, 180 rows, \
-18 groups of Subject; 0.0 MB>
+            <lmmax.SufficientStatistics 'response ~ Days + (1 | Subject)': 1 response, 180 rows, \
+18 groups of Subject; 0.8 kB>
         """
         about, arrays = artifact.read(path)
         names = [*list(Part.__dataclass_fields__)[:-2], "sizes"]
@@ -413,7 +415,8 @@ def sufficient_statistics(
 
     Args:
         formula: the largest model, ``"~ age * sex + (1 + age | subject)"``.
-        data: the covariates and groups, n rows.
+        data: the covariates and groups, n rows.  For parts that are to be merged, a factor of which
+            some part lacks a level must be a pandas categorical with the levels of all.
         responses: the responses, as in :func:`lmmax.fit_many`, read a block at a time.  Those that
             lack the same rows share the designs' part of the statistics.
         weights: prior weights, as in :func:`lmmax.fit`; like all that follow.
@@ -444,8 +447,8 @@ def sufficient_statistics(
     Source: for the rows that a group shrinks to, Pinheiro and Bates (2000), Mixed-Effects Models in
     S and S-PLUS, section 2.2.3.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
+    if chunk is not None:
+        check_count(chunk, "chunk")
     options = {
         "weights": weights,
         "offset": offset,
@@ -453,6 +456,7 @@ def sufficient_statistics(
         "relmat": relmat,
         "missing": missing,
         "context": context,
+        "whole": False,  # what is too little to be fitted may be merged with more
     }
     design, rows = read_design(formula, data, **options)
     source = columns(responses, as_table(data), rows)

@@ -2,9 +2,10 @@
 
 A block of models is a :class:`Block`: what each has of its own, already read; what they share is
 the design, whose columns that change are to be multiplied by the model's own.  Where only columns
-of X change and there is one variance besides the residual's, the models are a search on a line each
-(:mod:`lmmax.batch.scan`).  Other models are data sets of the same rows, stacked one on the other,
-and solved as subsets are (:mod:`lmmax.batch.subsets`).
+of X change, the models share the designs' part of the statistics: with one variance besides the
+residual's they are a search on a line each (:mod:`lmmax.batch.scan`), with one grouping factor they
+are solved side by side (:mod:`lmmax.batch.scan_lanes`).  Other models are data sets of the same
+rows, stacked one on the other, and solved as subsets are (:mod:`lmmax.batch.subsets`).
 """
 
 from __future__ import annotations

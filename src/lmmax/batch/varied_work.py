@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -11,17 +12,20 @@ import pandas as pd
 
 from ..compress.grouped import Statistics, equal_groups
 from ..compress.rows import SMALLEST_BUCKET
-from ..constraints import Settings
+from ..constraints import Settings, TermColumns
 from ..design import DataError, Design
-from ..fit import prepare
+from ..fit import arrange, prepare
 from ..solve import Status
 from .engines import Hypothesis, Record, empty, put, stacked
-from .rows import subset
-from .scan_engine import ScanEngine, scan_engine
+from .rows import levels_left, subset
+from .scan_engine import LaneScan, ScanEngine, lane_scan, scan_engine
 from .store import fingerprint
 from .subsets import LARGE, Subsets, SubsetWork
 from .varied import STACKED_NUMBERS, Block
 from .work import PATTERNS, Done, Work, arrays, by_pattern, remembered
+
+COMPANY = 16
+"""Models that lack the same rows, from which on a design of their own pays."""
 
 
 @dataclass(eq=False)
@@ -31,13 +35,15 @@ class VariedWork(Work):
     Attributes:
         columns: positions of the columns of X that are multiplied by the models' own.
         weighted: whether prior weights differ.
-        lines: per pattern of missing values, as bytes, what fits it on a line.
+        lines: per pattern of missing values, as bytes, what fits the models that have it.
+        apart: per pattern of missing responses, what fits models that lack other rows each.
     """
 
     columns: tuple[int, ...] = ()
     weighted: bool = False
     unit: ClassVar[str] = "model"
     lines: dict[bytes, ScanEngine | None] = field(default_factory=dict)
+    apart: dict[bytes, LaneScan | None] = field(default_factory=dict)
 
     @cached_property
     def on_a_line(self) -> bool:
@@ -60,7 +66,7 @@ class VariedWork(Work):
     def key(self) -> str:
         """See `Work`."""
         own = [str(self.design.spec), self.settings, self.tests, self.columns, self.weighted]
-        return fingerprint(*arrays(self.design), *own)
+        return fingerprint(*arrays(self.design), self.design.y, *own)
 
     def __reduce__(self) -> Any:
         parts = (self.design, self.settings, self.tests, self.columns, self.weighted)
@@ -75,8 +81,49 @@ class VariedWork(Work):
         elif complete or not block.gone.any():
             record = self._on_line(block, b"", None, None)
         else:
-            record = by_pattern(block.gone, partial(self._on_line, block))
+            record = self._lacking(block)
         return record, np.full(len(block), n) if complete else n - block.gone.sum(axis=0)
+
+    def _lacking(self, block: Block) -> Record:
+        """Fit models of which some lack values.
+
+        Rows that many lack are left out of a design that these share; what few lack is left out of
+        each model.
+        """
+        gone = block.gone
+        _, which, counts = np.unique(
+            np.packbits(gone, axis=0), axis=1, return_inverse=True, return_counts=True
+        )
+        rare = (counts[which.reshape(-1)] < COMPANY) & gone.any(axis=0)
+        # A response that all share lacks its rows in all of them.
+        lacks = np.isnan(block.y[:, 0]) if block.y.shape[1] == 1 else np.zeros(len(gone), bool)
+        rows = np.flatnonzero(~lacks)
+        key = np.packbits(lacks).tobytes() if lacks.any() else b""
+        engine = self._apart_of(key, rows) if rare.any() else None
+        if engine is None:
+            return by_pattern(gone, partial(self._on_line, block))
+        own = block.take(np.flatnonzero(rare), rows)
+        assert own.x is not None
+        parts, others = engine.fit_lacking(own.y, own.x), block.take(np.flatnonzero(~rare))
+        found = empty(len(block), self.design.X.shape[1], self.width, len(self.tests))
+        put(found, rare, parts)
+        if not rare.all():
+            put(found, ~rare, by_pattern(others.gone, partial(self._on_line, others)))
+        return found
+
+    def _apart_of(self, key: bytes, rows: np.ndarray) -> LaneScan | None:
+        """Return what fits models that lack rows of their own, or None; as `_line_of`."""
+        with self._lock:
+            if key not in self.apart:
+                if len(self.apart) >= PATTERNS:
+                    self.apart.pop(next(iter(self.apart)))
+                found = None
+                if len(rows):
+                    design = subset(self.design, rows, self.design.y[rows])
+                    with suppress(DataError):
+                        found = lane_scan(design, self.columns, self.settings, self.tests)
+                self.apart[key] = found
+            return self.apart[key]
 
     def _on_line(
         self, block: Block, key: bytes, rows: np.ndarray | None, lanes: np.ndarray | None
@@ -84,8 +131,14 @@ class VariedWork(Work):
         """Fit models that lack the same rows; None for all of the rows, or models."""
         own = block if lanes is None or rows is None else block.take(lanes, rows)
         assert own.x is not None
-        engine = self._line_of(key, np.arange(len(block.y)) if rows is None else rows)
+        rows = np.arange(len(block.y)) if rows is None else rows
+        engine = self._line_of(key, rows) if len(rows) else None
         return self._stacked(own, rows) if engine is None else engine.fit(own.y, own.x)
+
+    @cached_property
+    def _terms(self) -> tuple[TermColumns, ...]:
+        """The random terms' places, also those that some models have no rows of."""
+        return arrange(self.design)[1]
 
     def _line_of(self, key: bytes, rows: np.ndarray) -> ScanEngine | None:
         with self._lock:
@@ -123,14 +176,23 @@ class VariedWork(Work):
         parts = []
         for first in range(0, len(block), step):
             here = block.take(slice(first, first + step))
-            infinite = here.infinite
-            # They would be mistaken for columns without any variation.
-            sound = here.take(np.flatnonzero(~infinite)) if infinite.any() else here
-            subsets = stacked_models(design, self.columns, sound)
-            work = SubsetWork(subsets.design, self.settings, self.tests, subsets, self._most_groups)
             found = empty(len(here), design.X.shape[1], self.width, len(self.tests))
-            found.status[infinite] = Status.INFINITE
-            put(found, np.flatnonzero(~infinite), work.done(np.arange(int(np.sum(~infinite))))[0])
+            # Infinite columns would be mistaken for some without any variation.
+            infinite, nothing = here.infinite, here.gone.all(axis=0)
+            found.status[nothing], found.status[infinite] = Status.TOO_FEW, Status.INFINITE
+            sound = np.flatnonzero(~(infinite | nothing))
+            if sound.size:
+                own = here if len(sound) == len(here) else here.take(sound)
+                subsets = stacked_models(design, self.columns, own)
+                work = SubsetWork(
+                    subsets.design,
+                    self.settings,
+                    self.tests,
+                    subsets,
+                    self._most_groups,
+                    self._terms,
+                )
+                put(found, sound, work.done(np.arange(len(sound)))[0])
             parts.append(found)
         return stacked(parts)
 
@@ -162,7 +224,7 @@ def stacked_models(design: Design, columns: tuple[int, ...], block: Block) -> Su
         y=own(block.y),
         X=X,
         blocks=tuple(replace(each, Z=np.asfortranarray(each.Z[row])) for each in design.blocks),
-        groupings=tuple(replace(each, codes=each.codes[row]) for each in design.groupings),
+        groupings=tuple(levels_left(each, row) for each in design.groupings),
         weights=weights if block.weights is None else own(block.weights),
         offset=None if design.offset is None else design.offset[row],
         index=design.index[row],

@@ -13,6 +13,12 @@ import numpy as np
 
 ALIAS_TOLERANCE = 1e-7
 """A column of X is aliased if the columns before it leave less than this fraction of it (as R)."""
+REPEATED = 0.1
+"""Where a column leaves less than this of another, the Gram matrix is taken of both again, in the
+coordinates found: its squares cost digits, which come back so (Yamamoto et al., 2015, ETNA 44)."""
+
+SPANNED = 1e-9
+"""The constant is in the span of columns if they leave no more of it than this."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,13 @@ def column_factor(columns: np.ndarray, weights: np.ndarray | None) -> Factor:
         if not np.all(norms > 0.0):
             raise np.linalg.LinAlgError
         lower = np.linalg.cholesky(gram / np.outer(scale, scale))
-        if np.min(np.diag(lower), initial=1.0) > 1e-5:
-            return Factor(lower.T * scale, np.arange(p))
+        least, R = np.min(np.diag(lower), initial=1.0), lower.T * scale
+        if least > 1e-5:
+            if least < REPEATED:
+                working = columns @ np.linalg.inv(R)
+                weighted = working if weights is None else working * weights[:, None]
+                R = np.linalg.cholesky(working.T @ weighted).T @ R
+            return Factor(R, np.arange(p))
     except np.linalg.LinAlgError:
         pass
 
@@ -65,6 +76,26 @@ def column_factor(columns: np.ndarray, weights: np.ndarray | None) -> Factor:
     R = triangle(root[:, kept])
     R *= np.where(np.diag(R) < 0.0, -1.0, 1.0)[:, None]
     return Factor(R * scale[kept], np.asarray(kept, dtype=int))
+
+
+def constant(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) -> np.ndarray | None:
+    """Return the coefficients of the constant 1 on the kept columns; None if they have it not.
+
+    Args:
+        columns: those that were factored, (n, p).
+        factor: their factor.
+        weights: prior weights of the rows, or None.
+    """
+    for j, column in enumerate(factor.kept):
+        if np.all(columns[:, column] == 1.0):
+            return np.eye(len(factor.kept))[j]  # exactly: a mean may be large
+    own, found = columns[:, factor.kept], np.zeros(len(factor.kept))
+    left = np.ones(len(columns))
+    for _ in range(2):  # the second time for the digits that ill-conditioned columns cost
+        weighted = left if weights is None else left * weights
+        found = found + factor.inverse @ (factor.inverse.T @ (own.T @ weighted))
+        left = 1.0 - own @ found
+    return None if np.max(np.abs(left), initial=0.0) > SPANNED else found
 
 
 def triangle(columns: np.ndarray) -> np.ndarray:

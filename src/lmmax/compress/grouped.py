@@ -41,13 +41,9 @@ def compress(
     p = len(layout.fixed.kept)
     beta = layout.least_squares(y)
     U, Y, C, total = _sums(y, layout, beta)
-    # With groups far apart, the least-squares residuals are a poor centre for what varies within
-    # groups: rss would be a small difference of large sums.  Then centre at the within-group fit.
-    # What varies between groups only has no part in C, whose eigenvalues are at most one.
-    shift = np.linalg.solve(C[:p, :p] + 1e-10 * np.eye(p), C[:p, p])
-    left = C[p, p] - 2.0 * shift @ C[:p, p] + shift @ C[:p, :p] @ shift
-    if left < 1e-4 * C[p, p]:
-        beta = beta + shift
+    shift, far_apart = within_groups(C[:p, :p], C[None, p, :p], C[None, p, p])
+    if far_apart[0]:
+        beta = beta + shift[0]
         U, Y, C, total = _sums(y, layout, beta)
     scaling = scaled(y, layout, beta, total)
     Y[:, p] /= scaling.y_scale
@@ -64,6 +60,26 @@ def compress(
             # Not merged: one copy of the statistics serves both views.
             U, Y = problem.U[:, :, : U.shape[2]], problem.Y[:, :, : U.shape[2]]
     return problem, Statistics(U, Y), scaling
+
+
+def within_groups(XX: np.ndarray, Xy: np.ndarray, yy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the coefficients within groups, and where they are the better centre.
+
+    With groups far apart, the least-squares residuals are a poor centre for what varies within
+    groups: rss would be a small difference of large sums.
+
+    Args:
+        XX: cross-products of what the groups' column spaces leave of the working X, (p, p).
+        Xy: the same with responses around some centre, (n, p).
+        yy: of the responses with themselves, (n,).
+
+    Returns:
+        Coefficients beyond the centre, (n, p), and whether to move there, (n,).
+    """
+    # What varies between groups only has no part in XX, whose eigenvalues are at most one.
+    shift = Xy @ np.linalg.inv(XX + 1e-10 * np.eye(len(XX)))
+    left = yy - 2.0 * np.einsum("ni,ni->n", shift, Xy) + np.einsum("ni,ni->n", shift @ XX, shift)
+    return shift, left < 1e-4 * yy
 
 
 def _sums(

@@ -109,7 +109,11 @@ def covariance_slopes(compression: Compression, estimates: Estimates) -> Covaria
     unscaled = np.asarray(at.beta_inverse)[:p, :p]
     P = -np.asarray(at.x_slope)[:, :p, :p]
     D = estimates.working_root @ estimates.working_root.T
-    of_scale = np.linalg.inv(unscaled) - np.tensordot(pack_triangle(D), P, 1)
+    try:
+        information = np.linalg.inv(unscaled)
+    except np.linalg.LinAlgError:  # a combination is told without any error
+        information = np.full_like(unscaled, np.nan)
+    of_scale = information - np.tensordot(pack_triangle(D), P, 1)
     return CovarianceSlopes(
         Phi=scale * unscaled,
         P_x=np.concatenate([P, of_scale[None]]) / scale**2,

@@ -1,4 +1,4 @@
-"""The criterion of one-factor models that share their designs and differ in the response.
+"""The criterion of one-factor models that share their designs but for a few columns each.
 
 In the notation of :mod:`lmmax.likelihood.grouped`, ``H_i``, ``K_i = U_i' H_i^-1 U_i`` and
 ``F_i = H_i^-1 U_i`` of group i depend on D and ``U_i`` only; groups with the same ``U`` form a
@@ -11,13 +11,19 @@ each pattern, with the same coefficients for all lanes::
 and so are the weights ``X_i outer X_i'`` of its second derivatives, which are needed contracted
 with a matrix of each lane only.  Over all lanes these are products with one large matrix, where a
 lane by itself would need many small ones.
+
+What a lane has of its own is mostly the response.  Where a column of X is, such as the genotype of
+a scan, the shared columns are those of X without it, and the response if there is but one: the
+form does not tell the columns apart until ``[X y]`` is put together.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +41,46 @@ MOST_BYTES = 1 << 26
 """Most bytes of the shared matrix."""
 
 
+class Exchanged(NamedTuple):
+    """What tells lanes apart that lack some rows: groups that leave, and others in their place.
+
+    The coordinates are those of ``[X y]`` of the :class:`SharedProblem`, w + c in number.
+
+    Attributes:
+        U: triangular factors, (n, q, q, g).
+        Y: projected columns, (n, q, w + c, g).
+        sign: 1.0 for groups that come, -1.0 for those that go, 0.0 for none, (n, g).
+        C: change of the cross-product outside the column spaces of Z, (n, w + c, w + c).
+    """
+
+    U: Any
+    Y: Any
+    sign: Any
+    C: Any
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SharedProblem(Problem):
-    """Compressed data of n responses of a one-factor model; a pytree of NumPy or JAX arrays.
+    """Compressed data of n lanes of a one-factor model; a pytree of NumPy or JAX arrays.
+
+    The w shared columns are called X, the c columns that each lane has of its own y; they are those
+    of X and the response where ``order`` is not given.
 
     Attributes:
         U: triangular factors of the patterns, (q, q, u).
         weight: number of groups of each, (u,).
         XX: for each pair of effects ``a <= b``, and each pattern, the lower triangle of
-            ``XX_u[a, b]``, the symmetric part of it twice where a and b differ, (k u, p (p + 1)/2).
-        X: projected X of the pseudo-groups, (q, m, p); see :mod:`lmmax.batch.statistics`.
+            ``XX_u[a, b]``, the symmetric part of it twice where a and b differ, (k u, w (w + 1)/2).
+        X: projected X of the pseudo-groups, (q, m, w); see :mod:`lmmax.batch.statistics`.
         pattern: the pattern of each pseudo-group, (m,); None where each is its own.
-        C: cross-product of X outside the column spaces of Z, (p, p).
-        y: projected responses, (n, q, m).
-        cross: cross-products of the responses with X, then with themselves, outside, (n, p + 1).
+        C: cross-product of X outside the column spaces of Z, (w, w).
+        y: projected columns of the lanes, (n, c, q, m).
+        cross: cross-products of these with X, then with one another, outside, (n, c, w + c).
+        order: the position among ``[X y]``, first the shared columns, of each column of the fixed
+            effects, and last that of the response; None for the positions that they are in.
+        exchanged: groups that lanes have in place of others; the numbers of observations and
+            groups are those of each lane then.
     """
 
     U: Any
@@ -60,17 +91,25 @@ class SharedProblem(Problem):
     C: Any
     y: Any
     cross: Any
+    order: tuple[int, ...] | None = field(default=None, metadata={"static": True})
+    exchanged: Exchanged | None = None
 
     def by_group(self) -> GroupedProblem:
         """Return the pseudo-groups without X, for moments of the responses; of NumPy arrays."""
         pattern = np.arange(len(self.weight)) if self.pattern is None else self.pattern
         count = np.bincount(pattern, minlength=len(self.weight))
+        w, c = self.X.shape[2], self.y.shape[1]
+        last = w + c - 1 if self.order is None else self.order[-1]
+        if last < w:  # the same for all lanes
+            y, outside = self.X[:, :, last], np.asarray(self.C[last, last])
+        else:
+            y, outside = self.y[:, last - w], self.cross[:, last - w, last]
         return GroupedProblem(
             **{each.name: getattr(self, each.name) for each in fields(Problem)},
             U=self.U[:, :, pattern],
-            Y=self.y[:, :, None],
+            Y=y[..., None, :],
             weight=(self.weight / count.clip(min=1))[pattern],
-            C=self.cross[:, -1, None, None],
+            C=outside[..., None, None],
         )
 
 
@@ -112,15 +151,16 @@ def derivatives_of_lanes(
     Returns:
         The derivatives, with a leading axis of lanes.
     """
-    n, q, m = problem.y.shape
-    p, n_patterns = problem.X.shape[-1], problem.U.shape[-1]
+    n, c, q, m = problem.y.shape
+    w, n_patterns = problem.X.shape[-1], problem.U.shape[-1]
     entries = _triangle(q)
     k = len(entries)
     XX, weight = jnp.asarray(problem.XX), jnp.asarray(problem.weight)
-    X = jnp.moveaxis(jnp.asarray(problem.X), -1, 0).reshape(p, q * m).T
-    y_all = jnp.asarray(problem.y)
-    y = [[y_all[:, a]] for a in range(q)]
-    inverse, F, K, logdets = _whitened(jnp.asarray(problem.U), D)
+    X = jnp.moveaxis(jnp.asarray(problem.X), -1, 0).reshape(w, q * m).T
+    own, cross = jnp.asarray(problem.y), jnp.asarray(problem.cross)
+    each = range(c)
+    patterns = jnp.asarray(problem.U)
+    inverse, F, K, logdets = _whitened([[x[None] for x in row] for row in patterns], D)
     K_packed = _packed(K)
     inverse_rows, F_rows, K_rows = (_by_row(problem, part) for part in (inverse, F, K))
 
@@ -128,33 +168,112 @@ def derivatives_of_lanes(
     slopes = [-_packed(part) for part in _slopes(F, F)]
     weights = jnp.stack([_packed(inverse), *slopes], axis=1)
     S_XX = (weights.reshape(n * (k + 1), -1) @ XX).reshape(n, k + 1, -1)
-    P = _product(_turned(F_rows), y)
-    moved = [_column(_product(inverse_rows, y))]
-    moved += [-_column(part) for part in _slopes(F_rows, _turned(P))]
-    y_moved = jnp.stack(moved, axis=1).reshape(n, k + 1, q * m)
-    S_Xy = (y_moved.reshape(n * (k + 1), q * m) @ X).reshape(n, k + 1, p)
-    S_yy = _traces(y_moved, y_all.reshape(n, 1, q * m))[..., 0]
+    P, moved = [], []
+    for j in each:
+        y = [[own[:, j, a]] for a in range(q)]
+        P.append(_product(_turned(F_rows), y))
+        parts = [_column(_product(inverse_rows, y))]
+        parts += [-_column(part) for part in _slopes(F_rows, _turned(P[j]))]
+        moved.append(jnp.stack(parts, axis=1).reshape(n, k + 1, q * m))
+    y_moved = jnp.stack(moved, axis=1)
+    S_Xy = (y_moved.reshape(n * c * (k + 1), q * m) @ X).reshape(n, c, k + 1, w)
+    flat = own.reshape(n, c, q * m)
+    S_yy = jnp.stack([_traces(y_moved[:, j], flat) for j in each], axis=1)
     S = jax.vmap(jax.vmap(_bordered))(
         S_XX.at[:, 0].add(pack_triangle(jnp.asarray(problem.C))),
-        S_Xy.at[:, 0].add(problem.cross[:, :p]),
-        S_yy.at[:, 0].add(problem.cross[:, p]),
+        jnp.swapaxes(S_Xy.at[:, :, 0].add(cross[:, :, :w]), 1, 2),
+        jnp.swapaxes(S_yy.at[:, :, 0].add(cross[:, :, w:]), 1, 2),
     )
-    at = Reduction(S[:, 0], logdets @ weight, S[:, 1:], (K_packed @ weight) * _multiples(q))
-    here = jax.vmap(lambda S, s: regression(problem, S, reml, s, profile))(at.S, log_scale)
+    logdet, logdet_slope = logdets @ weight, K_packed @ weight
+    if problem.exchanged is not None:
+        change = _exchange(problem.exchanged, D)
+        S = S + change.S
+        logdet, logdet_slope = logdet + change.logdet, logdet_slope + change.logdet_slope
+    to = np.arange(w + c) if problem.order is None else np.array(problem.order)
+    S = S[:, :, to[:, None], to]
+    at = Reduction(S[:, 0], logdet, S[:, 1:], logdet_slope * _multiples(q))
+    n_obs = jnp.broadcast_to(jnp.asarray(problem.n_obs), (n,))
+    here = jax.vmap(
+        lambda S, s, n_obs: regression(replace(problem, n_obs=n_obs), S, reml, s, profile)
+    )(at.S, log_scale, n_obs)
 
-    outer_X = here.outer[:, :p, :p] * (2.0 - jnp.eye(p))
-    packed = jax.vmap(pack_triangle)(outer_X) @ XX.T
+    back = np.argsort(to)
+    outer = here.outer[:, back[:, None], back]
+    packed = jax.vmap(pack_triangle)(outer[:, :w, :w] * (2.0 - jnp.eye(w))) @ XX.T
     packed = packed.reshape(n, k, n_patterns) / _multiples(q)[:, None]
     B = _product(_turned(F), _product(_unpacked(packed, q), F))
     curvature = _traces(2.0 * _packed(B) - weight * K_packed, K_packed)
-    half = (here.outer[:, :p, p] @ X.T).reshape(n, q, m) + 0.5 * here.outer[
-        :, p, p, None, None
-    ] * y_all
-    P_half = _product(_turned(F_rows), [[half[:, a]] for a in range(q)])
-    B_rows = [[P_half[a][0] * P[b][0] + P[a][0] * P_half[b][0] for b in range(q)] for a in range(q)]
+    shared = (outer[:, w:, :w].reshape(n * c, w) @ X.T).reshape(n, c, q, m)
+    P_half = []
+    for j in each:
+        half = shared[:, j]
+        for i in each:
+            half = half + 0.5 * outer[:, w + j, w + i, None, None] * own[:, i]
+        P_half.append(_product(_turned(F_rows), [[half[:, a]] for a in range(q)]))
+    B_rows = [
+        [
+            reduce(add, (P_half[j][a][0] * P[j][b][0] + P[j][a][0] * P_half[j][b][0] for j in each))
+            for b in range(q)
+        ]
+        for a in range(q)
+    ]
     curvature = curvature + _traces(2.0 * _packed(B_rows), _packed(K_rows))
-    return jax.vmap(lambda at, here, curvature: assembled(problem, at, here, curvature, reml))(
-        at, here, (curvature.reshape(n, k * k) @ _contraction(q)).reshape(n, k, k)
+    if problem.exchanged is not None:
+        curvature = curvature + change.curvature(outer)
+    return jax.vmap(
+        lambda at, here, curvature, n_obs: assembled(
+            replace(problem, n_obs=n_obs), at, here, curvature, reml
+        )
+    )(at, here, (curvature.reshape(n, k * k) @ _contraction(q)).reshape(n, k, k), n_obs)
+
+
+class _Change(NamedTuple):
+    """What groups of each lane add to the reduction, slopes behind the value: (n, k + 1, ...).
+
+    ``P``, by effect, and ``K``, a packed triangle, are those of the groups, (n, w + c, g) and
+    (n, k, g).
+    """
+
+    S: Array
+    logdet: Array
+    logdet_slope: Array
+    P: list[Array]
+    K: Array
+    sign: Array
+
+    def curvature(self, outer: Array) -> Array:
+        """Return what they add to the sums over products of entries, (n, k, k)."""
+        half = [jnp.einsum("nxy,nyg->nxg", outer, part) for part in self.P]
+        B = [[jnp.sum(a * b, axis=1) for b in self.P] for a in half]
+        return _traces((2.0 * _packed(B) - self.K) * self.sign[:, None], self.K)
+
+
+def _exchange(own: Exchanged, D: Array) -> _Change:
+    """Return what the groups of lanes add, not much else than :func:`grouped.derivatives` does."""
+    q = D.shape[1]
+    U, Y, sign = (jnp.asarray(leaf) for leaf in (own.U, own.Y, own.sign))
+    inverse, F, K, logdets = _whitened([[U[:, i, j] for j in range(q)] for i in range(q)], D)
+
+    def times(A: Matrix) -> list[Array]:
+        """Return the rows of ``A Y``, (n, w + c, g) each."""
+        return [reduce(add, (x[:, None] * Y[:, b] for b, x in enumerate(row))) for row in A]
+
+    def summed(x: Array, y: Array) -> Array:
+        return jnp.einsum("nxg,nyg->nxy", x * sign[:, None], y)
+
+    P, white = times(_turned(F)), times(inverse)
+    parts = [jnp.asarray(own.C) + reduce(add, (summed(white[a], Y[:, a]) for a in range(q)))]
+    for i, j in _triangle(q):
+        both = summed(P[i], P[j])
+        parts.append(-both if i == j else -(both + jnp.swapaxes(both, 1, 2)))
+    K_packed = _packed(K)
+    return _Change(
+        S=jnp.stack(parts, axis=1),
+        logdet=jnp.sum(sign * logdets, axis=1),
+        logdet_slope=jnp.einsum("nkg,ng->nk", K_packed, sign),
+        P=P,
+        K=K_packed,
+        sign=sign,
     )
 
 
@@ -163,11 +282,15 @@ Matrix = list[list[Array]]
 branches, as those over an array of all entries would."""
 
 
-def _whitened(U: Array, D: Array) -> tuple[Matrix, Matrix, Matrix, Array]:
-    """Return ``H^-1``, ``H^-1 U`` and ``U' H^-1 U`` by lane and pattern, and ``log|H|`` (n, u)."""
-    q = U.shape[0]
+def _whitened(factors: Matrix, D: Array) -> tuple[Matrix, Matrix, Matrix, Array]:
+    """Return ``H^-1``, ``H^-1 U`` and ``U' H^-1 U`` by lane and pattern, and ``log|H|`` (n, u).
+
+    Args:
+        factors: U, the same for all lanes, (1, u), or not, (n, u).
+        D: relative covariances, (n, q, q).
+    """
+    q = len(factors)
     each = range(q)
-    factors = [[U[i, j][None] for j in each] for i in each]
     half = _product(factors, [[D[:, i, j, None] for j in each] for i in each])
     H = _product(half, _turned(factors))
     L, pivots = ldl(jnp.stack([jnp.stack(row) for row in H]) + jnp.eye(q)[..., None, None])
@@ -256,10 +379,9 @@ def _unpacked(packed: Array, q: int) -> Matrix:
     return [[at[max(i, j), min(i, j)] for j in range(q)] for i in range(q)]
 
 
-def _bordered(XX: Array, Xy: Array, yy: Array) -> Array:
+def _bordered(XX: Array, yX: Array, yy: Array) -> Array:
     """Return the cross-product of [X y] from its parts, that of X as a triangle."""
-    A = unpack_symmetric(XX)
-    return jnp.block([[A, Xy[:, None]], [Xy[None, :], yy[None, None]]])
+    return jnp.block([[unpack_symmetric(XX), yX.T], [yX, 0.5 * (yy + yy.T)]])
 
 
 def _triangle(q: int) -> list[tuple[int, int]]:
