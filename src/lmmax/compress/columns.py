@@ -16,7 +16,8 @@ ALIAS_TOLERANCE = 1e-7
 REPEATED = 0.1
 """Where a column leaves less than this of another, the Gram matrix is taken of both again, in the
 coordinates found: its squares cost digits, which come back so (Yamamoto et al., 2015, ETNA 44)."""
-
+CHUNK_ROWS = 1 << 15
+"""Rows of these coordinates that are made at a time."""
 SPANNED = 1e-9
 """The constant is in the span of columns if they leave no more of it than this."""
 
@@ -57,9 +58,7 @@ def column_factor(columns: np.ndarray, weights: np.ndarray | None) -> Factor:
         least, R = np.min(np.diag(lower), initial=1.0), lower.T * scale
         if least > 1e-5:
             if least < REPEATED:
-                working = columns @ np.linalg.inv(R)
-                weighted = working if weights is None else working * weights[:, None]
-                R = np.linalg.cholesky(working.T @ weighted).T @ R
+                R = np.linalg.cholesky(_gram(columns, np.linalg.inv(R), weights)).T @ R
             return Factor(R, np.arange(p))
     except np.linalg.LinAlgError:
         pass
@@ -76,6 +75,16 @@ def column_factor(columns: np.ndarray, weights: np.ndarray | None) -> Factor:
     R = triangle(root[:, kept])
     R *= np.where(np.diag(R) < 0.0, -1.0, 1.0)[:, None]
     return Factor(R * scale[kept], np.asarray(kept, dtype=int))
+
+
+def _gram(columns: np.ndarray, turn: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Return the Gram matrix of ``columns turn``, (p, p), without all of its rows at once."""
+    found = np.zeros((turn.shape[1], turn.shape[1]))
+    for first in range(0, len(columns), CHUNK_ROWS):
+        here = slice(first, first + CHUNK_ROWS)
+        working = columns[here] @ turn
+        found += working.T @ (working if weights is None else working * weights[here, None])
+    return found
 
 
 def constant(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) -> np.ndarray | None:
