@@ -298,7 +298,7 @@ def cases(quick: bool) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
             0,
             lambda: genotypes(*slopes(1_000, (5, 5), 3, 1), k // 2),
         ),
-        "scan, the same, 1% of groups missing ": (
+        "scan of slopes, 1% of groups missing": (
             0,
             lambda: genotypes(*slopes(1_000, (5, 5), 3, 1), k // 10, 0.01),
         ),

@@ -130,7 +130,7 @@ class Solved(NamedTuple):
         free: which entries of D's lower triangle, and the scale, are estimated freely, (k + 1,).
         to_user: from working coefficients to the user's, (p, p), or (n, p, p) if they differ.
         uncertain: whether all of D is free but for entries that are zero, without structure, and
-            the data determine it; of all lanes, or (n,).
+            the data determine it, (n,).
         y_scale: units of the data per working unit, (n,).
         D: where each lane ended, exactly singular where it counts as such, (n, q, q).
         noise: standard deviation of one average group's mean, relative to the residual's, (n, q).
@@ -141,7 +141,7 @@ class Solved(NamedTuple):
     ends: Ends
     free: np.ndarray
     to_user: np.ndarray
-    uncertain: bool | np.ndarray
+    uncertain: np.ndarray
     y_scale: np.ndarray
     D: np.ndarray
     noise: np.ndarray
@@ -230,7 +230,7 @@ def solve_responses(
     start = start_at(fit, constraints, unit)
     ends = solve(lanes, constraints, fit.settings, fit.terms, start, effort, others)
     origin = found.origin + moved
-    return _solved(fit, lanes, constraints, ends, origin, found.y_scale, found.total)
+    return with_inference(fit, lanes, constraints, ends, origin, found.y_scale, found.total)
 
 
 def solve_statistics(
@@ -256,10 +256,10 @@ def solve_statistics(
         )
         start = start._replace(D=D, s=s)
     ends = solve(lanes, constraints, fit.settings, fit.terms, start, effort)
-    return _solved(fit, lanes, constraints, ends, responses.origin, y_scale)
+    return with_inference(fit, lanes, constraints, ends, responses.origin, y_scale)
 
 
-def _solved(
+def with_inference(
     fit: Fit,
     lanes: Lanes,
     constraints: Constraints,
@@ -267,9 +267,22 @@ def _solved(
     origin: np.ndarray,
     y_scale: np.ndarray,
     total: np.ndarray | float = 1.0,
+    columns: tuple[np.ndarray, int] | None = None,
 ) -> Solved:
-    """Return the ends of lanes in the user's units, with what inference needs."""
-    kept = fit.layout.fixed.kept
+    """Return the ends of lanes in the user's units, with what inference needs.
+
+    Args:
+        fit: the fit that lent them settings and start.
+        lanes: the problems.
+        constraints: what was free.
+        ends: the ends.
+        origin: see :func:`lmmax.batch.solve.in_user_units`; so are `y_scale` and `total`.
+        y_scale: units of the data per unit of the working response, (n,).
+        total: sum of squares of the working responses relative to that of the data, (n,).
+        columns: positions of the columns of X that were kept, and their number before that; None
+            for those of the fit.
+    """
+    kept, n_columns = columns or (fit.layout.fixed.kept, len(fit.design.x_names))
     estimates = in_user_units(
         lanes,
         constraints,
@@ -279,18 +292,19 @@ def _solved(
         origin,
         y_scale,
         kept,
-        len(fit.design.x_names),
+        n_columns,
         total,
     )
     free = pack_triangle(np.asarray(constraints.blocks) * (1.0 - constraints.held)) > 0.0
     free = np.append(free, constraints.scale_free)
-    enough = free.sum() <= float(lanes.problem.n_obs) - fit.settings.reml * len(kept)
+    enough = free.sum() <= lanes.values("n_obs") - fit.settings.reml * len(kept)
+    plain = not constraints.structures and not np.any(constraints.held)
     return Solved(
         estimates,
         ends,
         free,
-        np.asarray(lanes.problem.x_inverse)[: len(kept), : len(kept)],
-        bool(enough) and not constraints.structures and not np.any(constraints.held),
+        np.asarray(lanes.problem.x_inverse)[..., : len(kept), : len(kept)],
+        plain & enough,
         y_scale,
         snapped(ends, constraints, fit.terms, lanes.noise)[0],
         lanes.noise,

@@ -29,12 +29,11 @@ from ..compress.rows import CHUNK_WORK, orthonormalise, project_out
 from ..constraints import read_constraints
 from ..likelihood import Problem
 from ..likelihood.shared import Exchanged, SharedProblem, pays, shared_matrix
-from ..parameters import pack_triangle
-from . import Solved, start_at
+from . import Solved, start_at, with_inference
 from .line_statistics import EXPLAINED
 from .pooled import INDEPENDENT
 from .small import cholesky, turned
-from .solve import Effort, Lanes, in_user_units, snapped, solve
+from .solve import Effort, Lanes, solve
 from .statistics import Pattern, find_patterns, merged, pattern_arrays, pseudo_groups
 
 if TYPE_CHECKING:
@@ -507,30 +506,13 @@ def solved(
     ends = solve(
         lanes, constraints, fit.settings, fit.terms, start_at(fit, constraints, unit), effort
     )
-    estimates = in_user_units(
+    return with_inference(
+        fit,
         lanes,
         constraints,
-        fit.settings,
-        fit.terms,
         ends,
         columns.origin,
         columns.y_scale,
-        kept,
-        n_columns,
         columns.total,
-    )
-    free = pack_triangle(np.asarray(constraints.blocks) * (1.0 - constraints.held)) > 0.0
-    free = np.append(free, constraints.scale_free)
-    contrasts = lanes.values("n_obs") - fit.settings.reml * designs.problem.n_fixed
-    plain = not constraints.structures and not np.any(constraints.held)
-    return Solved(
-        estimates,
-        ends,
-        free,
-        columns.x_inverse,
-        plain & (free.sum() <= contrasts),
-        columns.y_scale,
-        snapped(ends, constraints, fit.terms, lanes.noise)[0],
-        lanes.noise,
-        np.asarray(constraints.blocks),
+        (kept, n_columns),
     )
