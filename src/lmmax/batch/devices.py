@@ -40,10 +40,12 @@ def side_by_side(call: Callable[[Chunk], Any], chunks: Iterable[Chunk]) -> list[
 
     chunks = list(chunks)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if len(chunks) < 2 or jax.default_backend() != "cpu":
+    # A call that several devices share has a core for each of them.
+    together = max(1, (cores or 1) // n_devices())
+    if len(chunks) < 2 or together < 2 or jax.default_backend() != "cpu":
         return [run(chunk) for chunk in chunks]
     # JAX compiles what they share once: the others wait for it.
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(together) as pool:
         return list(pool.map(run, chunks))
 
 
