@@ -13,6 +13,7 @@ from ..constraints import Settings
 from ..design import DataError, Design, build_design
 from ..formula import parse_formula
 from ..frames import as_table, listing, n_rows
+from ..simulate import check_count
 from ..spec import ModelSpec
 from .changing import changing, scanned_design, with_column
 from .result import hypotheses
@@ -90,9 +91,8 @@ def begin(
 
 def check_chunk(chunk: Any) -> None:
     """Raise unless it is None or a number of responses."""
-    whole = isinstance(chunk, int | np.integer) and not isinstance(chunk, bool)
-    if chunk is not None and not (whole and chunk >= 1):
-        raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
+    if chunk is not None:
+        check_count(chunk, "chunk")
 
 
 def block_size(chunk: int | None, n: int) -> int:

@@ -32,7 +32,7 @@ from .exchange import (
     independent_blocks,
 )
 from .progress import progress_bar
-from .reading import CANDIDATES, block_size, lent
+from .reading import CANDIDATES, block_size, check_chunk, lent
 from .replicates import BLOCK, Model, Tester, drawer
 from .resampled import TIES, Resampled, score
 from .result import BatchFit, hypotheses
@@ -153,8 +153,7 @@ def resample(
     _check(method, alternative, exchange, multipliers)
     check_count(n, "n")
     check_seed(seed)
-    if chunk is not None:
-        check_count(chunk, "chunk")
+    check_chunk(chunk)
     path = None if out is None else Path(out)
     if path is not None and not path.absolute().parent.is_dir():
         raise DataError(f"out={str(path)!r} is in a directory that does not exist")

@@ -112,12 +112,18 @@ class ScanEngine(ABC):
         put(found, np.flatnonzero(usable & still), self._without(y, usable & still))
         moving = np.flatnonzero(usable & ~still)
         if moving.size:
-            record, closer = self._scanned(y, response, x, moving)
-            closer[suspects(record, self.design.X)] = True
-            put(found, moving, record)
-            for lane in moving[closer]:
-                put(found, [lane], self._one(y, x, int(lane)))
+            self._side_by_side(found, y, response, x, moving)
         return found
+
+    def _side_by_side(
+        self, found: Record, y: np.ndarray, response: Any, x: np.ndarray, lanes: np.ndarray
+    ) -> None:
+        """Fit some models, and those on their own that need a closer look; see `_scanned`."""
+        record, closer = self._scanned(y, response, x, lanes)
+        closer[suspects(record, self.design.X)] = True
+        put(found, lanes, record)
+        for lane in lanes[closer]:
+            put(found, [lane], self._one(y, x, int(lane)))
 
     @abstractmethod
     def _analysed(self, y: np.ndarray) -> Any:
@@ -296,11 +302,7 @@ class LaneScan(ScanEngine):
         found.status[infinite] = Status.INFINITE
         finite = np.flatnonzero(~infinite)
         if finite.size:
-            record, closer = self._scanned(y, response, x, finite)
-            closer[suspects(record, self.design.X)] = True
-            put(found, finite, record)
-            for lane in finite[closer]:
-                put(found, [lane], self._one(y, x, int(lane)))
+            self._side_by_side(found, y, response, x, finite)
         return found
 
     def _scanned(

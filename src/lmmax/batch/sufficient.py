@@ -19,7 +19,6 @@ from ..constraints import Settings
 from ..design import DataError, Design
 from ..fit import check_enough, check_reml, prepare
 from ..frames import as_table, plural
-from ..simulate import check_count
 from ..solve import Status
 from ..spec import ModelSpec
 from . import artifact
@@ -27,7 +26,7 @@ from .engines import Engine, Hypothesis, Record, empty, engine_of, stacked
 from .merging import check_alike, joined, merged
 from .parts import Part
 from .progress import progress_bar
-from .reading import block_size, read_design
+from .reading import block_size, check_chunk, read_design
 from .reasons import failed, reasons, suspects
 from .result import BatchFit, hypotheses
 from .rotation import ROUNDING, Rotated, Rotation, rotate, rotation
@@ -447,8 +446,7 @@ def sufficient_statistics(
     Source: for the rows that a group shrinks to, Pinheiro and Bates (2000), Mixed-Effects Models in
     S and S-PLUS, section 2.2.3.
     """
-    if chunk is not None:
-        check_count(chunk, "chunk")
+    check_chunk(chunk)
     options = {
         "weights": weights,
         "offset": offset,
