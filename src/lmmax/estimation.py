@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +23,32 @@ from .compress.iterative import Rows
 from .constraints import Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
 from .likelihood import Problem
+from .optima import is_balanced, looks_again, spread_starts, work
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
     TRACE_COLUMNS,
     TRACE_LENGTH,
+    Best,
     Constraints,
     Options,
     Point,
     Solution,
+    Starts,
     Status,
-    lbfgs,
-    newton,
+    better,
+    lbfgs_from,
+    newton_from_each,
     point_of,
 )
 
-Solver = Callable[..., Solution]
 MAX_STEPS = {"newton": 100, "lbfgs": 3000}
 TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
 """Newton decrements that count as converged; squared distances to the optimum in standard errors.
 Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
 RESTARTS = 5
+TOGETHER = 12
+"""Most starts of one call of the compiled solver."""
 STRONGER = 1.0
 """What a second start adds to parameters of correlations, which live on the scale of atanh."""
 BOUNDARY = 1e-4
@@ -74,6 +79,7 @@ class Estimates:
         noise: standard deviation of one average group's mean, relative to the residual's, (q,).
         criterion_error: Monte Carlo standard error of the criterion.
         probes: number of random probes behind it.
+        ends: the criterion where each search that converged has ended, from one start or several.
     """
 
     beta: np.ndarray
@@ -93,6 +99,7 @@ class Estimates:
     noise: np.ndarray
     criterion_error: float = 0.0
     probes: int = 0
+    ends: tuple[float, ...] = ()
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -266,23 +273,20 @@ def estimate(
         theta, *others = theta_starts(constraints, z_inverse, compression.start)
     # EM moves what is in the root; of a model with structures only it has nothing to move.
     em_steps = settings.em_steps if constraints.rooted.any() else 0
-    solution = _solve(problem, constraints, settings, solver, em_steps, D, s, theta)
-    for other in others:
-        # A structure may have several maxima.
-        again = _solve(problem, constraints, settings, solver, em_steps, D, s, other)
-        if _better(again, solution):
-            solution = again
-    for _ in range(RESTARTS):
-        interior = _is_interior(solution.point.D, noise)
-        if solution.status != Status.CONVERGED or interior:
-            break
-        better = _step_off(solution, constraints, terms, problem, noise)
-        if better is None:
-            break
-        s = float(solution.point.s)
-        solution = _solve(problem, constraints, settings, solver, 0, better[0], s, better[1])
-
-    return _in_user_units(compression, terms, settings, constraints, solution, solver)
+    search = _Search(problem, constraints, settings, solver)
+    starts = [Start(D, s, own, em_steps) for own in (theta, *others)]
+    solution = _certified(search, search.best_of(starts), terms, noise)
+    if settings.start is None:
+        usual = solution
+        far = _further_starts(problem, constraints, terms, usual, noise)
+        if far:
+            here = np.asarray(usual.point.theta)
+            solution = search.best_of([Start(own, s, here, 0) for own in far], usual)
+            if solution is not usual:
+                solution = _certified(search, solution, terms, noise)
+    estimates = _in_user_units(compression, terms, settings, constraints, solution, solver)
+    shift = estimates.criterion - float(solution.point.at.value)
+    return replace(estimates, ends=tuple(value + shift for value in search.ends))
 
 
 def _in_user_units(
@@ -336,7 +340,114 @@ def _in_user_units(
     )
 
 
-def _flat(solver: Solver) -> Callable[..., jax.Array]:
+def _certified(
+    search: _Search, solution: Solution, terms: Sequence[TermColumns], noise: np.ndarray
+) -> Solution:
+    """Search again where a solution is at a boundary from which the criterion falls inwards."""
+    for _ in range(RESTARTS):
+        interior = _is_interior(solution.point.D, noise)
+        if solution.status != Status.CONVERGED or interior:
+            break
+        better = _step_off(solution, search.constraints, terms, search.problem, noise)
+        if better is None:
+            break
+        solution = search.best_of([Start(better[0], float(solution.point.s), better[1], 0)])
+    return solution
+
+
+def _further_starts(
+    problem: Problem,
+    constraints: Constraints,
+    terms: Sequence[TermColumns],
+    solution: Solution,
+    noise: np.ndarray,
+) -> list[np.ndarray]:
+    """Return relative covariances to search from as well, where there may be another optimum."""
+    point, cost = solution.point, work(problem)
+    inside = solution.status == Status.CONVERGED and _is_interior(point.D, noise)
+    root, hessian = np.asarray(point.root)[None], np.asarray(point.at.hessian)[None]
+    again = looks_again(root, hessian, np.array([inside]), cost, constraints)
+    if not again[0] or is_balanced(problem, constraints):
+        return []
+    units = [block for _, blocks in free_terms(terms, constraints) for block in blocks]
+    return [np.diag(noise**2 * size) for size in spread_starts(constraints, units, cost)]
+
+
+class Start(NamedTuple):
+    """Where a search begins, in working coordinates.
+
+    Attributes:
+        D: relative covariance, (q, q).
+        s: logarithm of the scale.
+        theta: parameters of structures, (k,).
+        em_steps: most EM steps.
+    """
+
+    D: np.ndarray
+    s: float
+    theta: np.ndarray
+    em_steps: int
+
+
+@dataclass
+class _Search:
+    """Searches for the optimum of one model, in float64; the records returned are in NumPy arrays.
+
+    Attributes:
+        problem: compressed data.
+        constraints: what moves.
+        settings: how to estimate.
+        solver: "newton" or "lbfgs".
+        ends: the criterion, in working units, at the end of every search that converged.
+    """
+
+    problem: Problem
+    constraints: Constraints
+    settings: Settings
+    solver: str
+    ends: list[float] = field(default_factory=list)
+
+    def best_of(self, starts: Sequence[Start], known: Solution | None = None) -> Solution:
+        """Return the best end of searches from some starts, or ``known`` if none is better."""
+        best, together = known, TOGETHER if self.solver == "newton" else 1
+        for first in range(0, len(starts), together):
+            new = self._run(starts[first : first + together], together)
+            if best is None or better(*_merit(new), *_merit(best)):
+                best = new
+        assert best is not None
+        return best
+
+    def _run(self, starts: Sequence[Start], together: int) -> Solution:
+        options = Options(
+            reml=float(self.settings.reml),
+            em_steps=starts[0].em_steps,
+            max_steps=self.settings.max_steps or MAX_STEPS[self.solver],
+            tol=tolerance(self.problem) if self.settings.tol is None else self.settings.tol,
+        )
+        q, k = len(starts[0].D), len(starts[0].theta)
+        many = Starts(
+            D=np.zeros((together, q, q)),
+            s=np.zeros(together),
+            theta=np.zeros((together, k)),
+            em_steps=np.zeros(together, np.int32),
+            count=len(starts),
+        )
+        for i, start in enumerate(starts):
+            many.D[i], many.s[i], many.theta[i], many.em_steps[i] = start
+        with jax.enable_x64(True), compilation_cache():
+            flat = np.asarray(_compiled[self.solver](self.problem, self.constraints, options, many))
+        found = _unflatten(flat, self.problem, k, together)
+        converged = found.statuses[: len(starts)] == Status.CONVERGED
+        self.ends.extend(found.values[: len(starts)][converged].tolist())
+        return found.solution
+
+
+def _merit(solution: Solution) -> tuple[float, bool]:
+    """Return what :func:`lmmax.solve.better` compares."""
+    return float(solution.point.at.value), bool(solution.status == Status.CONVERGED)
+
+
+def _flat(solver: Callable[..., Best]) -> Callable[..., jax.Array]:
     """Make a solver return one flat array: a transfer costs more than a small solve."""
 
     def solve(*arguments: Any) -> jax.Array:
@@ -347,7 +458,7 @@ def _flat(solver: Solver) -> Callable[..., jax.Array]:
     return solve
 
 
-def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int) -> Solution:
+def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int, together: int) -> Best:
     """Undo the flattening of a record."""
     at = 0
 
@@ -358,38 +469,17 @@ def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int) -> Solution:
         at += size
         return part
 
-    return Solution(
+    solution = Solution(
         point=point_of(take, problem, n_theta),
         status=take(),
         steps=take(),
         decrement=take(),
         trace=take(TRACE_LENGTH, TRACE_COLUMNS),
     )
+    return Best(solution, take(together), take(together))
 
 
-_compiled = {"newton": Compiled(_flat(newton)), "lbfgs": Compiled(_flat(lbfgs))}
-
-
-def _solve(
-    problem: Problem,
-    constraints: Constraints,
-    settings: Settings,
-    solver: str,
-    em_steps: int,
-    D: np.ndarray,
-    s: float,
-    theta: np.ndarray,
-) -> Solution:
-    """Run the solver in float64 and return its record as NumPy arrays."""
-    options = Options(
-        reml=float(settings.reml),
-        em_steps=em_steps,
-        max_steps=settings.max_steps or MAX_STEPS[solver],
-        tol=tolerance(problem) if settings.tol is None else settings.tol,
-    )
-    with jax.enable_x64(True), compilation_cache():
-        flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s), theta))
-    return _unflatten(flat, problem, len(theta))
+_compiled = {"newton": Compiled(_flat(newton_from_each)), "lbfgs": Compiled(_flat(lbfgs_from))}
 
 
 def tolerance(problem: Problem) -> float:
@@ -451,17 +541,6 @@ def _at_zero(
             if np.max(np.abs(unit @ change @ unit.T)) <= BOUNDARY**2:
                 theta[start + j] = 0.0
     return theta
-
-
-def _better(one: Solution, other: Solution) -> bool:
-    """Return whether the first solve ended better than the second, converged or not.
-
-    A criterion without a minimum is a result too: a local one above it would hide that.
-    """
-    gain = float(other.point.at.value - one.point.at.value)
-    if (one.status == Status.CONVERGED) != (other.status == Status.CONVERGED):
-        return gain > (-1e-6 if one.status == Status.CONVERGED else 1e-6)
-    return gain > 0.0
 
 
 def free_terms(

@@ -27,6 +27,7 @@ from .inference.sensitivity import (
     sensitivity,
 )
 from .modes import Effects, conditional_effects
+from .optima import distinct
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
 from .solve import Status
@@ -67,6 +68,9 @@ class Convergence:
         boundary: terms whose covariance is singular.
         history: per evaluation, criterion, decrement, damping, whether it was accepted, and the
             kind of step that followed (the first 64 evaluations).
+        optima: the criterion at the distinct optima that searches ended at, ascending: the first
+            is that of the fit.  More than one where the likelihood has several maxima.
+        searches: how many searches converged, from one start or several far apart.
     """
 
     status: str
@@ -78,15 +82,23 @@ class Convergence:
     hessian_eigenvalues: np.ndarray
     boundary: tuple[str, ...]
     history: pd.DataFrame = field(repr=False)
+    optima: np.ndarray
+    searches: int
 
     def __str__(self) -> str:
-        return (
+        if not len(self.hessian_eigenvalues):
+            return f"{self.message}: nothing was free"
+        text = (
             f"{self.message} after {self.steps} evaluations; Newton decrement "
             f"{self.decrement:.1e}, gradient norm {self.gradient_norm:.1e}, smallest eigenvalue of "
             f"the Hessian {self.hessian_eigenvalues[0]:.3g}"
-            if len(self.hessian_eigenvalues)
-            else f"{self.message}: nothing was free"
         )
+        if len(self.optima) > 1:
+            text += (
+                f"; {self.searches} searches from starts far apart ended at {len(self.optima)} "
+                f"optima, the next one {self.optima[1] - self.optima[0]:.3g} higher"
+            )
+        return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -649,6 +661,8 @@ class Fit:
             hessian_eigenvalues=estimates.hessian_eigenvalues,
             boundary=estimates.boundary,
             history=history,
+            optima=distinct(estimates.ends),
+            searches=len(estimates.ends),
         )
 
     # --- fitting again ----------------------------------------------------------------------
