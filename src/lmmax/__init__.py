@@ -32,6 +32,7 @@ if _TYPE_CHECKING:
     from .batch.resampling import resample as resample
     from .batch.result import BatchFit as BatchFit
     from .batch.store import StoreError as StoreError
+    from .batch.store import StoreWarning as StoreWarning
     from .batch.stream import LostWorkerWarning as LostWorkerWarning
     from .batch.sufficient import SufficientStatistics as SufficientStatistics
     from .batch.sufficient import sufficient_statistics as sufficient_statistics
@@ -64,7 +65,7 @@ _LATER = {
     "batch.resampled": ("Resampled",),
     "batch.resampling": ("resample",),
     "batch.result": ("BatchFit",),
-    "batch.store": ("StoreError",),
+    "batch.store": ("StoreError", "StoreWarning"),
     "batch.stream": ("LostWorkerWarning",),
     "batch.sufficient": ("SufficientStatistics", "sufficient_statistics"),
     "inference.anova": ("anova",),

@@ -37,8 +37,8 @@ from .replicates import BLOCK, Model, Tester, drawer
 from .resampled import TIES, Resampled, score
 from .result import BatchFit, hypotheses
 from .rows import subset
+from .seals import fingerprint
 from .sources import Columns
-from .store import fingerprint
 from .subsets import Subsets
 from .varied import Varied
 

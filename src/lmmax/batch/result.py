@@ -367,13 +367,20 @@ class BatchFit:
                Intercept    Days
             0    251.405  10.467
         """
-        found = store_at(Path(path)).opened()
+        store = store_at(Path(path))
+        found = store.opened()
         if not isinstance(found, BatchFit):
             raise StoreError(f"{str(path)!r} holds no results of fit_many")
-        assert isinstance(found.record, StoredRecord)
-        fields = found.record.store.fields  # the directory may have been moved since
-        record = StoredRecord(store_at(Path(path), fields), len(found), found.record.size)
-        return replace(found, record=record)
+        kept = found.record
+        assert isinstance(kept, StoredRecord)
+        if kept.store.work != store.work:
+            raise StoreError(
+                f"{str(path)!r} holds results of two works: files were copied into it; "
+                "fit_many(..., out=, resume=True) fits them again"
+            )
+        # The directory may have been moved since.
+        there = store_at(Path(path), kept.store.fields, store.work)
+        return replace(found, record=StoredRecord(there, len(found), kept.size, kept.contents))
 
 
 @dataclass(frozen=True)
