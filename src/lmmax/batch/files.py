@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 
@@ -15,27 +18,27 @@ def partial_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid4().hex}.partial")
 
 
-def write(path: Path, content: bytes, replace: bool = True) -> None:
-    """Write a file at once.
+@contextmanager
+def whole(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that stands at a path once it is written, and not at all if that fails.
 
     Args:
         path: its name.
-        content: what it holds.
-        replace: whether it may be there.
+        replace: whether something may be there.
 
     Raises:
-        FileExistsError: if it is there and `replace` is false.
+        FileExistsError: if something is there and `replace` is false.
     """
     partial = partial_beside(path)
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        if not replace:
-            _linked(partial, path)
-        else:
+        if replace:
             os.replace(partial, path)
+        else:
+            _linked(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Record
-from .files import partial_beside, write
+from .files import partial_beside, whole
 from .seals import DIGEST, NAMES, Names, fingerprint_names, seal_of, sealed, work_of
 
 FORMAT = 3
@@ -426,7 +426,8 @@ class ParquetStore(Store):
         text = json.dumps(description, indent=1, sort_keys=True)
         about = self.path / "work.json"
         # One that cannot be read is replaced.
-        write(about, text.encode(), replace=about.exists())
+        with whole(about, replace=about.exists()) as file:
+            file.write(text.encode())
 
     def _set_aside(self) -> None:
         """Rename chunks that are there without a description, but for those of this work."""
@@ -469,9 +470,8 @@ class ParquetStore(Store):
         notes = {_NOTE + name: digest.hex() for name, digest in digests.items()}
         notes[_NOTE + "response"] = fingerprint_names(names)
         table = pa.table(columns).replace_schema_metadata(notes)
-        buffer = pa.BufferOutputStream()
-        parquet.write_table(table, buffer, compression="zstd")
-        write(self._chunk(first), buffer.getvalue().to_pybytes())
+        with whole(self._chunk(first)) as file:
+            parquet.write_table(table, file, compression="zstd")
 
     def _get(
         self, first: int, fields: Sequence[Field], total: int
@@ -481,8 +481,8 @@ class ParquetStore(Store):
         if not path.exists():
             return None
         labels = [label for field in fields for label in field.labels]
-        whole = len(fields) == len(self.fields)
-        labels += ["response"] if whole else []
+        every = len(fields) == len(self.fields)
+        labels += ["response"] if every else []
         with parquet.ParquetFile(path) as file:
             table, notes = file.read(columns=labels), file.schema_arrow.metadata
             n = file.metadata.num_rows
@@ -492,7 +492,7 @@ class ParquetStore(Store):
             if name.decode().startswith(_NOTE)
         }
         named = noted.pop("response")
-        if whole and named != fingerprint_names(table.column("response").to_pylist()):
+        if every and named != fingerprint_names(table.column("response").to_pylist()):
             return None
         parts = {}
         for field in fields:
@@ -503,7 +503,8 @@ class ParquetStore(Store):
         return parts, {name: bytes.fromhex(note) for name, note in noted.items()}
 
     def _keep(self, content: bytes, names: Names) -> None:
-        write(self.path / "batch.pickle", content)
+        with whole(self.path / "batch.pickle") as file:
+            file.write(content)
 
     def _kept(self) -> bytes | None:
         about = self.path / "batch.pickle"
