@@ -1,7 +1,7 @@
 """Blocks of responses on their way from a source through workers to a store, in bounded memory.
 
-Reading runs ahead of fitting in a thread of its own.  Results are stored as they come, and handed
-on in the order of the responses.
+Reading runs ahead of fitting in a thread of its own, and hashing beside it in another.  Results are
+stored as they come, and handed on in the order of the responses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
     Attributes:
         piece: which.
         y: the responses, with what goes with them.
-        content: hash of that; empty if nothing is stored.
+        content: returns the hash of that, which is made meanwhile.
         known: its results, if the store has them.
         strange: whether the store has some of other responses, or else of other work or another
             place; None if it has neither.
@@ -41,7 +41,7 @@ class Loaded(NamedTuple):
 
     piece: Piece
     y: Any
-    content: bytes
+    content: Callable[[], bytes] = bytes
     known: Done | None = None
     strange: bool | None = None
 
@@ -82,12 +82,14 @@ def stream(
         if piece is None:
             return None
         known, y = None if store is None else store.read(piece.first), piece.read()
-        content = b"" if store is None else content_of(piece.names, y)
-        if store is None or known is None or len(known.n_obs) != len(piece.names):
+        if store is None:
+            return Loaded(piece, y)
+        content = hasher.submit(content_of, piece.names, y).result
+        if known is None or len(known.n_obs) != len(piece.names):
             return Loaded(piece, y, content)  # an iterator may have ended there before
-        if store.keeps(piece.first, known, content):
+        if store.keeps(piece.first, known, content()):
             return Loaded(piece, y, content, known=(known.record, known.n_obs))
-        return Loaded(piece, y, content, strange=known.content != content)
+        return Loaded(piece, y, content, strange=known.content != content())
 
     warned = False
 
@@ -109,14 +111,14 @@ def stream(
 
         def kept(done: Done) -> Done:
             if store is not None:
-                store.write(piece.first, list(piece.names), *done, content)
+                store.write(piece.first, list(piece.names), *done, content())
             return done
 
         if executor is None:
             return lambda: kept(work.done(y))
         return _there(executor, work, y, kept)
 
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as reader:
         fitting = (begun(loaded) for loaded in _one_ahead(reader, load))
         for finished in _ahead(fitting, 0 if executor is None else WINDOW):
             yield finished()
