@@ -123,6 +123,7 @@ def _canonical(value: Any) -> str:
         return f"{kind} [{', '.join(map(of, value))}]"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{kind} {value.__module__}.{value.__qualname__}"
-    if type(value).__repr__ is object.__repr__:  # which has an address
+    plain: Any = object.__repr__
+    if type(value).__repr__ is plain:  # which has an address
         return f"{kind} {of(vars(value)) if hasattr(value, '__dict__') else ''}"
     return f"{kind} {value!r}"

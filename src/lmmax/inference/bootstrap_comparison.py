@@ -145,7 +145,9 @@ def bootstrap_test(small: Fit, large: Fit, n: int = 1000, seed: int = 0) -> Boot
     ends = [join(list(by_rows(fit, draws(small, 0, n, seed), n))) for fit in (small, large)]
     drawn = 2.0 * (ends[1].llf - ends[0].llf)
     drawn = np.where(ends[0].converged & ends[1].converged, drawn, np.nan)
-    lost = [] if random_nesting(small, large) is RandomNesting.UNKNOWN else _below(drawn)
+    lost = _below(drawn)
+    if random_nesting(small, large) is RandomNesting.UNKNOWN:
+        lost = lost[:0]  # which may be right
     for number in lost:
         drawn[number] = _replicated(small, large, number, seed)
     if len(lost):
