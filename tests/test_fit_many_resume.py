@@ -476,3 +476,26 @@ def test_replicates_go_on_with_the_same_responses_only(
     monkeypatch.setattr(lmmax, "__version__", "99.0")
     with pytest.raises(lmmax.DataError, match=r"was begun by lmmax .*, and this is 99\.0"):
         run(values, resume=True)
+
+
+# --- responses that change afterwards -------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_response_that_is_another_by_now_is_not_passed_off(
+    tmp_path: Path, y: np.ndarray, corrected: np.ndarray, stored: bool, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("y.npy", y)
+    options = {"out": "out"} if stored else {}
+    batch = streaming.fit(MODEL, "y.npy", **options)
+    assert batch[CHUNK].llf == pytest.approx(batch.llf[CHUNK], rel=1e-9)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    np.save("y.npy", corrected)
+    if stored:
+        batch = lmmax.BatchFit.open("../out")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.warns(lmmax.ChangedWarning, match="have changed since"):
+        _ = batch[CHUNK]
+    assert batch[0].llf == pytest.approx(batch.llf[0], rel=1e-9)

@@ -31,6 +31,7 @@ if _TYPE_CHECKING:
     from .batch.resampled import Resampled as Resampled
     from .batch.resampling import resample as resample
     from .batch.result import BatchFit as BatchFit
+    from .batch.result import ChangedWarning as ChangedWarning
     from .batch.store import StoreError as StoreError
     from .batch.store import StoreWarning as StoreWarning
     from .batch.stream import LostWorkerWarning as LostWorkerWarning
@@ -64,7 +65,7 @@ _LATER = {
     "batch.plan": ("Plan", "PlanError", "plan"),
     "batch.resampled": ("Resampled",),
     "batch.resampling": ("resample",),
-    "batch.result": ("BatchFit",),
+    "batch.result": ("BatchFit", "ChangedWarning"),
     "batch.store": ("StoreError", "StoreWarning"),
     "batch.stream": ("LostWorkerWarning",),
     "batch.sufficient": ("SufficientStatistics", "sufficient_statistics"),

@@ -298,6 +298,19 @@ class Store:
             values[first : first + size] = self._there(first, stored, content).parts[name]
         return values
 
+    def chunk(self, first: int, total: int, content: bytes) -> Record:
+        """Return the results of a chunk.
+
+        Args:
+            first: number of its first response.
+            total: number of all responses.
+            content: hash of its responses.
+
+        Raises:
+            StoreError: as `field` does.
+        """
+        return self._there(first, self._checked(first, self.fields, total), content).record
+
     def _there(self, first: int, stored: Stored | None, content: bytes | None) -> Stored:
         """Return the results of a chunk if they are what they must be.
 
@@ -676,6 +689,12 @@ class StoredRecord:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (getattr(self, name) for name in Record._fields)
 
+    def around(self, number: int) -> Record:
+        """Return the results of the chunk that a response is in."""
+        first = number - number % self.size
+        content = self.contents[number // self.size].tobytes()
+        return self.store.chunk(first, self.total, content)
+
     def load(self) -> Record:
         """Return the results, read into memory."""
         return Record(*self)
@@ -695,7 +714,7 @@ def _json(path: Path) -> Any:
     """Return what a file holds; None if there is none, or it is damaged."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
