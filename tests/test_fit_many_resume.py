@@ -360,6 +360,32 @@ def test_works_with_the_same_arrays_and_formula_are_told_apart() -> None:
     assert key(simple, data.copy()) == keys[0]
 
 
+DAMAGED = {
+    "work.json": ("holds no results", None),
+    "batch.pickle": ("is damaged", None),
+    "params/zarr.json": ("lacks the results", "is damaged: what says how"),
+    "batch_pickle/zarr.json": ("is damaged", None),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_said_or_mended(
+    written: Path, tmp_path: Path, y: np.ndarray, plain: lmmax.BatchFit, name: str
+) -> None:
+    zarrs = "zarr" in name
+    out = Path(shutil.copytree(written / ("out.zarr" if zarrs else "out"), tmp_path / "o.zarr"))
+    out = out if zarrs else out.rename(tmp_path / "out")
+    (out / name).write_bytes((out / name).read_bytes()[:40])
+    opens, resumes = DAMAGED[name]
+    with pytest.raises(StoreError, match=opens):
+        _ = lmmax.BatchFit.open(out).params
+    if resumes is None:
+        equal(streaming.fit(MODEL, y, out=out, resume=True), plain)
+    else:
+        with pytest.raises(StoreError, match=resumes):
+            streaming.fit(MODEL, y, out=out, resume=True)
+
+
 # --- one run at a time ----------------------------------------------------------------------
 
 
@@ -389,6 +415,7 @@ def test_a_claim_is_of_one_process_and_ends_with_it(tmp_path: Path) -> None:
     assert path.exists()  # the one that was left
     with pytest.raises(ClaimedError, match="another run in this process"):
         Claim(path).take()
+    assert mine.exclusive
     mine.release()
     assert not path.exists()
     mine.release()
@@ -407,6 +434,7 @@ def test_without_locks_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fcntl, "lockf", refuses)
     mine = Claim(tmp_path / "claim")
     mine.take()
+    assert not mine.exclusive
     mine.release()
 
 

@@ -41,10 +41,11 @@ class Claim:
 
     Attributes:
         path: of the file that is locked; it is there while the claim is held.
+        exclusive: whether it is locked, and not only held for want of locks.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.exclusive = path, False
         self._process = os.getpid()
         self._close: weakref.finalize[[int], Claim] | None = None
 
@@ -74,7 +75,7 @@ class Claim:
             with suppress(OSError):
                 self.path.unlink()
             self._close()
-            self._close = None
+            self._close, self.exclusive = None, False
 
     def _taken(self) -> bool:
         key = os.path.realpath(self.path)
@@ -84,7 +85,8 @@ class Claim:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             close = weakref.finalize(self, os.close, file)
             try:
-                taken = _locked(file) and _is_at(file, self.path)
+                locked = _locked(file)
+                taken = locked is not False and _is_at(file, self.path)
                 if taken:
                     since = datetime.now().astimezone().isoformat(" ", "seconds")
                     text = f"process {self._process} on {socket.gethostname()}, since {since}"
@@ -96,7 +98,7 @@ class Claim:
             if not taken:
                 close()
                 return False
-            self._close, _HERE[key] = close, self
+            self._close, _HERE[key], self.exclusive = close, self, locked is True
             return True
 
     def _holder(self) -> str:
@@ -129,17 +131,18 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _locked(file: int) -> bool:
-    """Lock an open file; return whether no other process has."""
+def _locked(file: int) -> bool | None:
+    """Lock an open file; return whether that succeeded, None where there are no locks."""
     if sys.platform == "win32":
-        return True
+        return None
     import fcntl
 
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in HELD:
-            return False
-        if error.errno not in WITHOUT_LOCKS:
+        if error.errno in WITHOUT_LOCKS:
+            return None
+        if error.errno not in HELD:
             raise
+        return False
     return True

@@ -166,7 +166,8 @@ class Store:
                 self._take_claim(PATIENCE if resume else 0.0)
                 if not self._check(description, resume):
                     self._make(description)
-            self._clear()
+            if self._claim.exclusive:  # or another run may be writing them
+                self._clear()
         except BaseException:
             self._claim.release()
             raise
@@ -204,6 +205,13 @@ class Store:
                 f"{here} holds results of other work: {', '.join(differs)} differ; use another "
                 "directory"
             )
+        try:
+            self._look()
+        except Exception as error:  # as in `_checked`
+            raise StoreError(
+                f"{here} is damaged: what says how its arrays are laid out cannot be read "
+                f"({type(error).__name__}); use another directory"
+            ) from error
         return True
 
     def _take_claim(self, patience: float) -> None:
@@ -380,14 +388,21 @@ class Store:
                 "damaged"
             )
         _check_format(here, description)
-        content = self._kept()
+        try:
+            content = self._kept()
+            found = None if content is None else pickle.loads(content)
+        except Exception as error:  # whatever damaged files make the formats' libraries raise
+            raise StoreError(
+                f"what reads the results in {here} back is damaged ({type(error).__name__}); "
+                "fit_many(..., out=, resume=True) makes it again"
+            ) from error
         if content is None:
             raise StoreError(
                 f"the work in {here} is not finished: fit_many(..., out=, resume=True) goes on "
                 "with it"
             )
         self.work = work_of(description)
-        return pickle.loads(content)
+        return found
 
     # What a format does.
 
@@ -408,6 +423,9 @@ class Store:
     ) -> tuple[Parts, dict[str, bytes]] | None:
         """Read some arrays of a chunk, and its hashes."""
         raise NotImplementedError
+
+    def _look(self) -> None:
+        """Raise, whatever it is, if chunks cannot be read or written at all."""
 
     def _claim_path(self) -> Path:
         """Return the file that is there while a run writes."""
@@ -467,8 +485,8 @@ class ParquetStore(Store):
         return self.path / "claim.partial"
 
     def _clear(self) -> None:
-        for left in self.path.glob("*.partial"):
-            if left != self._claim.path:
+        for name in ("chunk-*", "work.json*", "batch.pickle*"):
+            for left in self.path.glob(f"{name}.partial"):
                 left.unlink(missing_ok=True)
 
     def _chunk(self, first: int) -> Path:
@@ -566,6 +584,9 @@ class ZarrStore(Store):
         attributes = (_json(self.path / "zarr.json") or {}).get("attributes") or {}
         description: dict[str, Any] | None = attributes.get("lmmax")
         return description
+
+    def _look(self) -> None:
+        assert self._arrays
 
     def _claim_path(self) -> Path:
         return self.path.with_name(self.path.name + ".claim.partial")  # beside what is Zarr's
