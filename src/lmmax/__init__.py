@@ -31,7 +31,9 @@ if _TYPE_CHECKING:
     from .batch.resampled import Resampled as Resampled
     from .batch.resampling import resample as resample
     from .batch.result import BatchFit as BatchFit
+    from .batch.result import ChangedWarning as ChangedWarning
     from .batch.store import StoreError as StoreError
+    from .batch.store import StoreWarning as StoreWarning
     from .batch.stream import LostWorkerWarning as LostWorkerWarning
     from .batch.sufficient import SufficientStatistics as SufficientStatistics
     from .batch.sufficient import sufficient_statistics as sufficient_statistics
@@ -63,8 +65,8 @@ _LATER = {
     "batch.plan": ("Plan", "PlanError", "plan"),
     "batch.resampled": ("Resampled",),
     "batch.resampling": ("resample",),
-    "batch.result": ("BatchFit",),
-    "batch.store": ("StoreError",),
+    "batch.result": ("BatchFit", "ChangedWarning"),
+    "batch.store": ("StoreError", "StoreWarning"),
     "batch.stream": ("LostWorkerWarning",),
     "batch.sufficient": ("SufficientStatistics", "sufficient_statistics"),
     "inference.anova": ("anova",),

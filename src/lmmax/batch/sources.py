@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..design import DataError
 from ..frames import Table, as_numbers, n_rows, read_columns
-from .store import fingerprint, fingerprint_names
+from .seals import fingerprint, fingerprint_names
 
 TILE_BYTES = 1 << 19
 """Bytes that are laid out anew together: they stay in cache while their order changes."""
@@ -250,19 +250,17 @@ def total(source: Indexed | Chunks) -> int | None:
     return len(source.names)
 
 
-def identity(source: Indexed | Chunks, first: np.ndarray) -> dict[str, str | int | None]:
-    """Return what tells whether a source has the same responses as one before.
+def identity(source: Indexed | Chunks, *seen: np.ndarray) -> dict[str, str | int | None]:
+    """Return what tells at a glance whether a source has other responses than one before.
 
     Args:
         source: the responses.
-        first: the first response that varies; compared with it is the last, where that can be seen.
+        seen: some of them; all others are compared when they are read.
     """
-    compared, names = [first], source.given if isinstance(source, Chunks) else source.names
-    if not isinstance(source, Chunks):
-        compared.append(source.column(len(source.names) - 1))
+    names = source.given if isinstance(source, Chunks) else source.names
     return {
         "responses": total(source),
-        "values": fingerprint(*compared),
+        "values": fingerprint(*seen),
         "names": None if names is None else fingerprint_names(names),
     }
 

@@ -36,9 +36,9 @@ from .engines import Hypothesis, Record, empty, fitted_alone, put, record_of, re
 from .pooled import FIELDS, Pooled, Rows, alone, joined, pooled
 from .reasons import failed, reasons
 from .rows import subset
+from .seals import fingerprint, parts_of
 from .solve import Ends, Lanes, in_user_units, snapped, solve
-from .store import fingerprint
-from .work import arrays, remembered
+from .work import remembered
 
 SUBSETS = 4096
 """Most subsets that are worked on at once."""
@@ -244,9 +244,7 @@ class SubsetWork:
     def key(self) -> str:
         """The same for the same work, wherever it is done."""
         design, subsets = self.design, self.subsets
-        return fingerprint(
-            *arrays(design), design.y, subsets.rows, str(design.spec), self.settings, self.tests
-        )
+        return fingerprint(*parts_of(design), design.y, subsets.rows, self.settings, self.tests)
 
     def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
         """Return what a reader of the results should know.

@@ -21,8 +21,8 @@ import pandas as pd
 
 from ..design import DataError, Design
 from ..frames import Table, n_rows
+from .seals import fingerprint
 from .sources import Columns, columns
-from .store import fingerprint
 
 STACKED_NUMBERS = 1 << 22
 """Most numbers in the models that are stacked, or looked at at once."""

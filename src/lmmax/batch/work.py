@@ -19,7 +19,7 @@ from ..solve import Status
 from .engines import Engine, Record, empty, engine_of, stacked
 from .reasons import failed, with_reasons
 from .rows import subset
-from .store import fingerprint
+from .seals import fingerprint, parts_of
 
 PATTERNS = 64
 """Most designs on some of the rows that are kept for responses with the same missing values."""
@@ -68,9 +68,7 @@ class Work:
     @cached_property
     def key(self) -> str:
         """The same for the same work, wherever it is done."""
-        return fingerprint(
-            *arrays(self.design), self.design.y, str(self.design.spec), self.settings, self.tests
-        )
+        return fingerprint(*parts_of(self.design), self.design.y, self.settings, self.tests)
 
     def __reduce__(self) -> Any:
         return remembered, (self.key, Work, self.design, self.settings, self.tests)
