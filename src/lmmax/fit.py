@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from .compress import Compression, FactorColumns, Layout, compress, layout
-from .compress.rows import orthonormalise
-from .constraints import Settings, TermColumns, directions
+from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
 from .estimation import estimate
 from .formula import parse_formula
+from .identifiability import check_residual
 from .results import Fit
 from .spec import ModelSpec
 
@@ -445,19 +445,7 @@ def check_enough(
         terms = []
     if fix.get("scale") is not None or not terms:
         return
-    for position, grouping in enumerate(design.groupings):
-        here = [term for term in terms if term.factor == position]
-        q = arranged.factors[position].n_effects
-        largest = int(arranged.sizes[position].max())
-        if not here or largest > q or not _spans_residual(arranged, position, here):
-            continue
-        raise DataError(
-            f"the residual variance is not identified: no group of {grouping.name!r} has more than "
-            f"{largest} row{'s' * (largest > 1)}, and the random effects "
-            f"{' + '.join(term.label for term in here)} alone can produce any "
-            "residual. Group more coarsely, use fewer random effects, or fix the residual "
-            "variance with fix={'scale': ...}"
-        )
+    check_residual(arranged, terms, settings.reml)
 
 
 def _check_response(design: Design, arranged: Layout, compressed: Compression) -> None:
@@ -470,36 +458,3 @@ def _check_response(design: Design, arranged: Layout, compressed: Compression) -
             f"the response {design.response_name!r} is an exact linear combination of the fixed "
             "effects (or constant), so nothing is left to estimate variances from"
         )
-
-
-def _spans_residual(arranged: Layout, position: int, terms: Sequence[TermColumns]) -> bool:
-    """Return whether the random effects of one factor alone can imitate the residual.
-
-    That is, whether some E, a direction in which their covariance can move, has
-    ``Z_i E Z_i' = I`` throughout.
-    """
-    factor = arranged.factors[position]
-    order = np.argsort(factor.codes, kind="stable")
-    sizes = arranged.sizes[position]
-    Q = arranged.random_columns(position, order)
-    if arranged.n_zero or not Q.any(axis=0).all():
-        return False  # rows without random effects
-    if arranged.weights is not None:
-        Q *= np.sqrt(arranged.weights[order])
-    U = orthonormalise(Q, np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)
-    q, here = len(U), arranged.slices[position]
-    A = arranged.A[here, here]
-    basis = []
-    for term in terms:
-        at = slice(term.columns.start - here.start, term.columns.stop - here.start)
-        for part in directions(term):
-            E = np.zeros((q, q))
-            E[at, at] = part
-            basis.append(A @ E @ A.T)
-    # One pattern of U after the other would do; one group of each size and pattern is enough.
-    products = np.einsum("iam,eab,jbm->ijme", U, np.array(basis), U, optimize=True)
-    rank = np.einsum("iim->im", np.abs(U)) > 0.0
-    target = np.eye(q)[:, :, None] * rank[None, :, :]
-    lhs = products.reshape(-1, len(basis))
-    solution, *_ = np.linalg.lstsq(lhs, target.ravel(), rcond=None)
-    return bool(np.max(np.abs(lhs @ solution - target.ravel())) < 1e-8)
