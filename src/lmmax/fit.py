@@ -13,9 +13,9 @@ import pandas as pd
 from .compress import Compression, FactorColumns, Layout, compress, layout
 from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
-from .estimation import estimate
+from .estimation import estimate, free_terms
 from .formula import parse_formula
-from .identifiability import check_residual
+from .identifiability import Unidentified, check_residual, unidentified
 from .results import Fit
 from .spec import ModelSpec
 
@@ -29,6 +29,10 @@ class ConvergenceWarning(UserWarning):
 
 class RankWarning(UserWarning):
     """Columns of the fixed-effects design were dropped as linear combinations of others."""
+
+
+class IdentifiabilityWarning(UserWarning):
+    """The data do not tell some of the variance parameters apart."""
 
 
 def fit(
@@ -385,13 +389,44 @@ def _solve(
     # `depth`: how far up the stack the user's call is, for the warning.
     estimates = estimate(compressed, terms, settings)
     result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
+    if estimates.suspect and (unknown := unidentified_by(result)) is not None:
+        result = replace(
+            result, estimates=replace(estimates, flat=unknown.directions), unidentified=unknown
+        )
     if verbose:
         print(result.convergence.history.to_string())
         print(f"{result.message} ({result.convergence.steps} evaluations)")
     if not result.converged:
         message = f"{result.message}; see fit.convergence"
         warnings.warn(message, ConvergenceWarning, stacklevel=depth)
+    if result.unidentified is not None:
+        warnings.warn(
+            f"{result.unidentified}; they have no standard errors, nor do coefficients that "
+            "depend on them",
+            IdentifiabilityWarning,
+            stacklevel=depth,
+        )
     return result
+
+
+def unidentified_by(fitted: Fit) -> Unidentified | None:
+    """Return what the designs of a fit cannot tell apart, None if that is nothing."""
+    estimates = fitted.estimates
+    constraints = estimates.constraints
+    parts = {part.columns: slice(*part.parameters) for part in constraints.structures}
+    return unidentified(
+        fitted.layout,
+        [term for term, _ in free_terms(fitted.terms, constraints)],
+        fitted.effect_names,
+        fitted.group_names,
+        reml=fitted.reml,
+        scale=bool(constraints.scale_free),
+        theta={
+            term.label: estimates.structure_theta[parts[term.columns.start, term.columns.stop]]
+            for term in fitted.terms
+            if (term.columns.start, term.columns.stop) in parts
+        },
+    )
 
 
 def without_offset(design: Design) -> np.ndarray:

@@ -387,11 +387,10 @@ class Unidentified:
 
     def __str__(self) -> str:
         parts = [
-            f"the data do not tell {_listed(group)} apart"
-            if len(group) > 1
-            else f"the data say nothing about {group[0]}"
-            for group in self.names
+            f"the data do not tell {_listed(group)} apart" for group in self.names if len(group) > 1
         ]
+        alone = [group[0] for group in self.names if len(group) == 1]
+        parts += [f"the data say nothing about {_listed(alone)}"] if alone else []
         return "not identified: " + "; ".join(parts)
 
     def concerns(self, L: np.ndarray) -> np.ndarray:
@@ -469,7 +468,7 @@ def _null(of: Covariances, at: Directions, rng: np.random.Generator) -> np.ndarr
         unit = np.where(norms > 0.0, norms, 1.0)
         _, values, right = np.linalg.svd(sketch / unit)
         values = np.append(values, np.zeros(k - len(values)))
-        null = right[values <= VANISHES].T / unit[:, None]
+        null = reduced(right[values <= VANISHES]).T / unit[:, None]
         if not null.shape[1] or _vanishes(of, at, null, unit, rng):
             return null
         more *= 2
@@ -551,19 +550,21 @@ def _involved(
         # The user's covariances, in units of their columns' mean squares.
         user = back @ at.matrix(np.append(t[:n_entries], np.zeros(len(t) - n_entries))) @ back.T
         row[:n_entries] = (user * np.outer(size, size))[at.rows, at.columns]
-    sparse = _reduced(np.linalg.qr(sparse.T)[0].T)
-    taking = np.abs(sparse) > INVOLVED
     groups: list[set[int]] = []
-    for row in taking:
+    for row in reduced(sparse):
         members = set(np.flatnonzero(row).tolist())
         apart = [group for group in groups if not group & members]
         groups = [*apart, members.union(*(group for group in groups if group & members))]
     return tuple(tuple(names[c] for c in sorted(group)) for group in sorted(groups, key=min))
 
 
-def _reduced(rows: np.ndarray) -> np.ndarray:
-    """Return rows that span the same space, each with a pivot that no other has (Gauss-Jordan)."""
-    rows, left = rows.copy(), list(range(len(rows)))
+def reduced(rows: np.ndarray) -> np.ndarray:
+    """Return rows that span the same space, each with a pivot of one that no other has.
+
+    Gauss-Jordan elimination with complete pivoting; what is left where nothing takes part is zero.
+    """
+    rows = np.linalg.qr(rows.T)[0].T if rows.size else rows.copy()
+    left = list(range(len(rows)))
     while left:
         inside = np.abs(rows[left])
         i, j = np.unravel_index(int(np.argmax(inside)), inside.shape)
@@ -573,8 +574,8 @@ def _reduced(rows: np.ndarray) -> np.ndarray:
         rows[pivot] /= rows[pivot, j]
         others = np.arange(len(rows)) != pivot
         rows[others] -= np.outer(rows[others, j], rows[pivot])
-    return rows
+    return np.where(np.abs(rows) > INVOLVED, rows, 0.0)
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + f" and {names[-1]}"
+    return " and ".join([", ".join(names[:-1]), names[-1]][len(names) < 2 :])
