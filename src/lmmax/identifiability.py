@@ -39,6 +39,8 @@ VANISHES = 1e-8
 do on their own."""
 INVOLVED = 1e-6
 """A parameter takes part in a direction if it has at least this share of it."""
+ROUNDING = 1e-10
+"""A smaller share is rounding."""
 ROUNDS = 7
 """Most times that more random vectors are drawn, each time as many as there were."""
 COEFFICIENTS = 1e-7
@@ -441,23 +443,25 @@ def unidentified(
     names = _involved(null, at, layout, _names(terms, effects, groups, at))
     mixed = null @ rng.standard_normal(null.shape[1])
     moved = np.array([of.along(at, mixed, column) for column in of.X.T]).reshape(-1, of.n).T
-    size = np.linalg.norm(of.along(at, mixed, v := rng.standard_normal(of.n))) / np.linalg.norm(v)
-    bends = np.linalg.qr(of.residual(moved) / size, mode="r") if reml else np.zeros((0, 0))
     p = moved.shape[1]
     return Unidentified(
         names=names,
         directions=np.column_stack([_natural(at, t) for t in null.T]),
-        bends=bends if reml else np.zeros((0, p)),
-        moves=of.X.T @ moved / size if reml else np.zeros((p, p)),
+        # A covariance that does not change at all changes no coefficient.
+        bends=np.linalg.qr(of.residual(moved), mode="r") if reml else np.zeros((0, p)),
+        moves=of.X.T @ moved if reml else np.zeros((p, p)),
         to_x=layout.fixed.inverse,
     )
 
 
 def _null(of: Covariances, at: Directions, rng: np.random.Generator) -> np.ndarray:
-    """Return a basis of the t with ``sum_c t_c M G_c M = 0``, (directions, r)."""
+    """Return a basis of the t with ``sum_c t_c M G_c M = 0``, (directions, r).
+
+    A unit of what takes part in it changes a random vector by about its own length.
+    """
     k = at.n_moving + at.scale
     size = min(of.n, 2 * k + 64)
-    sketch, norms = np.zeros((0, k)), np.zeros(k)
+    sketch, norms, drawn = np.zeros((0, k)), np.zeros(k), 0
     more = 1 + k // of.n
     for _ in range(ROUNDS):
         for _ in range(more):
@@ -465,14 +469,15 @@ def _null(of: Covariances, at: Directions, rng: np.random.Generator) -> np.ndarr
             sketch, norms = np.vstack([sketch, seen]), np.hypot(norms, norm)
             if len(sketch) > 2 * size + k:
                 sketch = np.linalg.qr(sketch, mode="r")
-        unit = np.where(norms > 0.0, norms, 1.0)
-        _, values, right = np.linalg.svd(sketch / unit)
+        drawn += more
+        unit = np.where(norms > 0.0, norms, 1.0) / np.sqrt(drawn * of.n)
+        _, values, right = np.linalg.svd(sketch / (unit * np.sqrt(drawn * of.n)))
         values = np.append(values, np.zeros(k - len(values)))
-        null = reduced(right[values <= VANISHES]).T / unit[:, None]
+        null = reduced(right[values <= VANISHES], ROUNDING).T / unit[:, None]
         if not null.shape[1] or _vanishes(of, at, null, unit, rng):
             return null
-        more *= 2
-    return null
+        more = drawn
+    return null[:, :0]
 
 
 def _sketched(
@@ -499,11 +504,9 @@ def _vanishes(
 ) -> bool:
     """Return whether combinations change nothing in a fresh random vector either."""
     v = of.residual(rng.standard_normal(of.n))
-    return all(
-        np.linalg.norm(of.residual(of.along(at, t, v)))
-        <= 10.0 * VANISHES * np.linalg.norm(t * unit)
-        for t in null.T
-    )
+    most = 10.0 * VANISHES * np.sqrt(of.n) * np.linalg.norm(null * unit[:, None], axis=0)
+    left = [np.linalg.norm(of.residual(of.along(at, t, v))) for t in null.T]
+    return bool(np.all(left <= most))
 
 
 def _natural(at: Directions, t: np.ndarray) -> np.ndarray:
@@ -558,23 +561,21 @@ def _involved(
     return tuple(tuple(names[c] for c in sorted(group)) for group in sorted(groups, key=min))
 
 
-def reduced(rows: np.ndarray) -> np.ndarray:
+def reduced(rows: np.ndarray, least: float = INVOLVED) -> np.ndarray:
     """Return rows that span the same space, each with a pivot of one that no other has.
 
-    Gauss-Jordan elimination with complete pivoting; what is left where nothing takes part is zero.
+    Gauss-Jordan elimination with complete pivoting; entries smaller than ``least`` become zero.
     """
     rows = np.linalg.qr(rows.T)[0].T if rows.size else rows.copy()
     left = list(range(len(rows)))
     while left:
         inside = np.abs(rows[left])
         i, j = np.unravel_index(int(np.argmax(inside)), inside.shape)
-        if inside[i, j] <= INVOLVED:
-            break
         pivot = left.pop(int(i))
         rows[pivot] /= rows[pivot, j]
         others = np.arange(len(rows)) != pivot
         rows[others] -= np.outer(rows[others, j], rows[pivot])
-    return np.where(np.abs(rows) > INVOLVED, rows, 0.0)
+    return np.where(np.abs(rows) > least, rows, 0.0)
 
 
 def _listed(names: Sequence[str]) -> str:
