@@ -472,15 +472,31 @@ def check_enough(
             f"{n} observations cannot estimate {p} fixed-effects coefficients and the variances; "
             "use fewer terms or more data"
         )
-    fix = settings.fix or {}
-    held = fix.get("cov_re")
-    if isinstance(held, Mapping):
-        terms = [term for term in terms if term.label not in held]
-    elif held is not None:
-        terms = []
-    if fix.get("scale") is not None or not terms:
+    free, scale = _free(terms, settings)
+    if not scale or not free:
         return
-    check_residual(arranged, terms, settings.reml)
+    check_residual(arranged, free, settings.reml)
+
+
+def _free(terms: Sequence[TermColumns], settings: Settings) -> tuple[list[TermColumns], bool]:
+    """Return the terms whose covariance is not fixed, and whether the residual variance is not."""
+    fix = settings.fix or {}
+    held, scale = fix.get("cov_re"), fix.get("scale") is None
+    if isinstance(held, Mapping):
+        return [term for term in terms if term.label not in held], scale
+    return ([] if held is not None else list(terms)), scale
+
+
+def unidentified_by_design(
+    design: Design, arranged: Layout, terms: Sequence[TermColumns], settings: Settings
+) -> Unidentified | None:
+    """Return what designs cannot tell apart, whatever the response is; None if that is nothing."""
+    effects = [""] * len(arranged.A)
+    for term, block in zip(terms, design.blocks, strict=True):
+        effects[term.columns] = block.names
+    free, scale = _free(terms, settings)
+    groups = [grouping.name for grouping in design.groupings]
+    return unidentified(arranged, free, effects, groups, reml=settings.reml, scale=scale)
 
 
 def _check_response(design: Design, arranged: Layout, compressed: Compression) -> None:

@@ -32,7 +32,7 @@ from .compress import Layout
 from .constraints import TermColumns
 from .covariances import matrix_at, slopes
 from .frames import DataError
-from .parameters import pack_triangle
+from .parameters import pack_triangle, triangle_size
 
 VANISHES = 1e-8
 """A combination of matrices is zero if it changes a vector by less than this fraction of what they
@@ -234,11 +234,13 @@ def check_residual(layout: Layout, terms: Sequence[TermColumns], reml: bool) -> 
         _check_count(layout, own)
     # A factor by itself makes the better message.
     for own in used if len(used) == 1 else [*used, list(terms)]:
-        if _has_free_rows(layout, own, reml) or not _spans_residual(layout, own, reml):
+        related = [layout.factors[t.factor].name for t in own if _root(layout, t) is not None]
+        # Otherwise what only the fixed effects hide is a fit without errors, not an error.
+        restricted = reml and bool(related)
+        if _has_free_rows(layout, own, restricted) or not _spans_residual(layout, own, restricted):
             continue
         labels = " + ".join(term.label for term in own)
         names = " and ".join(repr(layout.factors[i].name) for i in sorted({t.factor for t in own}))
-        related = [layout.factors[t.factor].name for t in own if _root(layout, t) is not None]
         if len({t.factor for t in own}) > 1:
             why = f"the random effects {labels} of {names} together can produce any residual"
         elif related:
@@ -375,6 +377,7 @@ class Unidentified:
         directions: along which the likelihood is flat, (k + 1 + t, r): changes of vech cov_re in
             working coordinates (k) and of the scale, at parameters of structures relative to the
             scale, and of these (t) times the scale.
+        n_entries: k.
         bends: how the coefficients' best weights move along a mixture of them, (p, p).
         moves: how the coefficients' covariance moves along it, (p, p).
         to_x: from coordinates in which X is orthonormal to the coefficients of the columns of X
@@ -383,6 +386,7 @@ class Unidentified:
 
     names: tuple[tuple[str, ...], ...]
     directions: np.ndarray
+    n_entries: int
     bends: np.ndarray
     moves: np.ndarray
     to_x: np.ndarray
@@ -394,6 +398,13 @@ class Unidentified:
         alone = [group[0] for group in self.names if len(group) == 1]
         parts += [f"the data say nothing about {_listed(alone)}"] if alone else []
         return "not identified: " + "; ".join(parts)
+
+    @property
+    def redundant(self) -> np.ndarray:
+        """Positions of entries of cov_re that, held at any values, leave no flat direction, (r,)."""
+        # The scale, and parameters of structures, stay.
+        entries = reduced(self.directions[: self.n_entries].T)
+        return np.asarray(np.argmax(np.abs(entries), axis=1))
 
     def concerns(self, L: np.ndarray) -> np.ndarray:
         """Return whether estimate or error of combinations of coefficients depend on it, (m,).
@@ -447,6 +458,7 @@ def unidentified(
     return Unidentified(
         names=names,
         directions=np.column_stack([_natural(at, t) for t in null.T]),
+        n_entries=triangle_size(at.q),
         # A covariance that does not change at all changes no coefficient.
         bends=np.linalg.qr(of.residual(moved), mode="r") if reml else np.zeros((0, p)),
         moves=of.X.T @ moved if reml else np.zeros((p, p)),
