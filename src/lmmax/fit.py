@@ -67,7 +67,7 @@ def fit(
         offset: known part of the mean, array (n,) or column name; adds to ``offset(...)`` terms.
         contrasts: coding per factor, e.g. ``{"recipe": "sum"}``; treatment coding by default.
         relmat: known relationships between the levels of grouping factors, as a mapping from the
-            factor's name to a symmetric positive definite data frame whose index and columns are
+            factor's name to a symmetric positive semidefinite frame whose index and columns are
             levels: pedigree, kinship, phylogeny.  It may have levels that are not in the data.
         missing: "drop" rows with missing values (default) or "raise".
         start: an earlier fit, ``{"cov_re": ..., "scale": ...}`` or theta; a moment estimate by

@@ -401,7 +401,7 @@ class Unidentified:
 
     @property
     def redundant(self) -> np.ndarray:
-        """Positions of entries of cov_re that, held at any values, leave no flat direction, (r,)."""
+        """Positions of entries of cov_re that, held anywhere, leave no flat direction, (r,)."""
         # The scale, and parameters of structures, stay.
         entries = reduced(self.directions[: self.n_entries].T)
         return np.asarray(np.argmax(np.abs(entries), axis=1))
