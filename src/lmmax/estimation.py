@@ -44,9 +44,11 @@ TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
 """Newton decrements that count as converged; squared distances to the optimum in standard errors.
 Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
 RESTARTS = 5
-SUSPECT = 1e-6
+SUSPECT = 1e-3
 """Curvature, in units in which a real one is about one, below which the designs are asked whether
-there is none at all; along what they do not identify, curvature below it is rounding."""
+there is none at all."""
+FLAT = 1e-6
+"""Of a model whose designs leave something unidentified, curvature below it is rounding."""
 STRONGER = 1.0
 """What a second start adds to parameters of correlations, which live on the scale of atanh."""
 BOUNDARY = 1e-4
@@ -229,7 +231,7 @@ class Estimates:
 
     def _curved(self, curvatures: np.ndarray) -> np.ndarray:
         """Return which of the directions have a curvature that is not rounding, (r,)."""
-        least = 1e-10 if self.flat is None else SUSPECT
+        least = 1e-10 if self.flat is None else FLAT
         return np.asarray(curvatures > least * np.max(curvatures, initial=0.0))
 
     @cached_property

@@ -22,6 +22,7 @@ information; Patterson and Thompson (1971), Biometrika 58, 545-554, for the like
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -536,22 +537,25 @@ def _natural(at: Directions, t: np.ndarray) -> np.ndarray:
 def _names(
     terms: Sequence[TermColumns], effects: Sequence[str], groups: Sequence[str], at: Directions
 ) -> list[str]:
-    """Return a name for each direction."""
-    entries, rest = [], []
-    parts = iter(at.structures)
-    first = 0
+    """Return a name for each direction, with its term where names repeat."""
+    entries: list[tuple[str, TermColumns]] = []
+    rest: list[tuple[str, TermColumns]] = []
+    parts, first = iter(at.structures), 0
     for term in terms:
         own, group = effects[term.columns], groups[term.factor]
         if term.pattern is not None:
             entries += [
-                f"{group}: var({own[i]})" if i == j else f"{group}: cov({own[j]}, {own[i]})"
+                (f"{group}: var({own[i]})" if i == j else f"{group}: cov({own[j]}, {own[i]})", term)
                 for i, j in zip(*np.nonzero(np.tril(term.pattern)), strict=True)
             ]
             continue
         labels = term.covariance.labels(tuple(own))
-        rest += [f"{group}: {labels[int(j)]}" for j in next(parts).parameters - first]
+        rest += [(f"{group}: {labels[int(j)]}", term) for j in next(parts).parameters - first]
         first += len(labels)
-    return [*entries, *rest, *(["scale"] if at.scale else [])]
+    every = [*entries, *rest]
+    count = Counter(name for name, _ in every)
+    found = [f"{name} of {term.label}" if count[name] > 1 else name for name, term in every]
+    return [*found, *(["scale"] if at.scale else [])]
 
 
 def _involved(
