@@ -258,8 +258,15 @@ class Prepared(NamedTuple):
     notes: tuple[str, ...]
 
 
-def prepare(design: Design, engine: str = "auto") -> Prepared:
-    """Compress a design for the form of the likelihood asked for."""
+def prepare(design: Design, engine: str = "auto", settings: Settings | None = None) -> Prepared:
+    """Compress a design for the form of the likelihood asked for.
+
+    Args:
+        design: the design.
+        engine: the form of the likelihood.
+        settings: if given, designs that cannot tell the parameters apart are refused before
+            anything is compressed, which may take long for them.
+    """
     factors, terms = arrange(design)
     arranged = layout(
         design.X,
@@ -269,19 +276,27 @@ def prepare(design: Design, engine: str = "auto") -> Prepared:
         n_zero=design.n_zero,
         log_rooted=design.log_weights,
     )
+    if settings is not None:
+        check_enough(design, arranged, terms, settings)
     compressed = compress(without_offset(design), arranged)
     return Prepared(design, arranged, compressed, terms, _notes(design, arranged))
 
 
 def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
-    return fit_prepared(prepare(design, settings.engine), settings, verbose=verbose)
+    return _fit_checked(prepare(design, settings.engine, settings), settings, verbose)
 
 
 def fit_prepared(prepared: Prepared, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit what :func:`prepare` made; any number of times."""
+    check_enough(prepared.design, prepared.layout, prepared.terms, settings)
+    return _fit_checked(prepared, settings, verbose)
+
+
+def _fit_checked(prepared: Prepared, settings: Settings, verbose: bool) -> Fit:
+    """Fit designs that can tell the parameters apart."""
     design, arranged, compressed, terms, notes = prepared
-    check_identified(design, arranged, compressed, terms, settings)
+    _check_response(design, arranged, compressed)
     if len(arranged.fixed.kept) < len(design.x_names):
         warnings.warn(notes[-1], RankWarning, stacklevel=4)
     return _solve(design, settings, arranged, compressed, terms, notes, verbose, depth=5)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..constraints import Settings
 from ..design import DataError, Design
-from ..fit import check_enough, check_reml, prepare
+from ..fit import check_reml, prepare
 from ..frames import as_table, plural
 from ..solve import Status
 from ..spec import ModelSpec
@@ -225,8 +225,7 @@ class SufficientStatistics:
         y = _around(part, slice(lead, lead + 1), rest)[0]
         y = y + part.X @ np.where(np.isin(np.arange(part.X.shape[1]), rest), 0, part.origin[lead])
         try:
-            prepared = prepare(replace(design, y=y), settings.engine)
-            check_enough(design, prepared.layout, prepared.terms, settings)
+            prepared = prepare(replace(design, y=y), settings.engine, settings)
             return as_identified(engine_of(prepared, settings, asked), prepared, settings, asked)
         except DataError:
             if len(self.parts) == 1:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..constraints import Settings
 from ..design import DataError
-from ..fit import check_enough, prepare
+from ..fit import prepare
 from ..frames import plural
 from ..matrices import Design
 from ..solve import Status
@@ -129,8 +129,7 @@ class Work:
         if any(len(np.unique(g.codes)) < 2 for g in design.groupings):
             return None
         try:
-            prepared = prepare(design, self.settings.engine)
-            check_enough(design, prepared.layout, prepared.terms, self.settings)
+            prepared = prepare(design, self.settings.engine, self.settings)
             engine = engine_of(prepared, self.settings, self.tests)
             return as_identified(engine, prepared, self.settings, self.tests)
         except DataError:
