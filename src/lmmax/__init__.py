@@ -10,6 +10,7 @@ from .compress import EngineError as EngineError
 from .constraints import ConstraintError as ConstraintError
 from .design import DataError as DataError
 from .fit import ConvergenceWarning as ConvergenceWarning
+from .fit import IdentifiabilityWarning as IdentifiabilityWarning
 from .fit import RankWarning as RankWarning
 from .fit import fit as fit
 from .fit import fit_arrays as fit_arrays

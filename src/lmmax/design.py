@@ -104,7 +104,7 @@ def build_design(
             the calling code are not. A design with functions in it pickles if they do.
         relmat: by name of a grouping factor, the known relationship matrix of its levels, as of
             animals with common ancestors: a DataFrame with the levels as index and columns,
-            symmetric and positive definite. Effects of levels i and j then have covariance
+            symmetric and positive semidefinite. Effects of levels i and j then have covariance
             ``relmat[i, j] * D`` with the D of their term. Levels that do not occur may be in it.
         whole: whether there will be no other rows; else one group, or one row, is enough, and
             levels of a categorical that do not occur stay.

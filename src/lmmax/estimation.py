@@ -49,6 +49,11 @@ Where an evaluation takes seconds, one more for the eighth digit of them is too 
 RESTARTS = 5
 TOGETHER = 12
 """Most starts of one call of the compiled solver."""
+SUSPECT = 1e-3
+"""Curvature, in units in which a real one is about one, below which the designs are asked whether
+there is none at all."""
+FLAT = 1e-6
+"""Of a model whose designs leave something unidentified, curvature below it is rounding."""
 STRONGER = 1.0
 """What a second start adds to parameters of correlations, which live on the scale of atanh."""
 BOUNDARY = 1e-4
@@ -80,6 +85,8 @@ class Estimates:
         criterion_error: Monte Carlo standard error of the criterion.
         probes: number of random probes behind it.
         ends: the criterion where each search that converged has ended, from one start or several.
+        flat: directions that the data do not identify, of (vech cov_re in working coordinates,
+            scale, theta), (k + 1 + t, r); see :mod:`lmmax.identifiability`.
     """
 
     beta: np.ndarray
@@ -100,6 +107,7 @@ class Estimates:
     criterion_error: float = 0.0
     probes: int = 0
     ends: tuple[float, ...] = ()
+    flat: np.ndarray | None = None
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -120,11 +128,14 @@ class Estimates:
     def _information(self) -> tuple[np.ndarray, np.ndarray]:
         """Return curvatures (r,) and directions (k + 1 + t, r) of (vech cov_re, scale, theta)."""
         curvatures, directions = self._working_information
-        q = len(self.working_root)
+        return curvatures, self._in_user_units(directions)
+
+    def _in_user_units(self, directions: np.ndarray) -> np.ndarray:
+        """Return directions of (vech cov_re, scale, theta), given with cov_re in working units."""
+        q, A = len(self.working_root), self.z_inverse
         k = q * (q + 1) // 2
-        A = self.z_inverse
         moved = np.einsum("ai,ijr,bj->abr", A, unpack_symmetric(directions[:k]), A, optimize=True)
-        return curvatures, np.concatenate([pack_triangle(moved), directions[k:]])
+        return np.concatenate([pack_triangle(moved), directions[k:]])
 
     @cached_property
     def _working_information(self) -> tuple[np.ndarray, np.ndarray]:
@@ -145,15 +156,7 @@ class Estimates:
         n_theta = len(point.theta)
         bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, n_theta), (1, n_theta)))
         hessian = (point.hessian - bend)[np.ix_(free, free)]
-        # Units in which a real curvature is about one; rounding errors are no curvature.
-        size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
-        n_groups = self.noise**2 * point.at.hessian[-1, -1]
-        few = np.min(n_groups)
-        floor = np.concatenate(
-            [[few], np.repeat(n_groups / size, q), few / np.maximum(point.theta**2, 1.0)]
-        )
-        floor = 1e-6 * floor[free]
-        unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
+        unit = self._units(hessian)
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
         # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root'.
@@ -178,6 +181,33 @@ class Estimates:
         jacobian[k, 0] = self.scale
         return 0.5 * values, (jacobian[:, free] / unit) @ vectors
 
+    def _units(self, hessian: np.ndarray) -> np.ndarray:
+        """Return units in which a real curvature is about one, of what is free.
+
+        Rounding errors are no curvature.
+        """
+        point, q = self.solution.point, len(self.working_root)
+        size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
+        n_groups = self.noise**2 * point.at.hessian[-1, -1]
+        few = np.min(n_groups)
+        floor = np.concatenate(
+            [[few], np.repeat(n_groups / size, q), few / np.maximum(point.theta**2, 1.0)]
+        )
+        floor = 1e-6 * floor[point.free > 0.0]
+        return np.asarray(np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor)))
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the criterion may be flat in some direction, so that the designs are asked."""
+        if self.boundary or self.probes:
+            return True
+        free = self.solution.point.free > 0.0
+        hessian = self.solution.point.hessian[np.ix_(free, free)]
+        if not np.isfinite(hessian).all() or not hessian.size:
+            return False
+        unit = self._units(hessian)
+        return bool(np.linalg.eigvalsh(hessian / np.outer(unit, unit))[0] < SUSPECT)
+
     def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
         """Return standard errors of functions of (vech cov_re row by row, scale, theta).
 
@@ -192,12 +222,38 @@ class Estimates:
         curvatures, directions = self._information
         parts = (gradients @ directions[: gradients.shape[1]]) ** 2
         # With fewer contrasts than parameters, whatever curvature there is comes from rounding.
-        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        curved = self._curved(curvatures)
         curved &= self.n_free <= self.contrasts
         size = parts.sum(axis=1)
         flat = parts[:, ~curved].sum(axis=1) > 1e-12 * size
+        if self.flat is not None:
+            null, width = self.flat_in_user_units, gradients.shape[1]
+            along = np.abs(gradients @ null[:width])
+            # As far as the function would move if every parameter did.
+            most = np.abs(gradients) / self.sizes[:width] @ np.ones(width)
+            most = most[:, None] * np.max(self.sizes[:, None] * np.abs(null), axis=0, initial=0.0)
+            flat |= (along > 1e-7 * most).any(axis=1)
         variances = parts[:, curved] @ (1.0 / curvatures[curved])
         return np.sqrt(np.where(flat | (size == 0.0), np.nan, variances))
+
+    def _curved(self, curvatures: np.ndarray) -> np.ndarray:
+        """Return which of the directions have a curvature that is not rounding, (r,)."""
+        least = 1e-10 if self.flat is None else FLAT
+        return np.asarray(curvatures > least * np.max(curvatures, initial=0.0))
+
+    @cached_property
+    def flat_in_user_units(self) -> np.ndarray:
+        """Directions of (vech cov_re, scale, theta) that are not identified, (k + 1 + t, r)."""
+        none = np.zeros((len(self.sizes), 0))
+        return none if self.flat is None else self._in_user_units(self.flat)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """What a unit of (vech cov_re, scale, theta) adds to the variance of rows, (k + 1 + t,)."""
+        A = np.linalg.inv(self.z_inverse)
+        own = np.sqrt(np.sum(A * A, axis=0))
+        entries = pack_triangle(np.outer(own, own))
+        return np.concatenate([entries, [1.0], np.full(len(self.structure_theta), self.scale)])
 
     @cached_property
     def variance_cov(self) -> np.ndarray:
@@ -214,7 +270,7 @@ class Estimates:
         return self._covariance(*self._working_information)
 
     def _covariance(self, curvatures: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        curved = self._curved(curvatures)
         k = len(self.working_root) * (len(self.working_root) + 1) // 2 + 1
         inside = directions[:k, curved]
         return np.asarray((inside / curvatures[curved]) @ inside.T)

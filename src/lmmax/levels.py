@@ -26,7 +26,7 @@ class Grouping:
         codes: (n,) int64, position in `levels` of each row's group.
         levels: (m,) labels, sorted where they can be (in the order of a pandas categorical, else
             of first appearance); combinations are strings `"A:a"`.
-        root: (m, m) lower Cholesky factor of the known relationship matrix of the levels, None if
+        root: (m, m) root of the known relationship matrix of the levels, triangular, None if
             they are independent.
     """
 

@@ -16,6 +16,7 @@ from .compress import Compression, Engine, EngineError, Layout
 from .constraints import Settings, TermColumns
 from .design import Design
 from .estimation import Estimates
+from .identifiability import Unidentified
 from .inference import variance, wald
 from .inference.denominator import DEFAULT, Denominator
 from .inference.denominator import denominator as method_of
@@ -71,6 +72,7 @@ class Convergence:
         optima: the criterion at the distinct optima that searches ended at, ascending: the first
             is that of the fit.  More than one where the likelihood has several maxima.
         searches: how many searches converged, from one start or several far apart.
+        unidentified: groups of variance parameters that the data do not tell apart.
     """
 
     status: str
@@ -84,6 +86,7 @@ class Convergence:
     history: pd.DataFrame = field(repr=False)
     optima: np.ndarray
     searches: int
+    unidentified: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         if not len(self.hessian_eigenvalues):
@@ -111,6 +114,8 @@ class Fit:
         design: matrices, names and groups of the data that were used.
         settings: the options of the fit.
         estimates: the solved model in plain arrays.
+        unidentified: what the data do not tell apart, None if that is nothing: variance parameters
+            that other values fit as well, and the coefficients whose errors depend on them.
 
     Example:
         >>> import lmmax
@@ -127,6 +132,7 @@ class Fit:
     compression: Compression
     terms: tuple[TermColumns, ...]
     notes: tuple[str, ...] = ()
+    unidentified: Unidentified | None = None
 
     # --- model ------------------------------------------------------------------------------
 
@@ -184,11 +190,20 @@ class Fit:
         return pd.Series(values, index=list(self.design.x_names), name="coef")
 
     def cov_params(self) -> pd.DataFrame:
-        """Covariance of the coefficients, ``scale (X' V^-1 X)^-1``; NaN for aliased columns."""
+        """Covariance of the coefficients, ``scale (X' V^-1 X)^-1``.
+
+        NaN for aliased columns, and for coefficients whose error depends on variances that the data
+        do not tell apart.
+        """
         names = list(self.design.x_names)
         values = np.full((len(names), len(names)), np.nan)
         kept = self.layout.fixed.kept
-        values[np.ix_(kept, kept)] = self.scale * self.estimates.beta_unscaled
+        if self.unidentified is None:
+            values[np.ix_(kept, kept)] = self.scale * self.estimates.beta_unscaled
+        else:
+            sure = ~self.unidentified.concerns(np.eye(len(kept)))
+            inside = self.scale * self.estimates.beta_unscaled[np.ix_(sure, sure)]
+            values[np.ix_(kept[sure], kept[sure])] = inside
         return pd.DataFrame(values, index=names, columns=names)
 
     @cached_property
@@ -630,11 +645,13 @@ class Fit:
 
     @property
     def message(self) -> str:
-        """The status in words, and which terms are singular."""
+        """The status in words, which terms are singular, and what is not identified."""
         text = MESSAGES[self.estimates.status]
         if self.singular:
             terms = ", ".join(self.estimates.boundary)
             text += f"; singular: the covariance of {terms} lies on the boundary"
+        if self.unidentified is not None:
+            text += f"; {self.unidentified}"
         return text
 
     @cached_property
@@ -663,6 +680,7 @@ class Fit:
             history=history,
             optima=distinct(estimates.ends),
             searches=len(estimates.ends),
+            unidentified=() if self.unidentified is None else self.unidentified.names,
         )
 
     # --- fitting again ----------------------------------------------------------------------

@@ -222,6 +222,11 @@ def _notes(fit: Fit, ddf: str) -> tuple[str, ...]:
             f"Not converged (status {record.status}): Newton decrement {record.decrement:.3g}, "
             f"gradient norm {record.gradient_norm:.3g}; see fit.convergence."
         )
+    if fit.unidentified is not None:
+        notes.append(
+            f"{_sentence(str(fit.unidentified))} Other values fit as well, so they have no "
+            "standard errors, nor do coefficients that depend on them; all other tests are right."
+        )
     notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
     notes += _structure_notes(fit)
     if fit.settings.fix:

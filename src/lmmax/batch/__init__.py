@@ -299,12 +299,17 @@ def with_inference(
     free = np.append(free, constraints.scale_free)
     enough = free.sum() <= lanes.values("n_obs") - fit.settings.reml * len(kept)
     plain = not constraints.structures and not np.any(constraints.held)
+    plain = plain & enough
+    if fit.unidentified is not None:
+        # With as many parameters held as there are flat directions, the others tell as much.
+        free[fit.unidentified.redundant] = False
+        plain = plain & ~estimates.singular
     return Solved(
         estimates,
         ends,
         free,
         np.asarray(lanes.problem.x_inverse)[..., : len(kept), : len(kept)],
-        plain & enough,
+        plain,
         y_scale,
         snapped(ends, constraints, fit.terms, lanes.noise)[0],
         lanes.noise,

@@ -165,7 +165,8 @@ class Charts:
 
     def _coefficients(self) -> Iterator[Parameter]:
         names = list(self.fit.design.x_names)
-        errors = self.fit.bse.to_numpy()
+        errors, unknown = self.fit.bse.to_numpy(), self.fit.unidentified
+        p = len(self.fit.estimates.beta)
         for j, column in enumerate(self.fit.layout.fixed.kept):
             estimate = float(self.fit.estimates.beta[j])
             error = float(errors[column])
@@ -179,6 +180,9 @@ class Charts:
                 1.0,
                 error,
                 where=(j,),
+                note=""
+                if unknown is None or not unknown.concerns(np.eye(p)[[j]])[0]
+                else "without limits, for its error depends on variances that are not identified",
             )
 
     def _of_block(self, number: int, block: np.ndarray) -> Iterator[tuple[str, Parameter]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from ..identifiability import Unidentified
     from ..results import Fit
 
 METHODS = (
@@ -101,8 +102,6 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
         >>> denominator(fit).degrees(np.eye(4)).round(2).tolist()
         [257.81, 42.0, 42.0, 224.0]
     """
-    from . import between_within, kenward_roger
-
     name = DEFAULT if ddf is None else ddf
     if name not in METHODS:
         raise ValueError(f"ddf={ddf!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
@@ -110,6 +109,14 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
     if not np.isfinite(beta_cov).all():
         # The fit failed; its tables print all the same.
         return Fixed(name, beta_cov, np.full(len(beta_cov), np.nan))
+    found = _denominator(fit, name, beta_cov)
+    return found if fit.unidentified is None else Partial(found, fit.unidentified)
+
+
+def _denominator(fit: Fit, name: str, beta_cov: np.ndarray) -> Denominator:
+    """Return a method as if all variances were identified."""
+    from . import between_within, kenward_roger
+
     if name == "satterthwaite":
         return Satterthwaite(fit)
     if name in ("kenward-roger", "kenward-roger-linear"):
@@ -119,6 +126,32 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
     if name == "residual":
         return Fixed(name, beta_cov, np.full(len(beta_cov), float(fit.df_resid)))
     return Fixed(name, beta_cov, np.full(len(beta_cov), np.inf))
+
+
+class Partial(Denominator):
+    """A method for a fit some of whose variances are not identified.
+
+    Tests of coefficients that depend on them have no number, NaN; the others are the method's own.
+    """
+
+    def __init__(self, inner: Denominator, unidentified: Unidentified) -> None:
+        """Take the method and what is not identified."""
+        self.inner, self.unidentified = inner, unidentified
+        self.method, self.cov = inner.method, inner.cov
+
+    def errors(self, L: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        return np.where(self.unidentified.concerns(L), np.nan, self.inner.errors(L))
+
+    def degrees(self, L: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        return np.where(self.unidentified.concerns(L), np.nan, self.inner.degrees(L))
+
+    def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
+        """See :class:`Denominator`."""
+        if self.unidentified.concerns_jointly(L):
+            return JointTest(np.nan, len(L), np.nan, np.nan)
+        return self.inner.joint(L, difference)
 
 
 class Fixed(Denominator):

@@ -90,8 +90,8 @@ def information(fit: Fit, kind: str = "observed", parameters: str = "natural") -
 def joint_covariance(fit: Fit, kind: str = "observed", parameters: str = "natural") -> pd.DataFrame:
     """Return the covariance of the estimates of coefficients and variance parameters together.
 
-    The inverse of :func:`information`, whose arguments it has.  Directions in which it has no
-    curvature (over-parametrised models) are left out; at a singular fit prefer
+    The inverse of :func:`information`, whose arguments it has.  Parameters that the data do not
+    identify, and coefficients that depend on them, are NaN; at a singular fit prefer
     :meth:`lmmax.Fit.varcorr`, whose errors take the rank of the covariance as given.
 
     Example:
@@ -103,8 +103,18 @@ def joint_covariance(fit: Fit, kind: str = "observed", parameters: str = "natura
     """
     matrix = information(fit, kind, parameters)
     unit = np.sqrt(np.maximum(np.abs(np.diag(matrix)), np.finfo(float).tiny))
-    inverse = np.linalg.pinv(matrix / np.outer(unit, unit), rcond=1e-10, hermitian=True)
-    return pd.DataFrame(inverse / np.outer(unit, unit), index=matrix.index, columns=matrix.columns)
+    own = _parameters(fit, parameters)
+    p = len(matrix) - len(own.names)
+    free = np.append(np.ones(p, dtype=bool), own.free)
+    inside = np.ix_(free, free)
+    inverse = np.zeros(matrix.shape)
+    scaled = matrix.to_numpy() / np.outer(unit, unit)
+    inverse[inside] = np.linalg.pinv(scaled[inside], rcond=1e-10, hermitian=True)
+    inverse /= np.outer(unit, unit)
+    if fit.unidentified is not None:
+        hidden = np.append(fit.unidentified.concerns(np.eye(p)), ~own.identified)
+        inverse[hidden] = inverse[:, hidden] = np.nan
+    return pd.DataFrame(inverse, index=matrix.index, columns=matrix.columns)
 
 
 def _parameters(fit: Fit, which: str) -> VarianceParameters:

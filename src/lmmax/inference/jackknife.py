@@ -16,6 +16,7 @@ from ..constraints import read_constraints
 from ..estimation import estimate
 from ..fit import arrange, without_offset
 from ..likelihood.grouped import GroupedProblem
+from ..relationship import semidefinite_root
 from ..solve import Status
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _one_by_one(fit: Fit, factor: int, part: np.ndarray) -> BatchEstimates:
             left, codes = np.unique(grouping.codes[rows], return_inverse=True)
             root = grouping.root
             if root is not None:
-                root = np.linalg.cholesky(root[left] @ root[left].T)
+                root = semidefinite_root(root[left] @ root[left].T)
             groupings.append(
                 replace(grouping, codes=codes, levels=grouping.levels[left], root=root)
             )

@@ -42,7 +42,7 @@ class KenwardRoger(Denominator):
         self.to_x, self.Phi = at.to_x, at.Phi
         self.P = np.tensordot(J.T, at.P_x, 1)
         Q = np.einsum("ci,cdxy,dj->ijxy", J, at.Q_x, J, optimize=True)
-        self.W = _inverse(0.5 * J.T @ at.restricted_traces @ J)
+        self.W = _inverse(0.5 * J.T @ at.restricted_traces @ J, parameters.free)
         middle = np.einsum("ij,ijxy->xy", self.W, Q)
         middle = middle - np.einsum("ij,ixy,yz,jzw->xw", self.W, self.P, self.Phi, self.P,
                                     optimize=True)  # fmt: skip
@@ -97,10 +97,18 @@ class KenwardRoger(Denominator):
         return df / (expectation * (df - 2.0)), df
 
 
-def _inverse(information: np.ndarray) -> np.ndarray:
-    """Return a (pseudo-)inverse of the information, whatever the parameters' units."""
-    unit = np.sqrt(np.maximum(np.diag(information), np.finfo(float).tiny))
-    return np.asarray(
-        np.linalg.pinv(information / np.outer(unit, unit), rcond=1e-10, hermitian=True)
-        / np.outer(unit, unit)
-    )
+def _inverse(information: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """Return a (pseudo-)inverse of the information, whatever the parameters' units.
+
+    Args:
+        information: the matrix, (k, k).
+        free: parameters that are enough to describe what is identified, (k,): with the others
+            held it is a generalised inverse, and all of these serve what is identified alike.
+    """
+    inside = np.ix_(free, free)
+    unit = np.sqrt(np.maximum(np.diag(information)[free], np.finfo(float).tiny))
+    inverse = np.zeros_like(information)
+    inverse[inside] = np.linalg.pinv(
+        information[inside] / np.outer(unit, unit), rcond=1e-10, hermitian=True
+    ) / np.outer(unit, unit)
+    return inverse

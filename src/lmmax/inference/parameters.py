@@ -16,6 +16,7 @@ import numpy as np
 from ..constraints import TermColumns
 from ..covariances import Covariance, bends, matrix_at, slopes, values_at
 from ..estimation import Estimates
+from ..identifiability import reduced
 from ..solve import Structured
 
 
@@ -28,12 +29,17 @@ class VarianceParameters:
         values: (k,).
         slope: derivatives of (vech Psi row by row, scale), (q (q + 1) / 2 + 1, k).
         bend: its second derivatives, (q (q + 1) / 2 + 1, k, k); zero but for structures.
+        identified: whether the data identify the parameter, (k,).
+        free: which parameters are enough, (k,): with the others held where they are, all that is
+            identified can still take any value.
     """
 
     names: tuple[str, ...]
     values: np.ndarray
     slope: np.ndarray
     bend: np.ndarray
+    identified: np.ndarray
+    free: np.ndarray
 
 
 def natural_parameters(
@@ -98,7 +104,26 @@ def natural_parameters(
         if not estimates.constraints.scale_free:
             moved, part_bend = moved[:-1], part_bend[:, :-1, :-1]
         bend[:, moved[:, None], moved] += part_bend
-    return VarianceParameters(tuple(names), np.array(values), np.reshape(slopes, (k, size)).T, bend)
+    slope = np.reshape(slopes, (k, size)).T
+    return VarianceParameters(
+        tuple(names), np.array(values), slope, bend, *_identified(estimates, slope)
+    )
+
+
+def _identified(estimates: Estimates, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which parameters with this slope are identified, and which are enough, (k,) each."""
+    k = slope.shape[1]
+    identified, free = np.ones(k, dtype=bool), np.ones(k, dtype=bool)
+    null = estimates.flat_in_user_units[: len(slope)]
+    if null.size:
+        scaled = estimates.sizes[: len(slope), None] * slope
+        unit = np.linalg.norm(scaled, axis=0)
+        unit = np.where(unit > 0.0, unit, 1.0)
+        moved = estimates.sizes[: len(slope), None] * null
+        flat = reduced(np.linalg.lstsq(scaled / unit, moved, rcond=1e-12)[0].T)
+        identified = (flat == 0.0).all(axis=0)
+        free[np.argmax(np.abs(flat), axis=1)] = False
+    return identified, free
 
 
 def _entries(here: slice) -> list[int]:
@@ -216,7 +241,7 @@ def theta_parameters(
             bend[positions, at, -1] = bend[positions, -1, at] = D_slope
     if estimates.constraints.scale_free:
         slope[-1, -1] = 1.0
-    return VarianceParameters(tuple(names), values, slope, bend)
+    return VarianceParameters(tuple(names), values, slope, bend, *_identified(estimates, slope))
 
 
 def _triangle(

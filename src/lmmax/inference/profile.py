@@ -649,6 +649,8 @@ def _frame(walk: Walk, cutoff: float) -> pd.DataFrame:
 
 def _notes(walk: Walk, status: Sequence[str], fit: Fit) -> tuple[str, ...]:
     notes = list(walk.notes)
+    if fit.unidentified is not None:
+        notes.append(f"{fit.unidentified}; limits enclose all values that fit as well.")
     for parameter, word in zip(walk.parameters, status, strict=True):
         if parameter.note:
             notes.append(f"{parameter.name} is {parameter.note}.")

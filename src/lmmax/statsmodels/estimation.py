@@ -13,7 +13,7 @@ from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWa
 from ..constraints import Settings
 from ..covariances import Covariance
 from ..fit import ConvergenceWarning as NotConverged
-from ..fit import RankWarning, fit_prepared, prepare
+from ..fit import IdentifiabilityWarning, RankWarning, fit_prepared, prepare
 from ..inference.lasso import lasso
 from ..known_covariance import PartlyKnown
 from ..likelihood import user_entries
@@ -287,6 +287,7 @@ def native_fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)
         warnings.simplefilter("ignore", RankWarning)
+        warnings.simplefilter("ignore", IdentifiabilityWarning)
         return translation, fit_prepared(prepared, Settings(reml=reml, start=guess))
 
 
@@ -358,6 +359,9 @@ def _results(
         cross = np.where(np.isnan(np.diag(cov)[own]), np.nan, change @ known)
         cov[np.ix_(kept, own)], cov[np.ix_(own, kept)] = cross, cross.T
     cov[aliased] = cov[:, aliased] = np.nan
+    if found.unidentified is not None:
+        hidden = kept[found.unidentified.concerns(np.eye(len(kept)))]
+        cov[hidden] = cov[:, hidden] = np.nan
     details = Details(
         native=found,
         translation=translation,
@@ -551,6 +555,13 @@ def _warn(model: MixedLM, result: MixedLMResults) -> None:
             "one): the maximum lies on the boundary, where standard errors of variances are not "
             "defined",
             SingularMatrixWarning,
+            stacklevel=4,
+        )
+    if details.native is not None and details.native.unidentified is not None:
+        warnings.warn(
+            f"{details.native.unidentified}; they have no standard errors, nor do coefficients "
+            "that depend on them",
+            IdentifiabilityWarning,
             stacklevel=4,
         )
     aliased = np.flatnonzero(np.isnan(details.point.fe_params))
