@@ -167,8 +167,17 @@ def _notes(terms: FixedTerms, table: pd.DataFrame, kind: SumsOfSquares) -> tuple
     if empty:
         shown = ", ".join(empty[:MANY]) + (", ..." if len(empty) > MANY else "")
         notes.append(
-            f"No data in {shown}. Type III hypotheses then depend on which cells are empty, and on "
-            "the order of the levels: interpret them with care."
+            f"No data in {shown}. Type III hypotheses then depend on which cells are empty: "
+            "interpret them with care."
+        )
+    elsewhere = (
+        [] if kind == "I" else [t.label for t in terms.coded.named if not terms.by_coefficients(t)]
+    )
+    if elsewhere:
+        notes.append(
+            f"Estimable functions, as in SAS: {', '.join(elsewhere)}. lmerTest tests all "
+            "coefficients of the columns that were kept, another hypothesis there, which depends "
+            "on the order of the terms and levels."
         )
     return tuple(notes)
 
