@@ -206,7 +206,7 @@ class Fit:
         Args:
             ddf: the degrees of freedom: "satterthwaite" (None), "kenward-roger" (REML; with the
                 adjusted standard errors), "kenward-roger-linear" (without second derivatives of a
-                covariance structure), "between-within" (nested factors, by counting), "residual"
+                covariance structure), "between-within" (nested factors, counted as in nlme), "residual"
                 (n - p), or "normal".
             alpha: one minus the level of the confidence limits.
 

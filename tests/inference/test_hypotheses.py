@@ -52,7 +52,9 @@ def indicators(data: pd.DataFrame, term: Term) -> np.ndarray:
     block = np.ones((len(data), 1))
     for name in term:
         values = data[name]
-        columns = [values == level for level in values.cat.categories] if name in "fhk" else [values]
+        columns = (
+            [values == level for level in values.cat.categories] if name in "fhk" else [values]
+        )
         block = np.hstack([block * np.asarray(column, float)[:, None] for column in columns])
     return block
 
@@ -120,9 +122,10 @@ def test_hypotheses_are_those_of_estimable_functions(model: str, intercept: bool
         data = frame(seed)
         rng = np.random.default_rng(seed)
         terms = MODELS[model]
-        shuffled = [tuple(rng.permutation(term).tolist()) for term in rng.permutation(
-            np.array([*terms, None], dtype=object)[:-1]
-        )]
+        shuffled = [
+            tuple(rng.permutation(term).tolist())
+            for term in rng.permutation(np.array([*terms, None], dtype=object)[:-1])
+        ]
         formula = " + ".join([str(int(intercept)), *map(":".join, shuffled)])
         used = {name for term in terms for name in term if name in "fhk"}
         contrasts = {name: str(rng.choice(CONTRASTS)) for name in used}
@@ -140,5 +143,8 @@ def test_hypotheses_are_those_of_estimable_functions(model: str, intercept: bool
                     ours = span((L @ pinv).T)
                     assert ours.shape == want.shape
                     np.testing.assert_allclose(
-                        ours @ ours.T, want @ want.T, atol=1e-6, err_msg=f"{formula} {seed} {kind} {term}"
+                        ours @ ours.T,
+                        want @ want.T,
+                        atol=1e-6,
+                        err_msg=f"{formula} {seed} {kind} {term}",
                     )
