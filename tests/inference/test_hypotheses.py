@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lmmax.compress.columns import column_factor
+from lmmax.compress.columns import column_factor, dependence
 from lmmax.design import build_design
 from lmmax.inference.hypotheses import FixedTerms, SumsOfSquares, terms_of_columns
 
@@ -112,7 +112,9 @@ def found_terms(
     data: pd.DataFrame, formula: str, contrasts: dict[str, str]
 ) -> tuple[FixedTerms, np.ndarray]:
     design = build_design(f"y ~ {formula} + (1 | g)", data, contrasts=contrasts)
-    return terms_of_columns(design.terms, design.X, column_factor(design.X, None)), design.X
+    factor = column_factor(design.X, None)
+    dependent = dependence(design.X, factor, None)
+    return terms_of_columns(design.terms, factor.R, dependent), design.X
 
 
 @pytest.mark.parametrize("intercept", [True, False])

@@ -2,8 +2,9 @@
 
 The overparametrised design of SAS has an indicator for every cell of a term's categorical factors,
 times its numeric factors.  Its columns are ``X M``, where M follows from the codings alone, and
-``X = Q T`` with orthonormal Q holds all that matters of the rows, so no such design is ever made:
-its columns are those of ``W = T M``, in as many coordinates as coefficients can be estimated.
+``X = Q R A`` holds all that matters of the rows, so no such design is ever made.  A expresses the
+aliased columns by those that were kept, whose coordinates R are those of orthonormal columns Q; its
+columns are those of ``W = R A M``, in as many coordinates as coefficients can be estimated.
 
 The estimable functions are ``a' W``.  A hypothesis on a term is a space of these, of the vectors a,
 that follows from W alone, whatever coefficients the terms were coded by and whichever columns were
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from ..compress.columns import ALIAS_TOLERANCE, Factor, column_factor, triangle
+from ..compress.columns import Dependence, column_factor
 from ..terms import CodedTerms, Element, Term
 
 if TYPE_CHECKING:
@@ -195,12 +196,14 @@ class FixedTerms:
     Attributes:
         coded: the terms and their columns.
         kept: columns of X that are not aliased, (p,).
-        T: all columns in orthonormal coordinates, ``X = Q T``, (p, p_all).
+        A: all columns by those that are kept, ``X = X_kept A``, (p, p_all).
+        R: these in orthonormal coordinates, ``X_kept = Q R``, (p, p).
     """
 
     coded: CodedTerms
     kept: Array
-    T: Array
+    A: Array
+    R: Array
 
     @cached_property
     def cells(self) -> Cells:
@@ -208,24 +211,12 @@ class FixedTerms:
         return cells(self.coded)
 
     @cached_property
-    def R(self) -> Array:
-        """The columns that were kept, ``X_kept = Q R``, (p, p)."""
-        return self.T[:, self.kept]
-
-    @cached_property
     def W(self) -> Array:
-        """The overparametrised design in the coordinates of T, (p, c)."""
-        W = self.T @ self.cells.M
-        whole = np.linalg.norm(self.T, axis=0) @ np.abs(self.cells.M)
+        """The overparametrised design in orthonormal coordinates, ``Q' X M``, (p, c)."""
+        T = self.R @ self.A
+        W = T @ self.cells.M
+        whole = np.linalg.norm(T, axis=0) @ np.abs(self.cells.M)
         return np.where(np.linalg.norm(W, axis=0) <= ROUNDING * whole, 0.0, W)
-
-    @cached_property
-    def A(self) -> Array:
-        """All columns by those that were kept, ``X = X_kept A``, (p, p_all)."""
-        A = np.linalg.solve(self.R, self.T)
-        A[:, self.kept] = np.eye(len(self.kept))
-        sizes = np.linalg.norm(self.R, axis=0)[:, None] * np.abs(A)
-        return np.where(sizes <= ALIAS_TOLERANCE * np.linalg.norm(self.T, axis=0), 0.0, A)
 
     @cached_property
     def empty(self) -> tuple[str, ...]:
@@ -371,27 +362,22 @@ def _independent_columns(columns: Array) -> Array:
 
 def fixed_terms(fit: Fit) -> FixedTerms:
     """Return the fixed-effects terms of a fit; the rows are seen only if weighted or aliased."""
-    factor = fit.layout.fixed
-    if fit.layout.weights is not None:
+    layout, R = fit.layout, fit.layout.fixed.R
+    if layout.weights is not None:
         # Sums of squares of X are not weighted, as in lmerTest.
-        kept = factor.kept
-        own = column_factor(fit.design.X[:, kept], None)
-        factor = Factor(own.R, kept)
-    return terms_of_columns(fit.design.terms, fit.design.X, factor)
+        R = column_factor(layout.X[:, layout.fixed.kept], None).R
+    return terms_of_columns(fit.design.terms, R, layout.dependence)
 
 
-def terms_of_columns(coded: CodedTerms, X: Array, factor: Factor) -> FixedTerms:
+def terms_of_columns(coded: CodedTerms, R: Array, dependence: Dependence) -> FixedTerms:
     """Return terms with all that matters of their columns.
 
     Args:
         coded: the terms.
-        X: their columns, (n, p_all).
-        factor: of X without weights; its columns alone are seen where it keeps all.
+        R: factor of the columns kept, without weights, (p, p).
+        dependence: the others by these.
     """
-    kept, p_all = factor.kept, X.shape[1]
-    if len(kept) == p_all:
-        return FixedTerms(coded, kept, factor.R)
-    order = np.concatenate([kept, np.setdiff1d(np.arange(p_all), kept)])
-    T = np.empty((len(kept), p_all))
-    T[:, order] = triangle(X[:, order])[: len(kept)]
-    return FixedTerms(coded, kept, T)
+    kept, aliased = dependence.kept, dependence.aliased
+    A = np.zeros((len(kept), len(kept) + len(aliased)))
+    A[:, kept], A[:, aliased] = np.eye(len(kept)), dependence.A
+    return FixedTerms(coded, kept, A, R)

@@ -129,7 +129,7 @@ def _part(block: RandomBlock, rest: Sequence[Term], dropped: Term | None = None)
     if dropped is None:
         B = np.eye(q)[:, np.concatenate([np.arange(q)[term.columns] for term in rest])]
     else:
-        _, B = FixedTerms(block.terms, np.arange(q), np.eye(q)).without(dropped)
+        _, B = FixedTerms(block.terms, np.arange(q), np.eye(q), np.eye(q)).without(dropped)
     units = np.flatnonzero(np.sum(B != 0.0, axis=0) == 1)
     if len(units) == B.shape[1]:
         at = np.argmax(B != 0.0, axis=0)

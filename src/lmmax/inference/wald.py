@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..predict import predict
 from .denominator import Denominator, HypothesisError, t_pvalues, t_quantiles
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ def mean_predictions(
     fit: Fit, newdata: Any, ddf: str | None, alpha: float, offset: Any
 ) -> pd.DataFrame:
     """Return predictions of the mean; see :meth:`lmmax.Fit.predict_mean`."""
-    predicted = fit.predict(newdata, random_effects=False, offset=offset)
+    predicted = predict(
+        fit, newdata, random_effects=False, new_levels="error", offset=offset, depth=4
+    )
     X = fit.design.X if newdata is None else fit.design.new_data(newdata, need_groups=False).X
     known = predicted.notna().to_numpy()
     L, at = X[known][:, fit.layout.fixed.kept], predicted.to_numpy()[known]
