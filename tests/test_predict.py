@@ -47,6 +47,12 @@ def test_an_empty_cell_is_nan_whatever_the_order_of_levels(cells: pd.DataFrame) 
         with pytest.warns(lmmax.RankWarning, match=r"cannot be estimated and is NaN: 'f\["):
             values = fit.predict(NEW)
         assert mean.iloc[0].isna().all() and np.isnan(values[0])
+        # The same as hypotheses on the coefficients.
+        rows = fit.design.new_data(NEW, need_groups=False).X
+        np.testing.assert_allclose(fit.t_test(rows[1:]).table.iloc[:, 0], mean.iloc[1:, 0])
+        if rows[0, fit.params.isna()].any():
+            with pytest.raises(ValueError, match=r"aliased \(not estimable\)"):
+                fit.t_test(rows[:1])
         means.append(np.column_stack([mean.iloc[1:], values[1:]]))
         # All rows of the fit can be predicted, as data too.
         with warnings.catch_warnings():

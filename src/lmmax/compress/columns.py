@@ -53,7 +53,7 @@ class Dependence:
     A: np.ndarray
     off: np.ndarray
 
-    def missed(self, rows: np.ndarray) -> np.ndarray:
+    def missed(self, rows: np.ndarray, exact: bool = False) -> np.ndarray:
         """Return which aliased columns are not what the others say they are, (n, r).
 
         Only where all are, a row is a combination of those factored, and ``row @ beta`` can be
@@ -61,10 +61,13 @@ class Dependence:
 
         Args:
             rows: all columns, (n, p_all).
+            exact: whether to allow for rounding alone, not for rows as far off as those factored;
+                for combinations of coefficients, whose units are others.
         """
+        off = 0.0 if exact else 10.0 * self.off
         own, others = rows[:, self.aliased], rows[:, self.kept]
         whole = np.abs(own) + np.abs(others) @ np.abs(self.A)
-        return np.asarray(np.abs(own - others @ self.A) > 10.0 * self.off + IN_SPAN * whole)
+        return np.asarray(np.abs(own - others @ self.A) > off + IN_SPAN * whole)
 
 
 def dependence(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) -> Dependence:
