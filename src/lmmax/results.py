@@ -233,8 +233,8 @@ class Fit:
         Args:
             ddf: the degrees of freedom: "satterthwaite" (None), "kenward-roger" (REML; with the
                 adjusted standard errors), "kenward-roger-linear" (without second derivatives of a
-                covariance structure), "between-within" (nested factors, by counting), "residual"
-                (n - p), or "normal".
+                covariance structure), "between-within" (nested factors, counted as in nlme),
+                "residual" (n - p), or "normal".
             alpha: one minus the level of the confidence limits.
 
         Returns:
@@ -548,7 +548,9 @@ class Fit:
             offset: array or column name, needed if the fit had one as an array.
 
         Returns:
-            One prediction per row; NaN where a needed value is missing.
+            One prediction per row; NaN where a needed value is missing, and, with a
+            :class:`lmmax.RankWarning`, where the fixed effects cannot be estimated: a row of the
+            design that is no linear combination of those of the fit, such as an empty cell.
 
         Raises:
             DataError: for an absent column, an unseen level of a factor, or a new group under
@@ -579,7 +581,7 @@ class Fit:
 
         Returns:
             A row per row of newdata: ``predicted``, ``std err``, ``df`` and the limits; NaN where a
-            needed value is missing.
+            needed value is missing or the mean cannot be estimated, as in :meth:`predict`.
 
         Example:
             >>> import lmmax

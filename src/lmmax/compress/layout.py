@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .columns import Factor, column_factor, random_factor
+from .columns import Dependence, Factor, column_factor, dependence, random_factor
 
 ENGINES = ("auto", "grouped", "nested", "crossed", "iterative")
 DENSE_TAIL_LIMIT = 20_000
@@ -96,6 +96,11 @@ class Layout:
         """Sum of the logarithms of the prior weights."""
         own = 0.0 if self.weights is None else float(np.sum(np.log(self.weights)))
         return self.log_rooted + own
+
+    @cached_property
+    def dependence(self) -> Dependence:
+        """How the aliased columns of X follow from those that were kept."""
+        return dependence(self.X, self.fixed, self.weights)
 
     @cached_property
     def A_inverse(self) -> np.ndarray:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..compress.columns import Dependence
+from ..predict import predict
 from .denominator import Denominator, HypothesisError, t_pvalues, t_quantiles
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ class WaldTest:
 
 def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: str | None) -> ContrastTable:
     """Test each row of a hypothesis on its own; see :meth:`lmmax.Fit.t_test`."""
-    R, values, names = linear_hypotheses(fit.params, hypothesis)
+    R, values, names = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     test, L = fit.denominator(ddf), R[:, fit.layout.fixed.kept]
     table = coefficient_table(test, L, L @ fit.estimates.beta, values, alpha)
     return ContrastTable(table.set_axis(names))
@@ -119,7 +121,9 @@ def mean_predictions(
     fit: Fit, newdata: Any, ddf: str | None, alpha: float, offset: Any
 ) -> pd.DataFrame:
     """Return predictions of the mean; see :meth:`lmmax.Fit.predict_mean`."""
-    predicted = fit.predict(newdata, random_effects=False, offset=offset)
+    predicted = predict(
+        fit, newdata, random_effects=False, new_levels="error", offset=offset, depth=4
+    )
     X = fit.design.X if newdata is None else fit.design.new_data(newdata, need_groups=False).X
     known = predicted.notna().to_numpy()
     L, at = X[known][:, fit.layout.fixed.kept], predicted.to_numpy()[known]
@@ -131,7 +135,7 @@ def mean_predictions(
 
 def joint_test(fit: Fit, hypothesis: Any, ddf: str | None) -> WaldTest:
     """Test hypotheses jointly; see :meth:`lmmax.Fit.f_test` and :meth:`lmmax.Fit.wald_test`."""
-    R, values, _ = linear_hypotheses(fit.params, hypothesis)
+    R, values, _ = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     L = R[:, fit.layout.fixed.kept]
     test = fit.denominator(ddf)
     found = test.joint(L, L @ fit.estimates.beta - values)
@@ -141,9 +145,16 @@ def joint_test(fit: Fit, hypothesis: Any, ddf: str | None) -> WaldTest:
 
 
 def linear_hypotheses(
-    params: pd.Series, hypothesis: Any
+    params: pd.Series, hypothesis: Any, dependence: Dependence | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return ``(R, r, labels)`` of the hypotheses ``R beta = r``.
+
+    Args:
+        params: the coefficients by name.
+        hypothesis: in words or numbers.
+        dependence: how aliased columns follow from the others.  With it a hypothesis may involve
+            aliased coefficients as a row of the design does: then it can be estimated, and the
+            coefficients that were kept are all that it takes.
 
     Raises:
         HypothesisError: for a name that is no coefficient, a shape that does not fit, or a
@@ -187,7 +198,10 @@ def linear_hypotheses(
     empty = ~np.any(R != 0.0, axis=1)
     if empty.any():
         raise HypothesisError(f"hypothesis {int(np.argmax(empty)) + 1} involves no coefficient")
-    aliased = params.isna().to_numpy() & np.any(R != 0.0, axis=0)
+    involved = params.isna().to_numpy() & (R != 0.0)
+    if dependence is not None:
+        involved[~dependence.missed(R, exact=True).any(axis=1)] = False
+    aliased = involved.any(axis=0)
     if aliased.any():
         raise HypothesisError(
             f"the coefficient of {names[int(np.argmax(aliased))]!r} is aliased (not estimable), so "

@@ -574,6 +574,8 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
         Estimates, tests, the summary, and predictions for new data stay, and for these the columns
         that the formula of the fixed effects names; the model that other results share keeps all.
         """
+        if np.isnan(self.fe_params).any():
+            self.model._dependence  # noqa: B018  (kept in the cache, for predictions)
         model = copy.copy(self.model)
         model.data = copy.copy(model.data)
         for name in list(vars(model)):
