@@ -39,7 +39,7 @@ from ..estimation import (
 from ..likelihood.crossed import CrossedProblem
 from ..likelihood.nested import NestedProblem
 from ..likelihood.shared import SharedProblem, derivatives_of_lanes
-from ..optima import is_balanced, looks_again, spread_starts, work
+from ..optima import ROWS_PER_EFFECT, is_balanced, looks_again, spread_starts, work
 from ..solve import (
     TRACE_COLUMNS,
     Constraints,
@@ -293,18 +293,27 @@ def _search_further(
     """Solve again, from elsewhere, lanes that may have another optimum; return which had one."""
     noise, cost = lanes.noise, work(lanes.one(0))
     inside = (ends.status == Status.CONVERGED) & _interior(ends.D, noise)
-    left = np.flatnonzero(looks_again(ends.root, ends.hessian, inside, cost, constraints))
+    again = looks_again(ends.root, ends.hessian, inside, cost, constraints)
+    effects = np.broadcast_to(np.sum(lanes.problem.n_groups, axis=-1), inside.shape)
+    left = np.flatnonzero(again & (lanes.values("n_obs") < ROWS_PER_EFFECT * effects))
     if left.size:
         # Responses of one design are balanced together; models with designs of their own are not.
         own = left if "U" in lanes.varying else left[:1]
         balanced = np.array([is_balanced(lanes.one(lane), constraints) for lane in own])
         left = left[~np.broadcast_to(balanced, left.shape)]
     units = [block for _, blocks in free_terms(terms, constraints) for block in blocks]
+    sizes = spread_starts(constraints, units, cost)
+    if not left.size or not sizes:
+        return left[:0]
     before = ends.value[left].copy()
-    for size in spread_starts(constraints, units, cost) if left.size else ():
-        D = (noise[left] ** 2 * size)[:, :, None] * np.eye(len(size))
-        start = Start(D, np.log(0.5 / lanes.values("n_obs")[left]), ends.theta[left])
-        _keep_better(ends, left, run(start, left, 0))
+    # All together, the starts one after the other: a step of many lanes takes as long as of few.
+    many = np.tile(left, len(sizes))
+    variances = noise[many] ** 2 * np.repeat(sizes, len(left), axis=0)
+    D = variances[:, :, None] * np.eye(variances.shape[1])
+    found = run(Start(D, np.log(0.5 / lanes.values("n_obs")[many]), ends.theta[many]), many, 0)
+    for first in range(0, len(many), len(left)):
+        own_ends = Ends(*(part[first : first + len(left)] for part in found))
+        _keep_better(ends, left, own_ends)
     return left[ends.value[left] != before]
 
 
