@@ -48,6 +48,8 @@ LARGE = 2048
 """Subsets of more groups gain nothing from company."""
 CURVED = 1e-8
 """Smallest curvature, in units of the diagonal, that is no rounding error."""
+STEADY = 1e-4
+"""Smallest root of a curvature in natural units, in which a real one is about one, that is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -469,7 +471,8 @@ class SubsetWork:
             )
             contrasts = own.values("n_obs") - self.settings.reml * p
             enough = np.sum(free) <= contrasts
-            certain = enough & _curved(mine.hessian[:, free][:, :, free])
+            natural = _natural_units(mine.D, own.noise)[:, free]
+            certain = enough & _curved(mine.hessian[:, free][:, :, free], natural)
             to_user = own.problem.x_inverse[:, :p, :p]
             solved = Solved(
                 estimates,
@@ -494,10 +497,22 @@ class SubsetWork:
         return remembered, (self.key, SubsetWork, *parts)
 
 
-def _curved(hessian: np.ndarray) -> np.ndarray:
-    """Return where the criterion is curved in all directions, (n,)."""
+def _natural_units(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return a natural size of each entry of D's lower triangle, and of s, (n, k + 1)."""
+    sd = np.sqrt(np.maximum(np.einsum("nii->ni", D), noise**2))
+    rows, columns = np.tril_indices(D.shape[1])
+    return np.concatenate([sd[:, rows] * sd[:, columns], np.ones((len(D), 1))], axis=1)
+
+
+def _curved(hessian: np.ndarray, natural: np.ndarray) -> np.ndarray:
+    """Return where the criterion is curved in all directions, (n,).
+
+    Args:
+        hessian: its second derivatives, (n, k, k).
+        natural: a natural size of each parameter, (n, k), in which rounding is no curvature.
+    """
     size = np.sqrt(np.abs(np.einsum("nii->ni", hessian)))
-    usable = np.isfinite(hessian).all(axis=(1, 2)) & (size > 0.0).all(axis=1)
+    usable = np.isfinite(hessian).all(axis=(1, 2)) & (size * natural > STEADY).all(axis=1)
     size = np.where(usable[:, None], size, 1.0)
     unit = hessian / (size[:, :, None] * size[:, None, :])
     unit = np.where(usable[:, None, None], unit, np.eye(hessian.shape[1]))

@@ -103,6 +103,8 @@ def anova(
     terms = fixed_terms(fit)
     table, title = term_table(fit, terms.test(kind), ddf, test)
     notes = _notes(terms, table, kind)
+    if fit.unidentified is not None:
+        notes += (f"{fit.unidentified}; tests that depend on it are left out.",)
     return TestTable(f"Type {kind} analysis of variance, {title}\n{fit.formula}", table, notes)
 
 
@@ -163,7 +165,7 @@ def _f_row(fit: Fit, denominator: Denominator, L: np.ndarray) -> tuple[float, ..
     found = denominator.joint(L, difference)
     # Without the factor by which Kenward and Roger scale F.
     wald = float(difference @ np.linalg.solve(L @ denominator.cov @ L.T, difference))
-    square = wald * fit.scale
+    square = wald * fit.scale if np.isfinite(found.statistic) else np.nan
     return (square, square / r, r, found.df_den, found.statistic, found.pvalue)
 
 
