@@ -17,7 +17,7 @@ import numpy as np
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import ConvergenceWarning, Prepared, RankWarning, fit_prepared, prepare
-from ..inference.denominator import combined
+from ..inference.denominator import combined, matched_degrees
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
@@ -120,10 +120,7 @@ def satterthwaite(V: np.ndarray, slopes: np.ndarray, C: np.ndarray) -> np.ndarra
         slopes: derivatives of these in the variance parameters, (n, k, r).
         C: covariance of the parameters, (n, k, k).
     """
-    variance = np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # What is not known, of fits that stopped before they converged, stays NaN.
-        return np.asarray(np.where(variance <= 0.0, np.inf, 2.0 * V**2 / variance))
+    return matched_degrees(V, np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True))
 
 
 def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -156,8 +156,7 @@ def _f_row(fit: Fit, denominator: Denominator, L: np.ndarray) -> tuple[float, ..
     difference = L @ fit.estimates.beta
     found = denominator.joint(L, difference)
     # Without the factor by which Kenward and Roger scale F.
-    wald = float(difference @ np.linalg.solve(L @ denominator.cov @ L.T, difference))
-    square = wald * fit.scale
+    square = denominator.wald(L, difference) * fit.scale
     return (square, square / r, r, found.df_den, found.statistic, found.pvalue)
 
 
