@@ -785,6 +785,14 @@ def known_by_values(structure: Covariance) -> bool:
     return type(structure).of_values is not Covariance.of_values
 
 
+def undefined(structure: Covariance, values: np.ndarray, q: int) -> np.ndarray:
+    """Return which correlations and rates have no value, for the variances are zero, (k,)."""
+    is_sd = np.asarray(structure.is_sd(q), dtype=bool)
+    if known_by_values(structure):
+        return ~is_sd & ~np.any(slopes(structure, values, q, of="of_values"), axis=(0, 1))
+    return np.isnan(values) | (is_sd.any() & ~is_sd & ~np.any(values[is_sd]))
+
+
 def slopes(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
     """Return the derivatives (..., k) of a function of theta (k,), in double precision.
 

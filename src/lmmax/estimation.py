@@ -286,6 +286,28 @@ def estimate(
     return _in_user_units(compression, terms, settings, constraints, solution, solver)
 
 
+def estimate_given(
+    compression: Compression, terms: Sequence[TermColumns], settings: Settings, found: Estimates
+) -> Estimates:
+    """Return what other data of the same designs say at the variances of a solved model."""
+    problem, y_scale = compression.problem, float(compression.problem.y_scale)
+    D = found.working_root @ found.working_root.T
+    held = np.zeros_like(D)
+    for term in terms:
+        held[term.columns, term.columns] = 1.0 if term.pattern is None else term.pattern
+    constraints = Constraints(
+        blocks=held,
+        held=held,
+        natural=found.scale / y_scale**2 * D,
+        scale_free=False,
+        profile=False,
+    )
+    s = math.log(found.scale / y_scale**2)
+    solution = _solve(problem, constraints, settings, "newton", 0, D, s, np.zeros(0))
+    settings = replace(settings, fix={"scale": found.scale})
+    return _in_user_units(compression, terms, settings, constraints, solution, "newton")
+
+
 def _in_user_units(
     compression: Compression,
     terms: Sequence[TermColumns],

@@ -350,7 +350,9 @@ class Fit:
 
         Returns:
             A row per parameter: ``term``, ``parameter`` (a standard deviation, a correlation, a
-            rate), ``estimate``, and its ``std err`` by the delta method.  Empty without such terms.
+            rate), ``estimate``, and its ``std err`` by the delta method.  A standard deviation of
+            zero has no error, and a correlation between effects of variance zero no value: NaN.
+            Empty without such terms.
         """
         return self._structures.copy()
 

@@ -118,10 +118,11 @@ class Denominator(ABC):
         V = basis @ self.cov_x @ basis.T
         if not np.isfinite(V).all():
             return float("nan")
-        values, vectors = np.linalg.eigh(V)
+        unit = np.sqrt(np.where(np.diag(V) > 0.0, np.diag(V), 1.0))
+        values, vectors = np.linalg.eigh(V / np.outer(unit, unit))
         if values[0] <= len(V) * np.finfo(float).eps * values[-1]:
             return float("nan")
-        along = vectors.T @ np.linalg.solve(R.T, difference / sizes)
+        along = vectors.T @ (np.linalg.solve(R.T, difference / sizes) / unit)
         return float(np.sum(along**2 / values))
 
 

@@ -23,15 +23,13 @@ import pandas as pd
 
 from ..parameters import unpack_symmetric
 from .arguments import as_fit
-from .inverse import Inverse, inverted
+from .inverse import RANK, Inverse, inverted
 from .parameters import VarianceParameters
 
 if TYPE_CHECKING:
     from ..results import Fit
 
 KINDS = ("observed", "expected")
-STEP = 1e-4
-"""Step of differences in the variance parameters, in standard errors."""
 
 
 def score(fit: Fit) -> np.ndarray:
@@ -231,33 +229,34 @@ def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:
 def _estimation(fit: Fit, weights: np.ndarray, residuals: np.ndarray) -> float:
     """Return what estimating the variances adds to ``tr(d fitted / d y)``.
 
-    With A the covariance of the estimates of tau and R as above, ``d tau / dy = A (R G R y)``, and
-    the fitted values are y less ``e = scale G_scale R y``, the residuals.  Along the columns of a
-    root of A, e is differenced.
+    With A the covariance of the estimates of tau, R as above and ``r_c = R G_c R y``, the slopes of
+    tau in y are ``A r``.  The fitted values are y less the residuals ``e = scale N R y``, whose
+    slopes in tau are ``-scale N r_c``, and ``e / scale`` more in the scale; N are inverse weights.
+    ``scale N R`` leaves the residuals of any response at the variances of the fit.
     """
-    from ..fit import refit_settings
+    from ..fit import residuals_given_variances
 
-    values, vectors = np.linalg.eigh(fit.estimates.variance_cov)
-    kept = values > 1e-14 * max(values[-1], np.finfo(float).tiny)
-    total, Psi = 0.0, fit.cov_re.to_numpy()
-    inside = np.zeros_like(Psi)
-    for term in fit.terms:
-        inside[term.columns, term.columns] = 1.0 if term.pattern is None else term.pattern
+    estimates, scale = fit.estimates, fit.scale
+    values, vectors = np.linalg.eigh(estimates.working_variance_cov)
+    kept = values > RANK * np.max(values, initial=0.0)
+    # Rows of R y, and by group of Z'R y.
+    smooth = weights * residuals / scale
+    sums = []
+    for at, factor in enumerate(fit.layout.factors):
+        Z = fit.layout.random_columns(at, slice(None))
+        sums.append((Z, np.stack([np.bincount(factor.codes, z * smooth, factor.n_groups) for z in Z])))
+    total = 0.0
     for direction in (vectors[:, kept] * np.sqrt(values[kept])).T:
-        change, of_scale = unpack_symmetric(direction[:-1]), direction[-1]
-        ends = []
-        for step in (STEP, -STEP):
-            moved = _nearest(Psi + step * change) * inside
-            fix = {"cov_re": moved, "scale": fit.scale + step * of_scale}
-            ends.append(refit_settings(fit, fix=fix, start=None).resid.to_numpy())
-        slope = (ends[0] - ends[1]) / (2.0 * STEP)  # of e
-        # R G R y in this direction, from e = scale R0 R y.
-        influence = weights * (of_scale * residuals / fit.scale - slope) / fit.scale
-        total -= float(influence @ slope)
+        change = unpack_symmetric(direction[:-1])
+        moved = direction[-1] * residuals / scale
+        for here, factor, (Z, by_group) in zip(
+            fit.layout.slices, fit.layout.factors, sums, strict=True
+        ):
+            effects = change[here, here] @ by_group
+            if factor.root is not None:
+                effects = effects @ factor.root @ factor.root.T
+            moved = moved + np.sum(Z * effects[:, factor.codes], axis=0)
+        left = residuals_given_variances(fit, moved)
+        influence = weights * left / scale
+        total += float(influence @ (left - direction[-1] * residuals / scale))
     return total
-
-
-def _nearest(Psi: np.ndarray) -> np.ndarray:
-    """Return the nearest positive semidefinite matrix."""
-    values, vectors = np.linalg.eigh(Psi)
-    return np.asarray((vectors * np.maximum(values, 0.0)) @ vectors.T)
