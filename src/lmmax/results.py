@@ -212,7 +212,8 @@ class Fit:
 
         Returns:
             A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``P>|t|`` and the limits
-            (``z`` and no ``df`` with "normal"); NaN for aliased columns.
+            (``z`` and no ``df`` with "normal"); NaN for aliased columns, and, with a warning, where
+            Kenward and Roger's second derivatives of a covariance structure leave no variance.
 
         Raises:
             ValueError: for an unknown method, or one that the fit does not allow.
@@ -230,6 +231,7 @@ class Fit:
         table = wald.coefficient_table(test, L, self.estimates.beta, np.zeros(len(L)), alpha)
         names = list(self.design.x_names)
         table.index = pd.Index([names[j] for j in self.layout.fixed.kept])
+        wald.warn_of_missing(test, table.index, table["std err"])
         return table.reindex(names)
 
     def denominator(self, ddf: str | None = None) -> Denominator:

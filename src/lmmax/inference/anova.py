@@ -15,6 +15,7 @@ from .tables import TestTable
 if TYPE_CHECKING:
     from ..results import Fit
     from .denominator import Denominator
+from .wald import warn_of_missing
 
 TITLES = {
     "satterthwaite": "Satterthwaite's degrees of freedom",
@@ -146,6 +147,8 @@ def term_table(
     rows = [_f_row(fit, denominator, L) for L in hypotheses.values()]
     columns = ["sum_sq", "mean_sq", "df_num", "df_den", "F", "p"]
     table = pd.DataFrame(rows, columns=columns, index=index).astype({"df_num": int})
+    tested = table["df_num"] > 0
+    warn_of_missing(denominator, table.index[tested], table["F"][tested])
     return table, TITLES.get(denominator.method, denominator.method)
 
 

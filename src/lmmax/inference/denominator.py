@@ -42,6 +42,10 @@ class HypothesisError(ValueError):
     """A hypothesis that does not fit the model's coefficients."""
 
 
+class AdjustmentWarning(UserWarning):
+    """A method for small samples that has no number for some of what it was asked."""
+
+
 class JointTest(NamedTuple):
     """A joint test of r contrasts.
 
@@ -66,11 +70,13 @@ class Denominator(ABC):
         to_x: from coordinates in which the columns of X that were kept are orthonormal, or whitened
             ones, to their coefficients, (p, p).
         cov_x: covariance of the coefficients in these coordinates, (p, p).
+        limits: why some hypotheses may have no standard error or test (NaN), and the remedy.
     """
 
     method: str
     to_x: np.ndarray
     cov_x: np.ndarray
+    limits: str = ""
 
     @property
     def cov(self) -> np.ndarray:
@@ -92,13 +98,16 @@ class Denominator(ABC):
 
     def errors(self, L: np.ndarray) -> np.ndarray:
         """Return the standard errors of ``L beta``, (r,); NaN where there is none."""
-        x = L @ self.to_x
-        variances = np.einsum("ij,jk,ik->i", x, self.cov_x, x)
+        variances = self._variances(L @ self.to_x)
         return np.sqrt(np.where(variances >= 0.0, variances, np.nan))
 
-    def reason(self, L: np.ndarray) -> str:
-        """Return why some of ``L beta`` have no standard error, or no joint test."""
-        return ""
+    def _variances(self, x: np.ndarray) -> np.ndarray:
+        """Return the variances of contrasts ``x (r, p)``, NaN where there is none."""
+        return np.einsum("ij,jk,ik->i", x, self.cov_x, x)
+
+    def _jointly(self, basis: np.ndarray) -> np.ndarray:
+        """Return the covariance of orthonormal contrasts ``(r, p)``, NaN where there is none."""
+        return basis @ self.cov_x @ basis.T
 
     def wald(self, L: np.ndarray, difference: np.ndarray) -> float:
         """Return ``difference' (L cov L')^-1 difference``; NaN unless that is positive definite.
@@ -115,7 +124,7 @@ class Denominator(ABC):
                 "redundant ones"
             )
         basis, R, sizes = orthonormal(L @ self.to_x)
-        V = basis @ self.cov_x @ basis.T
+        V = self._jointly(basis)
         if not np.isfinite(V).all():
             return float("nan")
         unit = np.sqrt(np.where(np.diag(V) > 0.0, np.diag(V), 1.0))
@@ -240,7 +249,8 @@ def combined(nu: np.ndarray) -> np.ndarray:
         excess = np.sum(2.0 / (nu - 2.0), axis=-1)
         found = np.where(excess > 0.0, 2.0 * (1.0 + nu.shape[-1] / excess), np.inf)
     found = np.where((nu <= 2.0).any(-1), 2.0, found)
-    return np.asarray(np.where(equal | (nu.shape[-1] == 1), nu[..., 0], found))
+    found = np.where(equal | (nu.shape[-1] == 1), nu[..., 0], found)
+    return np.asarray(np.where(np.isnan(nu).any(-1), np.nan, found))
 
 
 def orthonormal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

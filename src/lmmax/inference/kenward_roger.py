@@ -21,6 +21,9 @@ from .inverse import inverted
 if TYPE_CHECKING:
     from ..results import Fit
 
+LARGEST = 4.0
+"""Second derivatives that change a variance by more than this multiple of it correct nothing: they
+grow without bounds towards a variance of zero, where the expansion that they belong to ends."""
 
 class KenwardRoger(Denominator):
     """The method applied to one fit by REML.
@@ -50,11 +53,33 @@ class KenwardRoger(Denominator):
         middle = np.einsum("ij,ijxy->xy", self.W, Q)
         middle = middle - np.einsum("ij,ixy,yz,jzw->xw", self.W, self.P, self.Phi, self.P,
                                     optimize=True)  # fmt: skip
-        if not linear and np.any(steady.bend):
-            curved = np.einsum("ij,cij->c", self.W, steady.bend)
-            middle = middle - 0.25 * np.tensordot(curved, at.P_x, 1)
         adjusted = self.Phi + 2.0 * self.Phi @ middle @ self.Phi
-        self.cov_x = 0.5 * (adjusted + adjusted.T)
+        self.cov_x = self.linear = 0.5 * (adjusted + adjusted.T)
+        if not linear and np.any(steady.bend):
+            curved = np.tensordot(np.einsum("ij,cij->c", self.W, steady.bend), at.P_x, 1)
+            self.cov_x = self.linear - 0.5 * self.Phi @ curved @ self.Phi
+            self.limits = (
+                "the second derivatives of the covariance structure leave no positive variance, do "
+                "not exist, or change it several times over; ddf='kenward-roger-linear' is without "
+                "them"
+            )
+
+    def _variances(self, x: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        variances = super()._variances(x)
+        linear = np.einsum("ij,jk,ik->i", x, self.linear, x)
+        sound = (variances > 0.0) & (np.abs(variances - linear) <= LARGEST * linear)
+        return np.where(sound, variances, np.nan)
+
+    def _jointly(self, basis: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        V, linear = super()._jointly(basis), basis @ self.linear @ basis.T
+        if np.isfinite(V).all():
+            white = np.linalg.inv(np.linalg.cholesky(linear))
+            values = np.linalg.eigvalsh(white @ V @ white.T)
+            if values[0] > 0.0 and values[-1] <= 1.0 + LARGEST:
+                return V
+        return np.full_like(V, np.nan)
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`; for one contrast the two moments give ``2 f^2 / (g'Wg)``."""
