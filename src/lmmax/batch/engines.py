@@ -136,10 +136,15 @@ def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarr
     r = difference.shape[1]
     sound = np.isfinite(of.V).all(axis=(1, 2))
     values, vectors = np.linalg.eigh(np.where(sound[:, None, None], of.V, np.eye(r)))
-    along = np.einsum("nrj,nr->nj", vectors, difference)
     turned = np.einsum("nrj,nkrs,nsl->nkjl", vectors, of.slopes, vectors, optimize=True)
     own = degrees(Uncertainty(values[:, :, None] * np.eye(r), turned, of.C))
     with np.errstate(divide="ignore", invalid="ignore"):
+        # In the combinations' own units, which may be far apart.
+        unit = np.sqrt(np.einsum("nrr->nr", of.V))
+        scaled = of.V / (unit[:, :, None] * unit[:, None, :])
+        scaled = np.where(np.isfinite(scaled), scaled, np.eye(r))
+        values, vectors = np.linalg.eigh(scaled)
+        along = np.einsum("nrj,nr->nj", vectors, difference / unit)
         F = np.sum(along**2 / values, axis=1) / r
     return np.where(sound, F, np.nan), np.where(sound, combined(own), np.nan)
 

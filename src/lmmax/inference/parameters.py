@@ -25,7 +25,7 @@ from ..estimation import Estimates
 from ..solve import Structured
 
 SINGULAR = 1e-8
-"""Values of a structure whose slopes in theta are dependent to this have no inverse there."""
+"""Slopes that are smaller than this, or dependent but for this, relative to others are zero."""
 
 
 class Steady(NamedTuple):
@@ -444,6 +444,9 @@ def _of_factor(estimates: Estimates, term: TermColumns, pattern: np.ndarray) -> 
         back[np.ix_(own, own)] = np.linalg.solve(R, np.eye(len(own)))
     D, D_slope, D_bend = _factored(L, E)
     _, base_slope, base_bend = _factored(to_base @ L, F)
+    # An entry of zero, of a singular covariance, moves nothing, but for rounding.
+    moves = np.linalg.norm(base_slope, axis=0)
+    base_slope[:, moves <= SINGULAR * np.max(moves)] = 0.0
     return _Part(
         here,
         [],
