@@ -106,6 +106,7 @@ class _Part(NamedTuple):
         bend: (c, k, k).
         by_scale: slope in the scale at given parameters, (c,).
         cross: its derivatives in the parameters, (c, k).
+        twice: its derivative in the scale, (c,).
         steady_slope: of the working vech Psi in steady coordinates, (c, k).
         steady_bend: (c, k, k).
         forward: (k, k).
@@ -119,6 +120,7 @@ class _Part(NamedTuple):
     bend: np.ndarray
     by_scale: np.ndarray
     cross: np.ndarray
+    twice: np.ndarray
     steady_slope: np.ndarray
     steady_bend: np.ndarray
     forward: np.ndarray
@@ -157,6 +159,8 @@ def _together(estimates: Estimates, parts: Sequence[_Part]) -> VarianceParameter
             bend[here, at, -1] = bend[here, -1, at] = part.cross
             turned = scale * _congruent(A, part.cross @ part.back)
             steady_bend[here, at, -1] = steady_bend[here, -1, at] = turned
+            bend[here, -1, -1] = part.twice
+            steady_bend[here, -1, -1] = scale**2 * _congruent(A, part.twice)
     return VarianceParameters(
         tuple(names), values, slope, bend, Steady(steady_slope, steady_bend, forward, back)
     )
@@ -217,6 +221,7 @@ def _free(
         np.zeros((len(slope), k, k)),
         nothing,
         np.zeros_like(slope),
+        nothing,
         scale * _congruent(B, slope),
         np.zeros((len(slope), k, k)),
         _congruent(to_base, slope)[free] / scale,
@@ -297,6 +302,7 @@ def _by_values(
         bend * np.outer(forward, forward),
         np.zeros(len(slope)),
         np.zeros((len(slope), k)),
+        np.zeros(len(slope)),
         _congruent(A, slope),
         _congruent(A, bend),
         np.diag(forward),
@@ -363,6 +369,7 @@ def _by_theta(
         bend[:, own, own],
         slope[:, -1],
         bend[:, own, -1],
+        bend[:, -1, -1],
         _congruent(A, slope[:, own]),
         _congruent(A, bend[:, own, own]),
         np.eye(k),
@@ -415,6 +422,7 @@ def _of_theta(
         scale * D_bend,
         D,
         D_slope,
+        np.zeros(len(D)),
         scale * _congruent(A, D_slope),
         scale * _congruent(A, D_bend),
         np.eye(k),
@@ -455,6 +463,7 @@ def _of_factor(estimates: Estimates, term: TermColumns, pattern: np.ndarray) -> 
         scale * D_bend,
         D,
         D_slope,
+        np.zeros(len(D)),
         scale * _congruent(B, base_slope),
         scale * _congruent(B, base_bend),
         forward,
