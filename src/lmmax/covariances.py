@@ -49,8 +49,9 @@ from .parameters import factor, pack_triangle, triangle_size, unpack_lower
 
 __all__ = ["Covariance", "Effects", "covariance"]
 
-Function = Literal["matrix", "values"]
-"""A structure's functions of theta: its covariance, and the values that are reported."""
+Function = Literal["matrix", "values", "of_values"]
+"""A structure's functions: its covariance and the values that are reported by theta, and the
+covariance by these values."""
 
 # Estimates start here, on the scale of theta: correlations that are positive but not strong.
 _START = 0.25
@@ -152,6 +153,15 @@ class Covariance(ABC):
         Standard deviations are relative to the residual one.
         """
         return theta
+
+    def of_values(self, values: Array, q: int) -> Array | None:
+        """Return the covariance (q, q) that has these `values`; None if only theta tells.
+
+        Kenward and Roger's method takes its derivatives.  Where theta is infinite, at a correlation
+        of one, they are what they are anywhere else.  A covariance is quadratic in the standard
+        deviations.
+        """
+        return None
 
     def is_sd(self, q: int) -> tuple[bool, ...]:
         """Return, for each of `values`, whether it is a standard deviation."""
@@ -259,6 +269,10 @@ class Diagonal(Covariance):
         """See `Covariance`."""
         return jnp.abs(theta)
 
+    def of_values(self, values: Array, q: int) -> Array:
+        """See `Covariance`."""
+        return jnp.diag(jnp.broadcast_to(values**2, q))
+
     def is_sd(self, q: int) -> tuple[bool, ...]:
         """See `Covariance`."""
         return (True,) * self.n_parameters(q)
@@ -359,6 +373,12 @@ class _Correlated(Covariance):
         m = self._n_sd(q)
         sd = jnp.abs(theta[:m]) if self._common else theta[:m] ** 2
         return jnp.concatenate([sd, self._correlations(theta[m:], q)])
+
+    def of_values(self, values: Array, q: int) -> Array:
+        """See `Covariance`."""
+        m = self._n_sd(q)
+        sd = jnp.broadcast_to(values[:m], q)
+        return (sd[:, None] * sd) * self._correlation_matrix(values[m:], q)
 
     def is_sd(self, q: int) -> tuple[bool, ...]:
         """See `Covariance`."""
@@ -748,9 +768,9 @@ def canonical(structure: str | Covariance) -> str | Covariance:
     return found.name if _STRUCTURES.get(found.name) == found else found
 
 
-def matrix_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
+def matrix_at(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
     """Return the covariance of a structure at theta (k,) in double precision, (q, q)."""
-    return _derivative(structure, "matrix", theta, q, 0)
+    return _derivative(structure, of, theta, q, 0)
 
 
 def values_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
@@ -758,8 +778,24 @@ def values_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
     return _derivative(structure, "values", theta, q, 0)
 
 
+def known_by_values(structure: Covariance) -> bool:
+    """Return whether a structure tells its covariance by its values."""
+    return type(structure).of_values is not Covariance.of_values
+
+
+def undefined(structure: Covariance, values: np.ndarray, q: int) -> np.ndarray:
+    """Return which correlations and rates have no value, for the variances are zero, (k,)."""
+    is_sd = np.asarray(structure.is_sd(q), dtype=bool)
+    if known_by_values(structure):
+        return ~is_sd & ~np.any(slopes(structure, values, q, of="of_values"), axis=(0, 1))
+    return np.isnan(values) | (is_sd.any() & ~is_sd & ~np.any(values[is_sd]))
+
+
 def slopes(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
-    """Return the derivatives (..., k) of a function of theta (k,), in double precision."""
+    """Return the derivatives (..., k) of a function of theta (k,), in double precision.
+
+    Of the covariance by its values theta is these values.
+    """
     return _derivative(structure, of, theta, q, 1)
 
 
@@ -778,7 +814,8 @@ def _compiled(structure: Covariance, of: Function, q: int, order: int) -> Compil
     """Compile a derivative as a whole: its operations one by one are dozens of compilations."""
 
     def function(theta: Array) -> Array:
-        return structure.matrix(theta, q) if of == "matrix" else structure.values(theta, q)
+        found: Array = getattr(structure, of)(theta, q)
+        return found
 
     for _ in range(order):
         function = jax.jacfwd(function)

@@ -159,8 +159,9 @@ class Estimates:
         unit = self._units(hessian)
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
-        # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root'.
-        root = np.asarray(point.root)
+        # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root', at the
+        # estimates themselves: what is zero there moves nothing, however the solver came near it.
+        root, theta = self.working_root, self.structure_theta
         k = q * (q + 1) // 2
         jacobian = np.zeros((k + 1 + n_theta, len(free)))
         for entry, (i, j) in enumerate(np.ndindex(q, q)):
@@ -169,7 +170,7 @@ class Estimates:
             jacobian[:k, 1 + entry] = self.scale * pack_triangle(half + half.T)
         for part in self.constraints.structures:
             here, at = slice(*part.columns), slice(*part.parameters)
-            slope = slopes(part.covariance, point.theta[at], here.stop - here.start)
+            slope = slopes(part.covariance, theta[at], here.stop - here.start)
             for j in range(at.start, at.stop):
                 whole = np.zeros((q, q))
                 z_factor = np.linalg.inv(self.z_inverse[here, here])
@@ -177,7 +178,7 @@ class Estimates:
                 whole[here, here] = z_factor @ natural @ z_factor.T
                 jacobian[:k, 1 + q * q + j] = pack_triangle(whole)
                 jacobian[k + 1 + j, 1 + q * q + j] = 1.0
-        jacobian[:k, 0] = self.scale * pack_triangle(point.D * (1.0 - self.constraints.held))
+        jacobian[:k, 0] = self.scale * pack_triangle(root @ root.T * (1.0 - self.constraints.held))
         jacobian[k, 0] = self.scale
         return 0.5 * values, (jacobian[:, free] / unit) @ vectors
 
@@ -345,6 +346,29 @@ def estimate(
     return replace(estimates, ends=tuple(value + shift for value in search.ends))
 
 
+def estimate_given(
+    compression: Compression, terms: Sequence[TermColumns], settings: Settings, found: Estimates
+) -> Estimates:
+    """Return what other data of the same designs say at the variances of a solved model."""
+    problem, y_scale = compression.problem, float(compression.problem.y_scale)
+    D = found.working_root @ found.working_root.T
+    held = np.zeros_like(D)
+    for term in terms:
+        held[term.columns, term.columns] = 1.0 if term.pattern is None else term.pattern
+    constraints = Constraints(
+        blocks=held,
+        held=held,
+        natural=found.scale / y_scale**2 * D,
+        scale_free=False,
+        profile=False,
+    )
+    s = math.log(found.scale / y_scale**2)
+    search = _Search(problem, constraints, settings, "newton")
+    solution = search.best_of([Start(D, s, np.zeros(0), 0)])
+    settings = replace(settings, fix={"scale": found.scale})
+    return _in_user_units(compression, terms, settings, constraints, solution, "newton")
+
+
 def _in_user_units(
     compression: Compression,
     terms: Sequence[TermColumns],
@@ -355,6 +379,7 @@ def _in_user_units(
 ) -> Estimates:
     """Map the end of a solve to the user's units."""
     problem = compression.problem
+    solution = _canonical(constraints, solution)
     z_inverse, noise = np.asarray(problem.z_inverse), group_noise(problem)
     point = solution.point
     at = point.at
@@ -382,7 +407,7 @@ def _in_user_units(
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
         working_root=root,
-        structure_theta=_canonical(constraints, theta),
+        structure_theta=theta,
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
         status=status,
@@ -568,16 +593,30 @@ def theta_starts(
     return [start, strong, np.where(fixed, 2.0 * start, strong)]
 
 
-def _canonical(constraints: Constraints, theta: np.ndarray) -> np.ndarray:
-    """Return theta with standard deviations that are not negative, where signs do not matter."""
-    theta = theta.copy()
+def _canonical(constraints: Constraints, solution: Solution) -> Solution:
+    """Return the end of a solve with standard deviations that are not negative.
+
+    Where signs do not matter, that is; derivatives turn with the parameters.
+    """
+    point = solution.point
+    theta = np.array(point.theta)
     for part in constraints.structures:
         at, q = slice(*part.parameters), part.columns[1] - part.columns[0]
         own = np.where(part.covariance.is_sd(q), np.abs(theta[at]), theta[at])
         before, after = (matrix_at(part.covariance, x, q) for x in (theta[at], own))
         if np.array_equal(before, after):
             theta[at] = own
-    return theta
+    turned = theta != point.theta
+    if not turned.any():
+        return solution
+    signs = np.ones(len(point.free))
+    signs[len(signs) - len(theta) :][turned] = -1.0
+    point = point._replace(
+        theta=theta,
+        gradient=point.gradient * signs,
+        hessian=point.hessian * np.outer(signs, signs),
+    )
+    return solution._replace(point=point)
 
 
 def _at_zero(

@@ -13,7 +13,7 @@ import pandas as pd
 from .compress import Compression, FactorColumns, Layout, compress, layout
 from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
-from .estimation import estimate, free_terms
+from .estimation import estimate, estimate_given, free_terms
 from .formula import parse_formula
 from .identifiability import Unidentified, check_residual, unidentified
 from .results import Fit
@@ -389,6 +389,16 @@ def refit_settings(fitted: Fit, **changes: Any) -> Fit:
         fitted.notes,
         False,
     )
+
+
+def residuals_given_variances(fitted: Fit, y: np.ndarray) -> np.ndarray:
+    """Return the residuals of another response (nobs,), the variances being those of a fit."""
+    design = replace(fitted.design, y=y, offset=None)
+    compressed = compress(y, fitted.layout, earlier=fitted.compression)
+    estimates = estimate_given(compressed, fitted.terms, fitted.settings, fitted.estimates)
+    return replace(
+        fitted, design=design, compression=compressed, estimates=estimates
+    ).resid.to_numpy()
 
 
 def _solve(

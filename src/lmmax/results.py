@@ -239,7 +239,8 @@ class Fit:
 
         Returns:
             A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``P>|t|`` and the limits
-            (``z`` and no ``df`` with "normal"); NaN for aliased columns.
+            (``z`` and no ``df`` with "normal"); NaN for aliased columns, and, with a warning, where
+            Kenward and Roger's second derivatives of a covariance structure leave no variance.
 
         Raises:
             ValueError: for an unknown method, or one that the fit does not allow.
@@ -257,6 +258,7 @@ class Fit:
         table = wald.coefficient_table(test, L, self.estimates.beta, np.zeros(len(L)), alpha)
         names = list(self.design.x_names)
         table.index = pd.Index([names[j] for j in self.layout.fixed.kept])
+        wald.warn_of_missing(test, table.index, table["std err"])
         return table.reindex(names)
 
     def denominator(self, ddf: str | None = None) -> Denominator:
@@ -377,7 +379,9 @@ class Fit:
 
         Returns:
             A row per parameter: ``term``, ``parameter`` (a standard deviation, a correlation, a
-            rate), ``estimate``, and its ``std err`` by the delta method.  Empty without such terms.
+            rate), ``estimate``, and its ``std err`` by the delta method.  A standard deviation of
+            zero has no error, and a correlation between effects of variance zero no value: NaN.
+            Empty without such terms.
         """
         return self._structures.copy()
 

@@ -18,7 +18,6 @@ from lmmax.design import build_design
 from lmmax.fit import prepare
 from lmmax.inference import between_within
 from lmmax.inference.denominator import METHODS
-from lmmax.likelihood import user_entries
 from tests.oracles.dense import Factor, Model
 from tests.oracles.designs import Problem, simulate
 from tests.oracles.problems import simulate as simulate_one
@@ -242,8 +241,6 @@ def test_iterative_engine_uses_the_average_information() -> None:
         fix={"cov_re": iterative.cov_re.to_numpy(), "scale": iterative.scale},
     )
     target = exact.sensitivity
-    to = user_entries(iterative.compression.problem)
-    P = np.concatenate([np.tensordot(to.T, P[:-1], 1), P[-1:]])
     np.testing.assert_allclose(to_x @ Phi @ to_x.T, exact.cov_params(), rtol=1e-7)
     moved = np.einsum("ax,cxy,by->cab", to_x @ Phi, P, to_x @ Phi)
     expected = np.einsum(

@@ -26,7 +26,7 @@ from ..fit import (
     unidentified_by_design,
 )
 from ..identifiability import Unidentified
-from ..inference.denominator import combined
+from ..inference.denominator import combined, matched_degrees
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
@@ -132,10 +132,7 @@ def satterthwaite(V: np.ndarray, slopes: np.ndarray, C: np.ndarray) -> np.ndarra
         slopes: derivatives of these in the variance parameters, (n, k, r).
         C: covariance of the parameters, (n, k, k).
     """
-    variance = np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # What is not known, of fits that stopped before they converged, stays NaN.
-        return np.asarray(np.where(variance <= 0.0, np.inf, 2.0 * V**2 / variance))
+    return matched_degrees(V, np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True))
 
 
 def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,10 +148,15 @@ def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarr
     r = difference.shape[1]
     sound = np.isfinite(of.V).all(axis=(1, 2))
     values, vectors = np.linalg.eigh(np.where(sound[:, None, None], of.V, np.eye(r)))
-    along = np.einsum("nrj,nr->nj", vectors, difference)
     turned = np.einsum("nrj,nkrs,nsl->nkjl", vectors, of.slopes, vectors, optimize=True)
     own = degrees(Uncertainty(values[:, :, None] * np.eye(r), turned, of.C))
     with np.errstate(divide="ignore", invalid="ignore"):
+        # In the combinations' own units, which may be far apart.
+        unit = np.sqrt(np.einsum("nrr->nr", of.V))
+        scaled = of.V / (unit[:, :, None] * unit[:, None, :])
+        scaled = np.where(np.isfinite(scaled), scaled, np.eye(r))
+        values, vectors = np.linalg.eigh(scaled)
+        along = np.einsum("nrj,nr->nj", vectors, difference / unit)
         F = np.sum(along**2 / values, axis=1) / r
     return np.where(sound, F, np.nan), np.where(sound, combined(own), np.nan)
 

@@ -15,6 +15,7 @@ from .tables import TestTable
 if TYPE_CHECKING:
     from ..results import Fit
     from .denominator import Denominator
+from .wald import warn_of_missing
 
 TITLES = {
     "satterthwaite": "Satterthwaite's degrees of freedom",
@@ -154,6 +155,8 @@ def term_table(
     rows = [_f_row(fit, denominator, L) for L in hypotheses.values()]
     columns = ["sum_sq", "mean_sq", "df_num", "df_den", "F", "p"]
     table = pd.DataFrame(rows, columns=columns, index=index).astype({"df_num": int})
+    tested = table["df_num"] > 0
+    warn_of_missing(denominator, table.index[tested], table["F"][tested])
     return table, TITLES.get(denominator.method, denominator.method)
 
 
@@ -164,8 +167,7 @@ def _f_row(fit: Fit, denominator: Denominator, L: np.ndarray) -> tuple[float, ..
     difference = L @ fit.estimates.beta
     found = denominator.joint(L, difference)
     # Without the factor by which Kenward and Roger scale F.
-    wald = float(difference @ np.linalg.solve(L @ denominator.cov @ L.T, difference))
-    square = wald * fit.scale if np.isfinite(found.statistic) else np.nan
+    square = denominator.wald(L, difference) * fit.scale
     return (square, square / r, r, found.df_den, found.statistic, found.pvalue)
 
 

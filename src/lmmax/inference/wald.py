@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,19 @@ import pandas as pd
 
 from ..compress.columns import Dependence
 from ..predict import predict
-from .denominator import Denominator, HypothesisError, t_pvalues, t_quantiles
+from .denominator import (
+    AdjustmentWarning,
+    Denominator,
+    HypothesisError,
+    t_pvalues,
+    t_quantiles,
+)
 
 if TYPE_CHECKING:
     from ..results import Fit
+
+MANY = 8
+"""Most names that a warning lists."""
 
 
 def format_pvalue(p: float) -> str:
@@ -83,7 +93,24 @@ def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: str | None) -> Contrast
     R, values, names = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     test, L = fit.denominator(ddf), R[:, fit.layout.fixed.kept]
     table = coefficient_table(test, L, L @ fit.estimates.beta, values, alpha)
+    warn_of_missing(test, names, table["std err"])
     return ContrastTable(table.set_axis(names))
+
+
+def missing(test: Denominator, names: Sequence[Any], numbers: Any) -> str:
+    """Return which numbers (r,) a method does not have, and why, in words; empty if none."""
+    lost = [str(name) for name, number in zip(names, numbers, strict=True) if np.isnan(number)]
+    if not lost or not test.limits:
+        return ""
+    shown = ", ".join(lost[:MANY]) + (f" and {len(lost) - MANY} more" if len(lost) > MANY else "")
+    return f"no standard error or test of {shown} by ddf={test.method!r}: {test.limits}"
+
+
+def warn_of_missing(test: Denominator, names: Sequence[Any], numbers: Any) -> None:
+    """Warn of the numbers that a method does not have."""
+    message = missing(test, names, numbers)
+    if message:
+        warnings.warn(message, AdjustmentWarning, stacklevel=4)
 
 
 def coefficient_table(
@@ -127,7 +154,10 @@ def mean_predictions(
     X = fit.design.X if newdata is None else fit.design.new_data(newdata, need_groups=False).X
     known = predicted.notna().to_numpy()
     L, at = X[known][:, fit.layout.fixed.kept], predicted.to_numpy()[known]
-    table = coefficient_table(fit.denominator(ddf), L, at, np.zeros(len(L)), alpha)
+    test = fit.denominator(ddf)
+    table = coefficient_table(test, L, at, np.zeros(len(L)), alpha)
+    rows = [f"row {label!r}" for label in predicted.index[known]]
+    warn_of_missing(test, rows, table["std err"])
     table = table.drop(columns=[name for name in table if str(name)[0] in "tzP"])
     table = table.rename(columns={"coef": "predicted"}).set_axis(predicted.index[known])
     return table.reindex(predicted.index)
@@ -135,10 +165,11 @@ def mean_predictions(
 
 def joint_test(fit: Fit, hypothesis: Any, ddf: str | None) -> WaldTest:
     """Test hypotheses jointly; see :meth:`lmmax.Fit.f_test` and :meth:`lmmax.Fit.wald_test`."""
-    R, values, _ = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
+    R, values, labels = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     L = R[:, fit.layout.fixed.kept]
     test = fit.denominator(ddf)
     found = test.joint(L, L @ fit.estimates.beta - values)
+    warn_of_missing(test, [", ".join(labels)], [found.statistic])
     if test.method == "normal":
         return WaldTest(found.statistic * found.df_num, found.df_num, None, found.pvalue)
     return WaldTest(found.statistic, found.df_num, found.df_den, found.pvalue)

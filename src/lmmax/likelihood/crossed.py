@@ -49,6 +49,9 @@ SINGLE_PRECISION_ORDER = 512
 """Order of the tail from which the largest product of the Hessian is in single precision: six of
 its digits serve a Newton step, and standard errors, as well as sixteen."""
 
+INSIDE = 1e-6
+"""How far a singular block is moved inside, in sampling variances of its best known level."""
+
 
 class Tail(NamedTuple):
     """A factor in the tail: its effects are columns ``start + effect * levels + level``."""
@@ -288,13 +291,29 @@ def derivatives(
 
 @form.expand.register
 def expand(problem: CrossedProblem, D: Array) -> Expansion:
-    """Return the reduction at ``D`` to second order."""
-    inside, moved, *_ = _expand(problem, D)
-    return inside.shifted(-moved)
+    """Return the reduction at ``D`` to second order.
+
+    Second derivatives a little inside are off by as much as that is.  From once and from twice as
+    far inside a line leads back to D, with errors of the square of that.
+    """
+    twice = jnp.any(_inside(problem, D) > 0.0)
+
+    def add(i: Array, total: Expansion) -> Expansion:
+        inside, moved, *_ = _expand(problem, D, i + 1.0)
+        weight = jnp.where(twice, jnp.where(i == 0, 2.0, -1.0), 1.0)
+        return jax.tree.map(lambda a, b: a + weight * b, total, inside.shifted(-moved))
+
+    shapes = jax.eval_shape(lambda: _expand(problem, D)[0])
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return lax.fori_loop(0, jnp.where(twice, 2, 1), add, nothing)
 
 
-def _expand(problem: CrossedProblem, D: Array) -> tuple[Expansion, Array, Posterior, Any, Any]:
+def _expand(
+    problem: CrossedProblem, D: Array, far: Array | float = 1.0
+) -> tuple[Expansion, Array, Posterior, Any, Any]:
     """Return the expansion a little inside from ``D``, and how far that is, in its entries (k,).
+
+    Where D is singular that is ``far`` times the step of :func:`_inside`.
 
     Besides, for the conditional effects: the evaluation, the head's own blocks of ``Z'V^-1 Z``,
     and its ``Z'V^-1 [X y]``.
@@ -315,7 +334,7 @@ def _expand(problem: CrossedProblem, D: Array) -> tuple[Expansion, Array, Poster
     Singular blocks of the tail are evaluated a little inside, see :func:`_inside`.
     """
     q1 = problem.U.shape[0]
-    moved = _inside(problem, D)
+    moved = far * _inside(problem, D)
     at = evaluate(problem, D + jnp.diag(moved))
     M, P, head_P, head_K = at.M, at.P, at.head_P, at.head_K
     width, dtype = P.shape[1], D.dtype
@@ -408,7 +427,7 @@ def _inside(problem: CrossedProblem, D: Array) -> Array:
     """
     moved = jnp.zeros(len(D), D.dtype)
     for size, here in zip(problem.precision, problem.slices[1:], strict=True):
-        step = 1e-6 / size
+        step = INSIDE / size
         _, pivots = ldl(D[here, here])
         moved = moved.at[here].set(jnp.where(jnp.min(pivots) < step, step, 0.0))
     return moved
