@@ -6,6 +6,7 @@ This module is the one place that maps the user's quantities there and back.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from .solve import (
     Solution,
     Status,
     lbfgs,
+    narrow,
     newton,
     point_of,
 )
@@ -94,6 +96,17 @@ class Estimates:
     criterion_error: float = 0.0
     probes: int = 0
 
+    @property
+    def narrow(self) -> bool:
+        """Whether second derivatives are along the solver's coordinates; see `solve.narrow`."""
+        point = self.solution.point
+        return len(point.at.hessian) == len(point.free) + 1 != len(point.at.gradient)
+
+    @property
+    def root_columns(self) -> np.ndarray:
+        """Columns whose roots are coordinates of the solver, (r,)."""
+        return self.constraints.columns if self.narrow else np.arange(len(self.working_root))
+
     @cached_property
     def root(self) -> np.ndarray:
         """Square root of the relative covariance, ``D = root root'``, (q, q)."""
@@ -128,7 +141,8 @@ class Estimates:
         covariances, given their rank.
         """
         point, q = self.solution.point, len(self.working_root)
-        free = point.free > 0.0
+        free, columns = point.free > 0.0, self.root_columns
+        r = len(columns)
         # What convergence left of the gradient outside D's null space would pass for curvature.
         G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
         G = G * self.constraints.blocks
@@ -136,15 +150,15 @@ class Estimates:
         null = vectors[:, values <= 1e-12 * values[-1]]
         left = G - null @ (null.T @ G @ null) @ null.T
         n_theta = len(point.theta)
-        bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, n_theta), (1, n_theta)))
+        left = left[np.ix_(columns, columns)]
+        bend = np.pad(np.kron(2.0 * left, np.eye(r)), ((1, n_theta), (1, n_theta)))
         hessian = (point.hessian - bend)[np.ix_(free, free)]
         # Units in which a real curvature is about one; rounding errors are no curvature.
         size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
         n_groups = self.noise**2 * point.at.hessian[-1, -1]
         few = np.min(n_groups)
-        floor = np.concatenate(
-            [[few], np.repeat(n_groups / size, q), few / np.maximum(point.theta**2, 1.0)]
-        )
+        of_root = np.repeat((n_groups / size)[columns], r)
+        floor = np.concatenate([[few], of_root, few / np.maximum(point.theta**2, 1.0)])
         floor = 1e-6 * floor[free]
         unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
@@ -153,7 +167,7 @@ class Estimates:
         root = np.asarray(point.root)
         k = q * (q + 1) // 2
         jacobian = np.zeros((k + 1 + n_theta, len(free)))
-        for entry, (i, j) in enumerate(np.ndindex(q, q)):
+        for entry, (i, j) in enumerate(itertools.product(columns, columns)):
             half = np.zeros((q, q))
             half[i] = root[:, j]
             jacobian[:k, 1 + entry] = self.scale * pack_triangle(half + half.T)
@@ -165,8 +179,8 @@ class Estimates:
                 z_factor = np.linalg.inv(self.z_inverse[here, here])
                 natural = self.scale * slope[..., j - at.start]
                 whole[here, here] = z_factor @ natural @ z_factor.T
-                jacobian[:k, 1 + q * q + j] = pack_triangle(whole)
-                jacobian[k + 1 + j, 1 + q * q + j] = 1.0
+                jacobian[:k, 1 + r * r + j] = pack_triangle(whole)
+                jacobian[k + 1 + j, 1 + r * r + j] = 1.0
         jacobian[:k, 0] = self.scale * pack_triangle(point.D * (1.0 - self.constraints.held))
         jacobian[k, 0] = self.scale
         return 0.5 * values, (jacobian[:, free] / unit) @ vectors
@@ -253,7 +267,8 @@ def estimate(
     noise = group_noise(problem)
     solver = settings.solver
     if solver == "auto":
-        solver = "newton" if len(z_inverse) <= NEWTON_LIMIT else "lbfgs"
+        few = len(z_inverse) <= NEWTON_LIMIT or _few_coordinates(problem, constraints)
+        solver = "newton" if few else "lbfgs"
 
     D, s, theta = guess.D, guess.s, guess.theta
     if D is None:
@@ -347,7 +362,7 @@ def _flat(solver: Solver) -> Callable[..., jax.Array]:
     return solve
 
 
-def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int) -> Solution:
+def _unflatten(flat: np.ndarray, problem: Problem, constraints: Constraints) -> Solution:
     """Undo the flattening of a record."""
     at = 0
 
@@ -359,7 +374,7 @@ def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int) -> Solution:
         return part
 
     return Solution(
-        point=point_of(take, problem, n_theta),
+        point=point_of(take, problem, constraints),
         status=take(),
         steps=take(),
         decrement=take(),
@@ -389,7 +404,13 @@ def _solve(
     )
     with jax.enable_x64(True), compilation_cache():
         flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s), theta))
-    return _unflatten(flat, problem, len(theta))
+    return _unflatten(flat, problem, constraints)
+
+
+def _few_coordinates(problem: Problem, constraints: Constraints) -> bool:
+    """Return whether a narrow model has no more parameters than the exact Hessian pays for."""
+    size = len(constraints.columns) ** 2 + constraints.n_theta
+    return narrow(problem, constraints) and size <= NEWTON_LIMIT**2
 
 
 def tolerance(problem: Problem) -> float:
