@@ -46,6 +46,8 @@ TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
 """Newton decrements that count as converged; squared distances to the optimum in standard errors.
 Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
 RESTARTS = 5
+FEW_CORRELATIONS = 10
+"""Most parameters of correlations with which Newton's method is the default for a narrow model."""
 STRONGER = 1.0
 """What a second start adds to parameters of correlations, which live on the scale of atanh."""
 BOUNDARY = 1e-4
@@ -267,7 +269,7 @@ def estimate(
     noise = group_noise(problem)
     solver = settings.solver
     if solver == "auto":
-        few = len(z_inverse) <= NEWTON_LIMIT or _few_coordinates(problem, constraints)
+        few = len(z_inverse) <= NEWTON_LIMIT or _suits_newton(problem, constraints)
         solver = "newton" if few else "lbfgs"
 
     D, s, theta = guess.D, guess.s, guess.theta
@@ -287,6 +289,13 @@ def estimate(
         again = _solve(problem, constraints, settings, solver, em_steps, D, s, other)
         if _better(again, solution):
             solution = again
+    stopped = solution.status in (Status.MAX_STEPS, Status.STALLED)
+    if stopped and settings.solver == "auto" and len(z_inverse) > NEWTON_LIMIT:
+        # Of many parameters Newton's method may leave some that L-BFGS does not.
+        end = solution.point
+        again = _solve(problem, constraints, settings, "lbfgs", 0, end.D, float(end.s), end.theta)
+        if _better(again, solution):
+            solution, solver = again, "lbfgs"
     for _ in range(RESTARTS):
         interior = _is_interior(solution.point.D, noise)
         if solution.status != Status.CONVERGED or interior:
@@ -407,10 +416,20 @@ def _solve(
     return _unflatten(flat, problem, constraints)
 
 
-def _few_coordinates(problem: Problem, constraints: Constraints) -> bool:
-    """Return whether a narrow model has no more parameters than the exact Hessian pays for."""
+def _suits_newton(problem: Problem, constraints: Constraints) -> bool:
+    """Return whether the exact Hessian pays for a narrow model.
+
+    It does not with a correlation for each of many lags: far from the end Newton's method finds
+    its way among them less easily than L-BFGS does.
+    """
+    if not narrow(problem, constraints):
+        return False
+    correlations = 0
+    for part in constraints.structures:
+        is_sd = part.covariance.is_sd(part.columns[1] - part.columns[0])
+        correlations += len(is_sd) - sum(is_sd)
     size = len(constraints.columns) ** 2 + constraints.n_theta
-    return narrow(problem, constraints) and size <= NEWTON_LIMIT**2
+    return correlations <= FEW_CORRELATIONS and size <= NEWTON_LIMIT**2
 
 
 def tolerance(problem: Problem) -> float:

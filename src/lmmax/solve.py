@@ -301,16 +301,12 @@ def _evaluate_narrow(
     bend = jnp.pad(bend, ((1, n_theta), (1, n_theta)))
     bend = bend.at[0, 0].set(jnp.sum(G * D * held))
 
-    def slope(unit: Array) -> Array:
-        def along(theta: Array) -> Array:
-            moved = jax.jvp(lambda t: structured(problem, constraints, t), (theta,), (unit,))
-            return jnp.sum(G * moved[1])
-
-        return jax.jacfwd(along)(theta)
-
-    # One parameter after the other: all second derivatives of D at once may be large.
-    curved = lax.map(slope, jnp.eye(n_theta, dtype=D.dtype))
-    bend = bend.at[1 + r * r :, 1 + r * r :].set(curved)
+    for part in constraints.structures:
+        at_theta, own = slice(*part.parameters), slice(*part.columns)
+        A = jnp.asarray(problem.z_factor, D.dtype)[own, own]
+        curved = _curvature(part.covariance, A.T @ G[own, own] @ A, theta[at_theta])
+        place = slice(1 + r * r + at_theta.start, 1 + r * r + at_theta.stop)
+        bend = bend.at[place, place].set(curved)
     to = jnp.eye(len(free) + 1, len(free), dtype=D.dtype).at[-1, 0].set(1.0)
     hessian = (to.T @ at.hessian @ to + bend) * jnp.outer(free, free)
     gradient = jnp.einsum("ab,cab->c", G, directions).at[0].add(at.gradient[-1])
@@ -325,6 +321,20 @@ def _evaluate_narrow(
         gradient=gradient * free,
         hessian=hessian + jnp.diag(1.0 - free),
     )
+
+
+def _curvature(covariance: Covariance, weights: Array, theta: Array) -> Array:
+    """Return the second derivatives in theta (k,) of the sum of ``weights * D``, (k, k)."""
+
+    def slope(unit: Array) -> Array:
+        def along(theta: Array) -> Array:
+            matrix = jax.jvp(lambda x: covariance.matrix(x, len(weights)), (theta,), (unit,))[1]
+            return jnp.sum(weights * matrix)
+
+        return jax.jacfwd(along)(theta)
+
+    # One parameter after the other: those of D all at once may be large.
+    return lax.map(slope, jnp.eye(len(theta), dtype=theta.dtype))
 
 
 def whole_covariance(

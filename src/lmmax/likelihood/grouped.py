@@ -76,6 +76,8 @@ def reduce(problem: GroupedProblem, D: Array) -> tuple[Array, Array]:
     ``D`` is in working coordinates.  Differentiable to any order in ``D`` and the data; the rule
     for ``D`` costs two small matrices per group instead of a pass through their factorisation.
     """
+    if problem.patterns is not None:
+        return narrow.reduce(problem, D)
     return _reduce(problem.U, problem.Y, problem.weight, problem.C, D)
 
 
