@@ -23,7 +23,7 @@ from .compress import Compression
 from .compress.iterative import Rows
 from .constraints import Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
-from .likelihood import Problem
+from .likelihood import Problem, derivatives
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
@@ -135,8 +135,8 @@ class Estimates:
         return curvatures, np.concatenate([pack_triangle(moved), directions[k:]])
 
     @cached_property
-    def _working_information(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the same with cov_re in working coordinates, whatever the covariates' origin.
+    def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return curvatures (r,) and directions (x, r) of the solver's ``(s, root, theta)``.
 
         The observed information of the (restricted) likelihood in covariances and scale jointly,
         the coefficients profiled out.  In the coordinates of the root it also holds for singular
@@ -164,11 +164,21 @@ class Estimates:
         floor = 1e-6 * floor[free]
         unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
+        directions = np.zeros((len(free), len(values)))
+        directions[free] = vectors / unit[:, None]
+        return 0.5 * values, directions
 
+    @cached_property
+    def _working_information(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same with cov_re in working coordinates, whatever the covariates' origin."""
+        curvatures, directions = self._spectrum
+        point, q = self.solution.point, len(self.working_root)
+        columns, n_theta = self.root_columns, len(point.theta)
+        r = len(columns)
         # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root'.
         root = np.asarray(point.root)
         k = q * (q + 1) // 2
-        jacobian = np.zeros((k + 1 + n_theta, len(free)))
+        jacobian = np.zeros((k + 1 + n_theta, len(directions)))
         for entry, (i, j) in enumerate(itertools.product(columns, columns)):
             half = np.zeros((q, q))
             half[i] = root[:, j]
@@ -185,7 +195,7 @@ class Estimates:
                 jacobian[k + 1 + j, 1 + r * r + j] = 1.0
         jacobian[:k, 0] = self.scale * pack_triangle(point.D * (1.0 - self.constraints.held))
         jacobian[k, 0] = self.scale
-        return 0.5 * values, (jacobian[:, free] / unit) @ vectors
+        return curvatures, jacobian @ directions
 
     def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
         """Return standard errors of functions of (vech cov_re row by row, scale, theta).
@@ -221,6 +231,16 @@ class Estimates:
     def working_variance_cov(self) -> np.ndarray:
         """The same with cov_re in working coordinates."""
         return self._covariance(*self._working_information)
+
+    @cached_property
+    def slope_cov(self) -> np.ndarray:
+        """The same in the parameters that `covariance_slopes` has derivatives in."""
+        if not self.narrow:
+            return self.working_variance_cov
+        curvatures, directions = self._spectrum
+        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        inside = directions[:, curved]
+        return np.asarray((inside / curvatures[curved]) @ inside.T)
 
     def _covariance(self, curvatures: np.ndarray, directions: np.ndarray) -> np.ndarray:
         curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
@@ -300,7 +320,7 @@ def estimate(
         interior = _is_interior(solution.point.D, noise)
         if solution.status != Status.CONVERGED or interior:
             break
-        better = _step_off(solution, constraints, terms, problem, noise)
+        better = _step_off(solution, constraints, terms, problem, noise, settings.reml)
         if better is None:
             break
         s = float(solution.point.s)
@@ -526,6 +546,7 @@ def _step_off(
     terms: Sequence[TermColumns],
     problem: Problem,
     noise: np.ndarray,
+    reml: bool,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Certify a boundary solution, or return a better start, D and theta.
 
@@ -537,7 +558,7 @@ def _step_off(
     G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
     for term, blocks in free_terms(terms, constraints):
         if term.pattern is None:
-            theta = grown(solution, constraints, term, problem, noise)
+            theta = grown(solution, constraints, term, problem, noise, reml)
             if theta is not None:
                 return np.asarray(D), theta
             continue
@@ -553,13 +574,33 @@ def _step_off(
                 continue
             v = np.zeros(q)
             v[block] = null @ directions[:, 0]
-            change = np.append(pack_triangle(np.outer(v, v)), 0.0)
-            curvature = change @ at.hessian @ change
+            change = np.outer(v, v)
+            curvature = _curvatures(solution, constraints, problem, change[None], reml)[0]
             gain = slopes[0] ** 2 / (2.0 * curvature) if curvature > 0.0 else np.inf
             if gain > 1e-8:
                 step = -slopes[0] / curvature if curvature > 0.0 else size**2
-                return np.asarray(D + step * np.outer(v, v)), np.asarray(point.theta)
+                return np.asarray(D + step * change), np.asarray(point.theta)
     return None
+
+
+_along = Compiled(derivatives)
+
+
+def _curvatures(
+    solution: Solution,
+    constraints: Constraints,
+    problem: Problem,
+    changes: np.ndarray,
+    reml: bool,
+) -> np.ndarray:
+    """Return the criterion's second derivatives along ``changes (c, q, q)`` of D, (c,)."""
+    point = solution.point
+    if narrow(problem, constraints):
+        with jax.enable_x64(True), compilation_cache():
+            found = _along(problem, point.D, float(reml), point.s, False, None, changes)
+        return np.diag(np.asarray(found.hessian))[:-1]
+    packed = pack_triangle(np.moveaxis(changes, 0, -1))
+    return np.einsum("ac,ab,bc->c", packed, point.at.hessian[:-1, :-1], packed, optimize=True)
 
 
 def grown(
@@ -568,6 +609,7 @@ def grown(
     term: TermColumns,
     problem: Problem,
     noise: np.ndarray,
+    reml: bool = True,
 ) -> np.ndarray | None:
     """Return theta with a structure's variance grown from zero where that lowers the criterion.
 
@@ -583,17 +625,17 @@ def grown(
     variances = (size / np.diag(A)) ** 2
     base = part.covariance.start(variances)
     rng = np.random.default_rng(0)
-    best: tuple[float, np.ndarray] | None = None
-    for trial in range(12):
-        theta = base.copy()
-        is_sd = np.asarray(part.covariance.is_sd(term.width))
+    trials, changes = np.tile(base, (12, 1)), np.zeros((12, q, q))
+    correlations = ~np.asarray(part.covariance.is_sd(term.width))
+    for trial, theta in enumerate(trials):
         if trial:
-            theta[~is_sd] = rng.normal(scale=1.5, size=int(np.sum(~is_sd)))
+            theta[correlations] = rng.normal(scale=1.5, size=int(np.sum(correlations)))
         matrix = matrix_at(part.covariance, theta, term.width)
-        whole = np.zeros((q, q))
-        whole[here, here] = A @ matrix @ A.T
-        change = np.append(pack_triangle(whole), 0.0)
-        slope, curvature = point.at.gradient @ change, change @ point.at.hessian @ change
+        changes[trial, here, here] = A @ matrix @ A.T
+    curvatures = _curvatures(solution, constraints, problem, changes, reml)
+    best: tuple[float, np.ndarray] | None = None
+    for theta, change, curvature in zip(trials, changes, curvatures, strict=True):
+        slope = point.at.gradient[:-1] @ pack_triangle(change)
         gain = slope**2 / (2.0 * curvature) if curvature > 0.0 else np.inf
         if slope < 0.0 and gain > 1e-8 and (best is None or gain > best[0]):
             best = gain, theta

@@ -288,7 +288,7 @@ def _evaluate_narrow(
     )
 
     # D along (s, root, theta).
-    half = jnp.einsum("ai,bj->ijab", np.eye(r), root[here].T)
+    half = jnp.einsum("ai,bj->ijab", np.eye(r), root[here])
     by_root = jnp.zeros((r * r, *D.shape), D.dtype)
     by_root = by_root.at[:, columns[:, None], columns].set(
         (half + jnp.swapaxes(half, 2, 3)).reshape(r * r, r, r)

@@ -149,7 +149,7 @@ class Satterthwaite(Denominator):
         self.to_x, self.Phi = to_x, Phi
         self.cov = to_x @ Phi @ to_x.T
         self.slopes = np.einsum("xy,cyz,zw->cxw", Phi, P, Phi, optimize=True)
-        self.variance_cov = fit.estimates.working_variance_cov
+        self.variance_cov = fit.estimates.slope_cov
         self.known = fit.estimates.n_free <= fit.estimates.contrasts
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
