@@ -341,7 +341,9 @@ def assembled(
     slope_v = at.S_slope @ v
     rho = slope_v @ v
     solved = jnp.einsum("ij,cjk->cik", here.inverse, at.S_slope[:, :p, :p])
-    gradient = at.logdet_slope + reml * jnp.einsum("cii->c", solved) + precision * rho
+    # Not from the diagonals of ``solved``: who has no use for the Hessian needs no such products.
+    traces = jnp.einsum("ij,cij->c", here.inverse, at.S_slope[:, :p, :p])
+    gradient = at.logdet_slope + reml * traces + precision * rho
     hessian = curvature - reml * jnp.einsum("cij,dji->cd", solved, solved)
     hessian = hessian - 2.0 * precision * (slope_v[:, :p] @ here.free @ slope_v[:, :p].T)
     cross = -precision * rho
