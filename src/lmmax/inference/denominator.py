@@ -81,7 +81,7 @@ class Denominator(ABC):
 
     def errors(self, L: np.ndarray) -> np.ndarray:
         """Return the standard errors of ``L beta``, (r,)."""
-        return np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", L, self.cov, L), 0.0))
+        return np.sqrt(np.maximum(np.einsum("ij,ij->i", L @ self.cov, L), 0.0))
 
 
 def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
@@ -155,8 +155,8 @@ class Satterthwaite(Denominator):
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`."""
         x = L @ self.to_x
-        f = np.einsum("ix,xy,iy->i", x, self.Phi, x)
-        g = np.einsum("ix,cxy,iy->ic", x, self.slopes, x, optimize=True)
+        f = np.einsum("ix,ix->i", x @ self.Phi, x)
+        g = np.stack([np.einsum("ix,ix->i", x @ slope, x) for slope in self.slopes], axis=1)
         variance = np.einsum("ic,cd,id->i", g, self.variance_cov, g)
         if not self.known:
             return np.full(len(L), np.nan)
