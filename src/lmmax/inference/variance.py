@@ -15,7 +15,6 @@ from ..constraints import TermColumns
 from ..covariances import slopes, values_at
 from ..estimation import Estimates
 
-
 BLOCK = 512
 """Entries of the covariance whose errors are found together."""
 

@@ -158,8 +158,7 @@ def derivatives(
 def expand(problem: GroupedProblem, D: Array, directions: Array) -> Expansion:
     """Return the reduction at ``D`` to second order along ``directions (c, q, q)``."""
     at = whiten(problem, D)
-    q, m, width = at.P.shape
-    size = len(directions)
+    size, width = len(directions), at.P.shape[2]
     P = jnp.swapaxes(at.P, 0, 1)
 
     def of_factor(carry: Array, K: tuple[Array, Array]) -> tuple[Array, None]:
@@ -182,5 +181,3 @@ def expand(problem: GroupedProblem, D: Array, directions: Array) -> Expansion:
         S_bend=half + half.transpose(1, 0, 2, 3),
         logdet_bend=bend,
     )
-
-

@@ -85,8 +85,8 @@ class Derivatives(NamedTuple):
     ``beta_inverse`` is ``(X'V^-1 X)^-1``, and ``x_slope`` (q2, p, p) holds the derivatives of
     ``X'V^-1 X`` in D: how certain the coefficients are, and how that depends on the covariance.
 
-    Along c ``directions`` in the place of the entries, ``hessian`` is (c + 1, c + 1) and ``x_slope``
-    (c, p, p); the gradient is in the entries all the same.
+    Along c ``directions`` in the place of the entries, ``hessian`` is (c + 1, c + 1) and
+    ``x_slope`` (c, p, p); the gradient is in the entries all the same.
 
     ``effects`` holds, where they come for free, per factor of the elimination the conditional modes
     (q, m) of the random effects, and their covariance relative to the scale (q, q, m).
