@@ -6,6 +6,7 @@ This module is the one place that maps the user's quantities there and back.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from .compress import Compression
 from .compress.iterative import Rows
 from .constraints import Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
-from .likelihood import Problem
+from .likelihood import Problem, derivatives
 from .optima import is_balanced, looks_again, spread_starts, work
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
@@ -38,6 +39,7 @@ from .solve import (
     Status,
     better,
     lbfgs_from,
+    narrow,
     newton_from_each,
     point_of,
 )
@@ -54,6 +56,8 @@ SUSPECT = 1e-3
 there is none at all."""
 FLAT = 1e-6
 """Of a model whose designs leave something unidentified, curvature below it is rounding."""
+FEW_CORRELATIONS = 10
+"""Most parameters of correlations with which Newton's method is the default for a narrow model."""
 STRONGER = 1.0
 """What a second start adds to parameters of correlations, which live on the scale of atanh."""
 BOUNDARY = 1e-4
@@ -109,6 +113,17 @@ class Estimates:
     ends: tuple[float, ...] = ()
     flat: np.ndarray | None = None
 
+    @property
+    def narrow(self) -> bool:
+        """Whether second derivatives are along the solver's coordinates; see `solve.narrow`."""
+        point = self.solution.point
+        return len(point.at.hessian) == len(point.free) + 1 != len(point.at.gradient)
+
+    @property
+    def root_columns(self) -> np.ndarray:
+        """Columns whose roots are coordinates of the solver, (r,)."""
+        return self.constraints.columns if self.narrow else np.arange(len(self.working_root))
+
     @cached_property
     def root(self) -> np.ndarray:
         """Square root of the relative covariance, ``D = root root'``, (q, q)."""
@@ -138,15 +153,16 @@ class Estimates:
         return np.concatenate([pack_triangle(moved), directions[k:]])
 
     @cached_property
-    def _working_information(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the same with cov_re in working coordinates, whatever the covariates' origin.
+    def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return curvatures (r,) and directions (x, r) of the solver's ``(s, root, theta)``.
 
         The observed information of the (restricted) likelihood in covariances and scale jointly,
         the coefficients profiled out.  In the coordinates of the root it also holds for singular
         covariances, given their rank.
         """
         point, q = self.solution.point, len(self.working_root)
-        free = point.free > 0.0
+        free, columns = point.free > 0.0, self.root_columns
+        r = len(columns)
         # What convergence left of the gradient outside D's null space would pass for curvature.
         G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
         G = G * self.constraints.blocks
@@ -154,17 +170,28 @@ class Estimates:
         null = vectors[:, values <= 1e-12 * values[-1]]
         left = G - null @ (null.T @ G @ null) @ null.T
         n_theta = len(point.theta)
-        bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, n_theta), (1, n_theta)))
+        left = left[np.ix_(columns, columns)]
+        bend = np.pad(np.kron(2.0 * left, np.eye(r)), ((1, n_theta), (1, n_theta)))
         hessian = (point.hessian - bend)[np.ix_(free, free)]
-        unit = self._units(hessian)
+        unit = self._units(np.asarray(hessian))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
+        directions = np.zeros((len(free), len(values)))
+        directions[free] = vectors / unit[:, None]
+        return 0.5 * values, directions
 
+    @cached_property
+    def _working_information(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same with cov_re in working coordinates, whatever the covariates' origin."""
+        curvatures, directions = self._spectrum
+        point, q = self.solution.point, len(self.working_root)
+        columns, n_theta = self.root_columns, len(point.theta)
+        r = len(columns)
         # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root', at the
         # estimates themselves: what is zero there moves nothing, however the solver came near it.
         root, theta = self.working_root, self.structure_theta
         k = q * (q + 1) // 2
-        jacobian = np.zeros((k + 1 + n_theta, len(free)))
-        for entry, (i, j) in enumerate(np.ndindex(q, q)):
+        jacobian = np.zeros((k + 1 + n_theta, len(directions)))
+        for entry, (i, j) in enumerate(itertools.product(columns, columns)):
             half = np.zeros((q, q))
             half[i] = root[:, j]
             jacobian[:k, 1 + entry] = self.scale * pack_triangle(half + half.T)
@@ -176,24 +203,23 @@ class Estimates:
                 z_factor = np.linalg.inv(self.z_inverse[here, here])
                 natural = self.scale * slope[..., j - at.start]
                 whole[here, here] = z_factor @ natural @ z_factor.T
-                jacobian[:k, 1 + q * q + j] = pack_triangle(whole)
-                jacobian[k + 1 + j, 1 + q * q + j] = 1.0
+                jacobian[:k, 1 + r * r + j] = pack_triangle(whole)
+                jacobian[k + 1 + j, 1 + r * r + j] = 1.0
         jacobian[:k, 0] = self.scale * pack_triangle(root @ root.T * (1.0 - self.constraints.held))
         jacobian[k, 0] = self.scale
-        return 0.5 * values, (jacobian[:, free] / unit) @ vectors
+        return curvatures, jacobian @ directions
 
     def _units(self, hessian: np.ndarray) -> np.ndarray:
         """Return units in which a real curvature is about one, of what is free.
 
         Rounding errors are no curvature.
         """
-        point, q = self.solution.point, len(self.working_root)
+        point, columns = self.solution.point, self.root_columns
         size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
         n_groups = self.noise**2 * point.at.hessian[-1, -1]
         few = np.min(n_groups)
-        floor = np.concatenate(
-            [[few], np.repeat(n_groups / size, q), few / np.maximum(point.theta**2, 1.0)]
-        )
+        of_root = np.repeat((n_groups / size)[columns], len(columns))
+        floor = np.concatenate([[few], of_root, few / np.maximum(point.theta**2, 1.0)])
         floor = 1e-6 * floor[point.free > 0.0]
         return np.asarray(np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor)))
 
@@ -206,7 +232,7 @@ class Estimates:
         hessian = self.solution.point.hessian[np.ix_(free, free)]
         if not np.isfinite(hessian).all() or not hessian.size:
             return False
-        unit = self._units(hessian)
+        unit = self._units(np.asarray(hessian))
         return bool(np.linalg.eigvalsh(hessian / np.outer(unit, unit))[0] < SUSPECT)
 
     def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
@@ -270,6 +296,16 @@ class Estimates:
         """The same with cov_re in working coordinates."""
         return self._covariance(*self._working_information)
 
+    @cached_property
+    def slope_cov(self) -> np.ndarray:
+        """The same in the parameters that `covariance_slopes` has derivatives in."""
+        if not self.narrow:
+            return self.working_variance_cov
+        curvatures, directions = self._spectrum
+        curved = self._curved(curvatures)
+        inside = directions[:, curved]
+        return np.asarray((inside / curvatures[curved]) @ inside.T)
+
     def _covariance(self, curvatures: np.ndarray, directions: np.ndarray) -> np.ndarray:
         curved = self._curved(curvatures)
         k = len(self.working_root) * (len(self.working_root) + 1) // 2 + 1
@@ -317,7 +353,8 @@ def estimate(
     noise = group_noise(problem)
     solver = settings.solver
     if solver == "auto":
-        solver = "newton" if len(z_inverse) <= NEWTON_LIMIT else "lbfgs"
+        few = len(z_inverse) <= NEWTON_LIMIT or _suits_newton(problem, constraints)
+        solver = "newton" if few else "lbfgs"
 
     D, s, theta = guess.D, guess.s, guess.theta
     if D is None:
@@ -332,7 +369,17 @@ def estimate(
     em_steps = settings.em_steps if constraints.rooted.any() else 0
     search = _Search(problem, constraints, settings, solver)
     starts = [Start(D, s, own, em_steps) for own in (theta, *others)]
-    solution = _certified(search, search.best_of(starts), terms, noise)
+    solution = search.best_of(starts)
+    stopped = solution.status in (Status.MAX_STEPS, Status.STALLED)
+    if stopped and settings.solver == "auto" and len(z_inverse) > NEWTON_LIMIT:
+        # Of many parameters Newton's method may leave some that L-BFGS does not.
+        end = solution.point
+        follow = replace(search, solver="lbfgs")
+        last = Start(np.asarray(end.D), float(end.s), np.asarray(end.theta), 0)
+        again = follow.best_of([last], solution)
+        if again is not solution:
+            search, solution, solver = follow, again, "lbfgs"
+    solution = _certified(search, solution, terms, noise)
     if settings.start is None:
         usual = solution
         far = _further_starts(problem, constraints, terms, usual, noise)
@@ -429,7 +476,9 @@ def _certified(
         interior = _is_interior(solution.point.D, noise)
         if solution.status != Status.CONVERGED or interior:
             break
-        better = _step_off(solution, search.constraints, terms, search.problem, noise)
+        better = _step_off(
+            solution, search.constraints, terms, search.problem, noise, search.settings.reml
+        )
         if better is None:
             break
         solution = search.best_of([Start(better[0], float(solution.point.s), better[1], 0)])
@@ -517,7 +566,7 @@ class _Search:
             many.D[i], many.s[i], many.theta[i], many.em_steps[i] = start
         with jax.enable_x64(True), compilation_cache():
             flat = np.asarray(_compiled[self.solver](self.problem, self.constraints, options, many))
-        found = _unflatten(flat, self.problem, k, together)
+        found = _unflatten(flat, self.problem, self.constraints, together)
         converged = found.statuses[: len(starts)] == Status.CONVERGED
         self.ends.extend(found.values[: len(starts)][converged].tolist())
         return found.solution
@@ -539,7 +588,7 @@ def _flat(solver: Callable[..., Best]) -> Callable[..., jax.Array]:
     return solve
 
 
-def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int, together: int) -> Best:
+def _unflatten(flat: np.ndarray, problem: Problem, constraints: Constraints, together: int) -> Best:
     """Undo the flattening of a record."""
     at = 0
 
@@ -551,7 +600,7 @@ def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int, together: int) 
         return part
 
     solution = Solution(
-        point=point_of(take, problem, n_theta),
+        point=point_of(take, problem, constraints),
         status=take(),
         steps=take(),
         decrement=take(),
@@ -561,6 +610,22 @@ def _unflatten(flat: np.ndarray, problem: Problem, n_theta: int, together: int) 
 
 
 _compiled = {"newton": Compiled(_flat(newton_from_each)), "lbfgs": Compiled(_flat(lbfgs_from))}
+
+
+def _suits_newton(problem: Problem, constraints: Constraints) -> bool:
+    """Return whether the exact Hessian pays for a narrow model.
+
+    It does not with a correlation for each of many lags: far from the end Newton's method finds
+    its way among them less easily than L-BFGS does.
+    """
+    if not narrow(problem, constraints):
+        return False
+    correlations = 0
+    for part in constraints.structures:
+        is_sd = part.covariance.is_sd(part.columns[1] - part.columns[0])
+        correlations += len(is_sd) - sum(is_sd)
+    size = len(constraints.columns) ** 2 + constraints.n_theta
+    return correlations <= FEW_CORRELATIONS and size <= NEWTON_LIMIT**2
 
 
 def tolerance(problem: Problem) -> float:
@@ -660,6 +725,7 @@ def _step_off(
     terms: Sequence[TermColumns],
     problem: Problem,
     noise: np.ndarray,
+    reml: bool,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Certify a boundary solution, or return a better start, D and theta.
 
@@ -671,7 +737,7 @@ def _step_off(
     G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
     for term, blocks in free_terms(terms, constraints):
         if term.pattern is None:
-            theta = grown(solution, constraints, term, problem, noise)
+            theta = grown(solution, constraints, term, problem, noise, reml)
             if theta is not None:
                 return np.asarray(D), theta
             continue
@@ -687,13 +753,33 @@ def _step_off(
                 continue
             v = np.zeros(q)
             v[block] = null @ directions[:, 0]
-            change = np.append(pack_triangle(np.outer(v, v)), 0.0)
-            curvature = change @ at.hessian @ change
+            change = np.outer(v, v)
+            curvature = _curvatures(solution, constraints, problem, change[None], reml)[0]
             gain = slopes[0] ** 2 / (2.0 * curvature) if curvature > 0.0 else np.inf
             if gain > 1e-8:
                 step = -slopes[0] / curvature if curvature > 0.0 else size**2
-                return np.asarray(D + step * np.outer(v, v)), np.asarray(point.theta)
+                return np.asarray(D + step * change), np.asarray(point.theta)
     return None
+
+
+_along = Compiled(derivatives)
+
+
+def _curvatures(
+    solution: Solution,
+    constraints: Constraints,
+    problem: Problem,
+    changes: np.ndarray,
+    reml: bool,
+) -> np.ndarray:
+    """Return the criterion's second derivatives along ``changes (c, q, q)`` of D, (c,)."""
+    point = solution.point
+    if narrow(problem, constraints):
+        with jax.enable_x64(True), compilation_cache():
+            found = _along(problem, point.D, float(reml), point.s, False, None, changes)
+        return np.diag(np.asarray(found.hessian))[:-1]
+    packed = pack_triangle(np.moveaxis(changes, 0, -1))
+    return np.einsum("ac,ab,bc->c", packed, point.at.hessian[:-1, :-1], packed, optimize=True)
 
 
 def grown(
@@ -702,6 +788,7 @@ def grown(
     term: TermColumns,
     problem: Problem,
     noise: np.ndarray,
+    reml: bool = True,
 ) -> np.ndarray | None:
     """Return theta with a structure's variance grown from zero where that lowers the criterion.
 
@@ -717,17 +804,17 @@ def grown(
     variances = (size / np.diag(A)) ** 2
     base = part.covariance.start(variances)
     rng = np.random.default_rng(0)
-    best: tuple[float, np.ndarray] | None = None
-    for trial in range(12):
-        theta = base.copy()
-        is_sd = np.asarray(part.covariance.is_sd(term.width))
+    trials, changes = np.tile(base, (12, 1)), np.zeros((12, q, q))
+    correlations = ~np.asarray(part.covariance.is_sd(term.width))
+    for trial, theta in enumerate(trials):
         if trial:
-            theta[~is_sd] = rng.normal(scale=1.5, size=int(np.sum(~is_sd)))
+            theta[correlations] = rng.normal(scale=1.5, size=int(np.sum(correlations)))
         matrix = matrix_at(part.covariance, theta, term.width)
-        whole = np.zeros((q, q))
-        whole[here, here] = A @ matrix @ A.T
-        change = np.append(pack_triangle(whole), 0.0)
-        slope, curvature = point.at.gradient @ change, change @ point.at.hessian @ change
+        changes[trial, here, here] = A @ matrix @ A.T
+    curvatures = _curvatures(solution, constraints, problem, changes, reml)
+    best: tuple[float, np.ndarray] | None = None
+    for theta, change, curvature in zip(trials, changes, curvatures, strict=True):
+        slope = point.at.gradient[:-1] @ pack_triangle(change)
         gain = slope**2 / (2.0 * curvature) if curvature > 0.0 else np.inf
         if slope < 0.0 and gain > 1e-8 and (best is None or gain > best[0]):
             best = gain, theta

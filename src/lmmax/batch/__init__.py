@@ -18,7 +18,7 @@ from ..constraints import read_constraints
 from ..estimation import Estimates, estimate, group_noise
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
-from ..solve import NEWTON_LIMIT, Constraints, Status
+from ..solve import NEWTON_LIMIT, Constraints, Status, narrow
 from . import factors
 from .factors import SharedFactors, shared_factors
 from .solve import (
@@ -65,7 +65,10 @@ def vectorises(fit: Fit) -> bool:
 
 
 def _by_newton(fit: Fit) -> bool:
-    return fit.estimates.solver == "newton" and len(fit.estimates.root) <= NEWTON_LIMIT
+    few = len(fit.estimates.root) <= NEWTON_LIMIT
+    # Of a narrow model one fit after the other is quicker than the Hessian in all entries.
+    alone = narrow(fit.compression.problem, fit.estimates.constraints)
+    return fit.estimates.solver == "newton" and few and not alone
 
 
 def shared_by_responses(fit: Fit) -> SharedDesigns | SharedFactors | None:

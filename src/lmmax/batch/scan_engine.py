@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from ..identifiability import Unidentified
 from ..likelihood.shared import MOST_EFFECTS
 from ..results import Fit
 from ..solve import Status
+from ..threads import NUMPY, n_cores, one_blas_thread
 from . import line_fits, line_statistics, scan, scan_lanes
 from .engines import (
     FLAT,
@@ -326,8 +326,8 @@ class LaneScan(ScanEngine):
             columns = [self._changed(j, changing) for j in self.columns]
             return scan_lanes.compressed(designs, columns, own, gone)
 
-        # NumPy lets other threads run meanwhile.
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        # NumPy lets other threads run meanwhile; its own would have no cores left.
+        with one_blas_thread(NUMPY), ThreadPoolExecutor(n_cores()) as threads:
             parts = list(threads.map(tile, _tiles(lanes, designs.tile_lanes)))
         compressed = scan_lanes.joined([part for part, _ in parts])
         near = np.concatenate([each for _, each in parts])

@@ -384,10 +384,10 @@ def _keep_better(ends: Ends, which: np.ndarray, new: Ends) -> None:
 # --- running ------------------------------------------------------------------------------------
 
 
-def _beginning(lanes: Lanes, start: Start) -> State:
+def _beginning(lanes: Lanes, constraints: Constraints, start: Start) -> State:
     """Return the state of every lane at its start, NumPy arrays."""
-    n, k = start.theta.shape
-    point = point_of(lambda *shape: np.zeros((n, *shape)), lanes.one(0), k)
+    n = len(start.theta)
+    point = point_of(lambda *shape: np.zeros((n, *shape)), lanes.one(0), constraints)
     return State(
         evaluations=np.zeros(n, np.int32),
         status=np.full(n, Status.RUNNING, np.int32),
@@ -548,7 +548,7 @@ def _run(
     size, in_turn = chunk_size(lanes), isinstance(lanes.problem, CrossedProblem)
     small = max(1, size // PARTS) * n_devices()
     size *= n_devices()
-    state = _beginning(lanes, start)
+    state = _beginning(lanes, constraints, start)
     leaves, structure = jax.tree.flatten(state)
     left, most = np.arange(len(which)), np.int32(FIRST_STEPS)
 

@@ -104,7 +104,7 @@ class Denominator(ABC):
 
     def _variances(self, x: np.ndarray) -> np.ndarray:
         """Return the variances of contrasts ``x (r, p)``, NaN where there is none."""
-        return np.einsum("ij,jk,ik->i", x, self.cov_x, x)
+        return np.einsum("ij,ij->i", x @ self.cov_x, x)
 
     def _jointly(self, basis: np.ndarray) -> np.ndarray:
         """Return the covariance of orthonormal contrasts ``(r, p)``, NaN where there is none."""
@@ -245,14 +245,14 @@ class Satterthwaite(Denominator):
         Phi, P, to_x = fit.covariance_slopes
         self.to_x, self.cov_x = to_x, Phi
         self.slopes = np.einsum("xy,cyz,zw->cxw", Phi, P, Phi, optimize=True)
-        self.variance_cov = fit.estimates.working_variance_cov
+        self.variance_cov = fit.estimates.slope_cov
         self.known = fit.estimates.n_free <= fit.estimates.contrasts
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`."""
         x = L @ self.to_x
-        f = np.einsum("ix,xy,iy->i", x, self.cov_x, x)
-        g = np.einsum("ix,cxy,iy->ic", x, self.slopes, x, optimize=True)
+        f = np.einsum("ix,ix->i", x @ self.cov_x, x)
+        g = np.stack([np.einsum("ix,ix->i", x @ slope, x) for slope in self.slopes], axis=1)
         variance = np.einsum("ic,cd,id->i", g, self.variance_cov, g)
         if not self.known:
             return np.full(len(L), np.nan)
@@ -297,8 +297,8 @@ def combined(nu: np.ndarray) -> np.ndarray:
 def orthonormal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return an orthonormal basis (r, p) of rows ``x (r, p)``, and R and sizes (r,) of the rows.
 
-    ``x = sizes R' basis``: contrasts of covariates far from zero are nearly parallel, and this loses
-    none of the digits that tell them apart.
+    ``x = sizes R' basis``: contrasts of covariates far from zero are nearly parallel, and
+    this loses none of the digits that tell them apart.
     """
     sizes = np.linalg.norm(x, axis=1)
     Q, R = np.linalg.qr((x / sizes[:, None]).T)

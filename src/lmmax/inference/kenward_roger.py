@@ -68,7 +68,7 @@ class KenwardRoger(Denominator):
     def _variances(self, x: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`."""
         variances = super()._variances(x)
-        linear = np.einsum("ij,jk,ik->i", x, self.linear, x)
+        linear = np.einsum("ij,ij->i", x @ self.linear, x)
         sound = (variances > 0.0) & (np.abs(variances - linear) <= LARGEST * linear)
         return np.where(sound, variances, np.nan)
 

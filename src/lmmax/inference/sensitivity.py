@@ -90,7 +90,8 @@ class CovarianceSlopes(NamedTuple):
     """The covariance of the coefficients and its first derivatives.
 
     Those are in the entries of cov_re in working coordinates, and the scale: what they give does
-    not depend on the covariates' origins.
+    not depend on the covariates' origins.  Of a narrow model (:func:`lmmax.solve.narrow`), in the
+    solver's coordinates.
 
     Attributes:
         Phi: as in a `Sensitivity`, (p, p).
@@ -109,16 +110,21 @@ def covariance_slopes(compression: Compression, estimates: Estimates) -> Covaria
     p, scale = int(problem.n_fixed), estimates.scale
     unscaled = np.asarray(at.beta_inverse)[:p, :p]
     P = -np.asarray(at.x_slope)[:, :p, :p]
-    D = estimates.working_root @ estimates.working_root.T
     try:
         information = np.linalg.inv(unscaled)
     except np.linalg.LinAlgError:  # a combination is told without any error
         information = np.full_like(unscaled, np.nan)
+    to_x = np.asarray(problem.x_inverse)[:p, :p]
+    if estimates.narrow:
+        P = P / scale
+        P[0] += information / scale
+        return CovarianceSlopes(Phi=scale * unscaled, P_x=P, to_x=to_x)
+    D = estimates.working_root @ estimates.working_root.T
     of_scale = information - np.tensordot(pack_triangle(D), P, 1)
     return CovarianceSlopes(
         Phi=scale * unscaled,
         P_x=np.concatenate([P, of_scale[None]]) / scale**2,
-        to_x=np.asarray(problem.x_inverse)[:p, :p],
+        to_x=to_x,
     )
 
 

@@ -15,6 +15,9 @@ from ..constraints import TermColumns
 from ..covariances import slopes, undefined, values_at
 from ..estimation import Estimates
 
+BLOCK = 512
+"""Entries of the covariance whose errors are found together."""
+
 
 def scale_error(estimates: Estimates) -> float:
     """Return the standard error of the residual variance, NaN if it was fixed."""
@@ -25,7 +28,14 @@ def matrix_errors(estimates: Estimates) -> np.ndarray:
     """Return standard errors of the entries of ``Psi``, (q, q); NaN where there is none."""
     q = len(estimates.root)
     rows, columns = np.tril_indices(q)
-    errors = estimates.standard_errors(np.eye(_size(estimates))[:-1])
+    size = _size(estimates)
+    # Some entries at a time: of many effects the identity matrix would be large.
+    errors = np.concatenate(
+        [
+            estimates.standard_errors(np.eye(min(BLOCK, size - 1 - first), size, first))
+            for first in range(0, size - 1, BLOCK)
+        ]
+    )
     errors = np.where(
         _at_boundary(estimates)[rows] | _at_boundary(estimates)[columns], np.nan, errors
     )
