@@ -21,11 +21,10 @@ from .encoding import (
     factor_names,
     formula_part,
     offset_factor,
-    response_factor,
     term_factors,
     used_columns,
 )
-from .formula import parse_formula
+from .formula import parse_formula, parse_response
 from .frames import (
     DataError,
     any_missing,
@@ -158,7 +157,7 @@ def build_design(
             stacklevel=2,
         )
     index = frame.index
-    y = encoder.numbers(response_factor(spec.response), "the response")
+    y = encoder.numbers(parse_response(spec.response), "the response")
     schemes = contrasts_by_expression(contrasts, factors, encoder.levels)
     X, fixed = _matrix(encoder, formula_part(spec.fixed, schemes), "the fixed-effects design")
     terms = encoder.terms(fixed)
@@ -288,7 +287,7 @@ def _factors(
     spec: ModelSpec, terms: Iterable[RandomTerm], *, response: bool = True
 ) -> dict[Factor, str]:
     """The factors of a model with these random terms, each with its part, for messages."""
-    where = {response_factor(spec.response): "response"} if response else {}
+    where = {parse_response(spec.response): "response"} if response else {}
     parts = [(spec.fixed, "fixed effects")]
     parts += [(term.design, f"random term {term}") for term in terms]
     for text, name in parts:

@@ -51,7 +51,6 @@ __all__ = [
     "factor_names",
     "formula_part",
     "offset_factor",
-    "response_factor",
     "term_factors",
     "terms_by_factors",
     "used_columns",
@@ -187,14 +186,6 @@ def terms_by_factors(text: str) -> dict[frozenset[str], str]:
         frozenset(f.expr for f in term.factors if f.eval_method is not _LITERAL): str(term)
         for term in parse_terms(text)
     }
-
-
-def response_factor(text: str) -> Factor:
-    """The response as one factor."""
-    factors = term_factors(f"0 + {text}")
-    if len(factors) != 1:
-        raise DataError(f"the response must be one variable or one call, not `{text}`")
-    return factors[0]
 
 
 def offset_factor(text: str) -> Factor:

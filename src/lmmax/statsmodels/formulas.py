@@ -14,6 +14,7 @@ import pandas as pd
 from statsmodels.formula._manager import FormulaManager
 from statsmodels.tools.sm_exceptions import MissingDataError
 
+from ..formula import FormulaError, is_arithmetic
 from ..frames import DataError, unknown_column
 from .components import Component, FormulaVCSpec, from_matrices
 
@@ -47,6 +48,9 @@ def check_formulas(formula: Any, re_formula: Any, vc_formula: Any) -> None:
     """Raise for what is no formula."""
     if isinstance(formula, str) and not formula.partition("~")[0].strip():
         raise DataError(f"formula={formula!r} has no response: write 'y ~ x'")
+    if isinstance(formula, str) and is_arithmetic(left := formula.partition("~")[0].strip()):
+        # The engine takes terms away from the left-hand side, or crosses them.
+        raise FormulaError(f"the response of formula={formula!r} is arithmetic: write I({left})")
     if re_formula is not None and not isinstance(re_formula, str):
         raise TypeError(f"re_formula={re_formula!r} must be a string, such as '~ x'")
     if vc_formula is None:
