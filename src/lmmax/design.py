@@ -174,11 +174,13 @@ def build_design(
         parts.append(effects)
     groups = [
         group_rows(
-            ":".join(names),
+            factor_name,
             [frame[name] for name in names],
             [term for term in spec.random if spec.grouping_of(term) == i] if whole else None,
         )
-        for i, names in enumerate(spec.group_columns)
+        for i, (names, factor_name) in enumerate(
+            zip(spec.group_columns, spec.factor_names, strict=True)
+        )
     ]
     if whole:
         check_response(spec.response, y, index)

@@ -25,6 +25,7 @@ from formulaic.parser.types import Factor
 from formulaic.transforms import TRANSFORMS
 from formulaic.transforms.contrasts import (
     Contrasts,
+    ContrastsRegistry,
     CustomContrasts,
     DiffContrasts,
     HelmertContrasts,
@@ -38,9 +39,19 @@ from formulaic.utils.layered_mapping import LayeredMapping
 from formulaic.utils.stateful_transforms import stateful_eval
 from interface_meta import override
 
-from .formula import R_HINTS, expression_names, from_r, parse_terms
-from .frames import DataError, Table, as_numbers, is_label, is_number, listing, unknown_column
-from .levels import as_categories
+from .formula import R_HINTS, expression_names, from_r, is_factor_of, parse_terms
+from .frames import (
+    DataError,
+    Table,
+    as_numbers,
+    beyond_integers,
+    is_label,
+    is_number,
+    listing,
+    real_numbers,
+    unknown_column,
+)
+from .levels import as_categories, label_positions, positions
 from .terms import CodedTerms, Element, Term
 
 __all__ = [
@@ -126,11 +137,54 @@ def as_contrasts(contrasts: Any, what: str) -> Contrasts:
     if inspect.isclass(contrasts) and issubclass(contrasts, Contrasts):
         return contrasts()
     try:
+        labelled = _as_labelled(contrasts)
+        if labelled is not None:
+            return _LabelledContrasts(labelled, what)
         if not isinstance(contrasts, Mapping):
-            contrasts = np.array(contrasts, dtype=np.float64, ndmin=2)
+            contrasts = np.atleast_2d(real_numbers(contrasts, f"the contrasts for {what}"))
         return CustomContrasts(contrasts)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"cannot use {contrasts!r} as contrasts for {what}: {error}") from None
+
+
+class _LabelledContrasts(CustomContrasts):  # type: ignore[misc]
+    """Contrasts whose rows have labels, the levels, by which they are taken.
+
+    Args:
+        frame: a row per level, in any order, and a named column per contrast.
+        what: the factor, for messages.
+    """
+
+    def __init__(self, frame: pd.DataFrame, what: str) -> None:
+        values = real_numbers(frame, f"the contrasts for {what}")
+        unnamed = isinstance(frame.columns, pd.RangeIndex)
+        super().__init__(values, None if unnamed else [str(name) for name in frame.columns])
+        self.labels, self._what = frame.index, what
+
+    def aligned(self, levels: Sequence[Any]) -> CustomContrasts:
+        """Return contrasts with a row for each of the levels, in their order."""
+        wanted = pd.Index(levels)
+        where = f"the index of the contrasts for {self._what}"
+        remedy = "pass contrasts.to_numpy() if its rows are in the order of the levels"
+        rows = label_positions(wanted, self.labels, where, remedy)
+        return CustomContrasts(self.contrasts[rows], self.contrast_names)
+
+
+def _as_labelled(contrasts: Any) -> pd.DataFrame | None:
+    """Contrasts whose rows have labels as a frame, None for those that have none."""
+    if isinstance(contrasts, pd.Series):
+        name = contrasts.name
+        return contrasts.to_frame() if name is not None else contrasts.to_frame(0)
+    if isinstance(contrasts, pd.DataFrame):
+        return contrasts
+    if isinstance(contrasts, Mapping) and contrasts:
+        columns = list(contrasts.values())
+        if all(isinstance(column, pd.Series) for column in columns):
+            # A level that one of them lacks is missing in the frame.
+            return pd.DataFrame(dict(contrasts))
+    return None
 
 
 def _categorical(
@@ -159,8 +213,23 @@ def _log(x: Any, base: float | None = None) -> Any:
     return np.log(x) if base is None else np.log(x) / np.log(base)
 
 
+def _custom(contrasts: Any, names: Sequence[Any] | None = None) -> Contrasts:
+    """`contr.custom(...)`: contrasts as numbers, or as a frame, whose rows are taken by label."""
+    frame = _as_labelled(contrasts)
+    if frame is None:
+        return CustomContrasts(contrasts, names)
+    return _LabelledContrasts(frame if names is None else frame.set_axis(names, axis=1), "C()")
+
+
+class _Registry(ContrastsRegistry):  # type: ignore[misc]
+    """`contr` in a formula."""
+
+    custom = staticmethod(_custom)
+
+
 _FUNCTIONS: dict[str, Any] = {
     **TRANSFORMS,
+    "contr": _Registry,
     **{
         name: getattr(np, name)
         for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "floor", "tanh")
@@ -388,7 +457,10 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
 
     @staticmethod
     def _contrasts(expression: str, value: _Categories, spec: Part) -> Contrasts:
-        return value.contrasts or spec.encoder_state.get(expression, TreatmentContrasts())
+        found = value.contrasts or spec.encoder_state.get(expression, TreatmentContrasts())
+        if isinstance(found, _LabelledContrasts):
+            return found.aligned(value.values.categories)
+        return found
 
     @override
     def _lookup(self, name: str) -> tuple[Any, set[Any]]:
@@ -399,7 +471,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         # Not all columns: one may bear the name of a function.
         names = (name for name in expression_names(expr)[0] if name in self.data)
         scope = LayeredMapping(
-            LayeredMapping({name: as_numbers(self.data[name]) for name in names}, name="data"),
+            LayeredMapping({name: self._values(name, expr) for name in names}, name="data"),
             LayeredMapping(self.context, name="context"),
             LayeredMapping(_FUNCTIONS if self._whole else _FUNCTIONS_OF_PARTS, name="transforms"),
         )
@@ -408,6 +480,19 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         except DataError as error:
             raise DataError(f"in the term `{expr}`: {error}") from None
         return self._checked(expr, value), set()
+
+    def _values(self, name: str, expression: str) -> pd.Series:
+        """A column as an expression sees it: numbers, but labels too large to be floats as such."""
+        column = self.data[name]
+        numbers = as_numbers(column)
+        if (
+            numbers.dtype == np.float64
+            and column.dtype != np.float64
+            and beyond_integers(numbers)
+            and is_factor_of(expression, name)
+        ):
+            return column
+        return numbers
 
     def _checked(self, text: str, value: Any) -> Any:
         """A value with one row per row of data: numbers, columns of them, or known categories."""
@@ -433,7 +518,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                     f"categories: {listing(map(repr, self.levels[text]))}"
                 )
             return series.to_numpy(np.float64)
-        if is_label(series.dtype):
+        if is_label(series.dtype) and pd.api.types.infer_dtype(series) != "complex":
             values = as_categories(series, unused=not self._whole)
             return self._known(text, _Categories(values))
         dates = series.dtype.kind in "mM"
@@ -451,14 +536,17 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             )
         else:
             known = self.levels[text]
-            unseen = categories[known.get_indexer(categories) < 0]
+            position = positions(known, categories)
+            unseen = categories[position < 0]
             if len(unseen):
                 raise DataError(
                     f"{text!r} has the level{'s' if len(unseen) > 1 else ''} "
                     f"{listing(map(repr, unseen))} in the new data, which the model was not fitted "
                     f"to; known levels: {listing(map(repr, known))}"
                 )
-            value = replace(value, values=value.values.set_categories(known))
+            codes = np.append(position, -1)[value.values.codes]
+            values = pd.Categorical.from_codes(codes, known, ordered=value.values.ordered)
+            value = replace(value, values=values)
         return FactorValues(value, kind="categorical", spans_intercept=True)
 
     @override
@@ -507,6 +595,8 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
     ) -> np.ndarray:
         matrix = np.empty((self.nrows, len(cols)), order="F")
         for j, (_, values) in enumerate(cols):
+            if np.iscomplexobj(values):
+                raise DataError(f"the column {cols[j][0]!r} is complex: take its real part")
             matrix[:, j] = values
         return matrix
 

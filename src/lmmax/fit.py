@@ -16,6 +16,7 @@ from .constraints import Settings, TermColumns, directions
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
 from .estimation import estimate
 from .formula import parse_formula
+from .frames import real_numbers
 from .results import Fit
 from .spec import ModelSpec
 
@@ -332,7 +333,9 @@ def refit_response(fitted: Fit, y: Any) -> Fit:
             "or pass y.to_numpy() if its rows are in that order"
         )
     try:
-        y = np.asarray(y, dtype=float)
+        y = real_numbers(y, "y")
+    except DataError:
+        raise
     except (TypeError, ValueError):
         raise DataError("y must be numeric, one value for each row used in the fit") from None
     if y.shape != (fitted.nobs,):

@@ -718,6 +718,12 @@ def parse_terms(text: str) -> tuple[Term, ...]:
         raise _translate(error, text) from None
 
 
+def is_factor_of(expression: str, name: str) -> bool:
+    """Whether an expression is `C(...)` of a name."""
+    call = re.match(r"C\(\s*(`[^`]+`|[^\W\d]\w*)\s*[,)]", expression)
+    return call is not None and call[1].strip("`") == name
+
+
 @lru_cache(maxsize=4096)
 def expression_names(expression: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names used in a Python expression: (as values, as functions), each in order, once.

@@ -13,7 +13,7 @@ from ..constraints import Settings
 from ..design import DataError, Design, build_design
 from ..encoding import Factor, factor_names
 from ..formula import FormulaError, parse_formula, parse_response
-from ..frames import as_table, listing, n_rows
+from ..frames import as_table, in_rows_of, listing, n_rows
 from ..simulate import check_count
 from ..spec import ModelSpec
 from .changing import changing, scanned_design, with_column
@@ -159,5 +159,7 @@ def _check_label(label: str, data: Any) -> None:
 def read_design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.ndarray]:
     """Return the design, its response a placeholder, and the positions of its rows in the data."""
     spec, label = _specification(formula, data)
+    for name in ("weights", "offset"):
+        options[name] = in_rows_of(options.get(name), name, as_table(data))
     design = build_design(spec, _placed(data), **options)
     return _labelled(design, label), np.asarray(design.index, dtype=np.int64)

@@ -25,7 +25,7 @@ from ..fit import (
     without_offset,
 )
 from ..formula import parse_formula
-from ..frames import Table, as_table, plural, read_columns, unknown_column
+from ..frames import Table, as_table, in_rows_of, plural, read_columns, unknown_column
 from ..levels import as_categories
 from ..parameters import pack_triangle
 from ..results import Fit
@@ -107,16 +107,14 @@ def read_subsets(
             )
         if lacking.all():
             raise DataError(f"by={by!r} has missing values only")
+    for name in ("weights", "offset"):
+        options[name] = in_rows_of(options.get(name), name, table)
     # Rows keep their positions as labels, and get their own back.
     if isinstance(table, pd.DataFrame):
         labels: pd.Index = table.index
         table = table.reset_index(drop=True)
     else:
         labels = pd.RangeIndex(len(codes))
-    for name in ("weights", "offset"):
-        values = options.get(name)
-        if isinstance(values, pd.Series) and values.index.equals(labels):
-            options[name] = values.to_numpy()
     table, infinite = _made_finite(table, spec.response)
     design = build_design(spec, table, missing=missing, **options)
     design.y[np.isin(design.index, infinite)] = np.inf

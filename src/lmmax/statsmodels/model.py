@@ -13,7 +13,7 @@ from statsmodels.base import model as base
 from statsmodels.base._penalties import Penalty
 
 from ..fit import Prepared, arrange, prepare
-from ..frames import DataError
+from ..frames import DataError, check_same_rows
 from ..inference.given_coefficients import GivenCovariance, given_covariance
 from ..results import Fit
 from . import arguments, estimation, formulas
@@ -92,6 +92,7 @@ class MixedLM(base.LikelihoodModel):
             )
             exog_vc = from_mapping(exog_vc)
         arguments.check_groups(groups)
+        check_same_rows({"exog": exog, "groups": groups, "exog_re": exog_re})
         arguments.check_spec(exog_vc)
         if missing == "drop":
             endog, exog, groups, exog_re, exog_vc = arguments.drop_rows(
