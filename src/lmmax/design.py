@@ -141,6 +141,8 @@ def build_design(
     for name, values in ((_WEIGHTS, weights), (_OFFSET, offset)):
         if values is not None:
             what = name.strip("()")
+            if name in frame:
+                raise DataError(f"a column named {name!r} does not go with {what}=: rename it")
             frame[name] = side_column(values, what, table, frame.index)
             labels[name] = values if isinstance(values, str) else what
     masks = missing_values(((labels.get(c, c), frame[c]) for c in map(str, frame)), frame.index)

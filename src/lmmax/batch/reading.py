@@ -132,6 +132,10 @@ def _specification(formula: Any, data: Any) -> tuple[ModelSpec, str]:
 def _placed(data: Any) -> Any:
     """Return the data with a response that no design explains; positions are the rows' labels."""
     table = as_table(data)
+    if PLACEHOLDER in table:
+        raise DataError(
+            f"data has a column named {PLACEHOLDER!r}, which stands for responses: rename it"
+        )
     if isinstance(table, pd.DataFrame):
         table = table.reset_index(drop=True)
     return with_column(table, PLACEHOLDER, np.random.default_rng(0).normal(size=n_rows(table)))

@@ -36,11 +36,35 @@ class VarianceParameters:
     bend: np.ndarray
 
 
+def apart(names: Sequence[str], taken: Sequence[str], terms: Sequence[str] = ()) -> list[str]:
+    """Return names that tell all parameters apart; those that do already stay as they are.
+
+    Two terms of a factor may have parameters of one name, and then bear the term's; a coefficient
+    may be called like a variance parameter, which then says what it belongs to.
+
+    Args:
+        names: of the variance parameters, ``"group: what"``, the residual's ``"sigma"`` or "scale".
+        taken: those of the coefficients.
+        terms: the random term of each of the names; the residual's may be missing.
+    """
+    own = list(names)
+    for i, term in enumerate(terms):
+        if names.count(names[i]) > 1:
+            own[i] = f"{term}: {names[i].split(': ', 1)[1]}"
+    used = set(taken)
+    for i, name in enumerate(own):
+        while own[i] in used:
+            own[i] += " (random)" if ": " in name else " (residual)"
+        used.add(own[i])
+    return own
+
+
 def natural_parameters(
     estimates: Estimates,
     terms: Sequence[TermColumns],
     effects: Sequence[str],
     groups: Sequence[str],
+    coefficients: Sequence[str] = (),
 ) -> VarianceParameters:
     """Return the natural parameters of a solved model.
 
@@ -49,6 +73,7 @@ def natural_parameters(
         terms: the random terms.
         effects: names of the effects, (q,).
         groups: names of the grouping factors.
+        coefficients: names of the coefficients, which no parameter must have.
     """
     q, scale = len(estimates.root), estimates.scale
     Psi = scale * estimates.D
@@ -56,6 +81,7 @@ def natural_parameters(
     own = {part.columns: part for part in estimates.constraints.structures}
     held = estimates.constraints.held
     names: list[str] = []
+    owners: list[str] = []
     values: list[float] = []
     slopes: list[np.ndarray] = []
     bends: list[tuple[np.ndarray, np.ndarray]] = []
@@ -70,6 +96,7 @@ def natural_parameters(
             labels, at, slope, bend = _structure(part, estimates, effects[here])
             first = len(names)
             names += [f"{group}: {label}" for label in labels]
+            owners += [term.label] * len(labels)
             values += at.tolist()
             whole, full = np.zeros((size, len(at) + 1)), np.zeros((size, len(at) + 1, len(at) + 1))
             positions = _entries(here)
@@ -84,6 +111,7 @@ def natural_parameters(
             row, column = here.start + int(i), here.start + int(j)
             kind = f"var({effects[row]})" if i == j else f"cov({effects[column]}, {effects[row]})"
             names.append(f"{group}: {kind}")
+            owners.append(term.label)
             values.append(float(Psi[row, column]))
             E = np.zeros(size)
             E[row * (row + 1) // 2 + column] = 1.0
@@ -98,7 +126,8 @@ def natural_parameters(
         if not estimates.constraints.scale_free:
             moved, part_bend = moved[:-1], part_bend[:, :-1, :-1]
         bend[:, moved[:, None], moved] += part_bend
-    return VarianceParameters(tuple(names), np.array(values), np.reshape(slopes, (k, size)).T, bend)
+    own_names = tuple(apart(names, coefficients, owners))
+    return VarianceParameters(own_names, np.array(values), np.reshape(slopes, (k, size)).T, bend)
 
 
 def _entries(here: slice) -> list[int]:
@@ -168,12 +197,14 @@ def theta_parameters(
     terms: Sequence[TermColumns],
     effects: Sequence[str],
     groups: Sequence[str],
+    coefficients: Sequence[str] = (),
 ) -> VarianceParameters:
     """Return theta and the scale as parameters; arguments as in :func:`natural_parameters`."""
     q, scale = len(estimates.root), estimates.scale
     own = {part.columns: part for part in estimates.constraints.structures}
     held = estimates.constraints.held
     names: list[str] = []
+    owners: list[str] = []
     parts: list[np.ndarray] = []
     blocks: list[tuple[TermColumns, np.ndarray | None, slice]] = []
     for term in terms:
@@ -194,6 +225,7 @@ def theta_parameters(
             )
         blocks.append((term, pattern, slice(len(names), len(names) + len(values))))
         names += [f"{groups[term.factor]}: theta({label})" for label in named]
+        owners += [term.label] * len(named)
         parts.append(values)
     if estimates.constraints.scale_free:
         names.append("scale")
@@ -216,7 +248,7 @@ def theta_parameters(
             bend[positions, at, -1] = bend[positions, -1, at] = D_slope
     if estimates.constraints.scale_free:
         slope[-1, -1] = 1.0
-    return VarianceParameters(tuple(names), values, slope, bend)
+    return VarianceParameters(tuple(apart(names, coefficients, owners)), values, slope, bend)
 
 
 def _triangle(
