@@ -52,6 +52,7 @@ from .frames import (
     unknown_column,
 )
 from .levels import as_categories, label_positions, positions
+from .splines import SPLINES, Spline
 from .terms import CodedTerms, Element, Term
 
 __all__ = [
@@ -229,6 +230,7 @@ class _Registry(ContrastsRegistry):  # type: ignore[misc]
 
 _FUNCTIONS: dict[str, Any] = {
     **TRANSFORMS,
+    **SPLINES,
     "contr": _Registry,
     **{
         name: getattr(np, name)
@@ -343,6 +345,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         self.levels: dict[str, pd.Index] = {} if levels is None else levels
         self._learning, self._whole = levels is None, whole
         self._widths: list[tuple[int, ...]] = []
+        self._centred: set[str] = set()
 
     def evaluate(self, factors: Iterable[Factor]) -> None:
         """Evaluate factors, which must come before the matrices they are part of."""
@@ -407,12 +410,37 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
 
     def matrix(self, part: Part) -> tuple[np.ndarray, Part]:
         """One part of the formula -> (n, columns) float64, and the part with what it learnt."""
-        # formulaic shares it between parts, but their contrasts may differ.
+        # formulaic shares it between parts, but their contrasts and splines may differ.
         self.encoded_cache.clear()
         self._widths.clear()
+        self._centred = self._centred_splines(part)
         with np.errstate(all="ignore"):
             built = self._build_model_matrix(part, drop_rows=())
         return built.__wrapped__, built.model_spec
+
+    def _centred_splines(self, part: Part) -> set[str]:
+        """The splines that must not span constants, because terms beside theirs do.
+
+        A term with a spline spans what it spans without it, if the spline has the constants: that
+        is one column too many where another term with the same numeric factors is there, such as
+        the intercept, or `f` beside `f:cr(x)`.
+        """
+        spline, category = (
+            {e for e, value in self.factor_cache.items() if isinstance(value.values, kind)}
+            for kind in (Spline, _Categories)
+        )
+        terms = [
+            [f.expr for f in term.factors if f.eval_method is not _LITERAL] for term in part.formula
+        ]
+        centred: set[str] = set()
+        whole = set(category)
+        for name in dict.fromkeys(name for term in terms for name in term if name in spline):
+            beside = [set(term) - whole for term in terms if name not in term]
+            if any(set(term) - {name} - whole in beside for term in terms if name in term):
+                centred.add(name)
+            else:
+                whole.add(name)
+        return centred
 
     def terms(self, part: Part) -> CodedTerms:
         """The terms of the part of which the matrix was made last, as it was learnt."""
@@ -498,6 +526,9 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         """A value with one row per row of data: numbers, columns of them, or known categories."""
         if isinstance(value, _Categories):
             return self._known(text, value)
+        if isinstance(value, Spline):
+            self._checked(text, value.either)
+            return FactorValues(value, kind="numerical", spans_intercept=False)
         for column in _columns(value):
             if np.ndim(column) != 1:
                 raise DataError(f"the term `{text}` gives one value, not one per row")
@@ -558,6 +589,12 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         reduced_rank: bool = False,
     ) -> dict[str, Any]:
         value = factor.values
+        if isinstance(value, Spline):
+            try:
+                columns = value.columns(factor.expr in self._centred)
+            except ValueError as error:
+                raise DataError(f"cannot evaluate the term `{factor.expr}`: {error}") from None
+            return {f"{factor.expr}[{field}]": column for field, column in columns.items()}
         if not isinstance(value, _Categories):
             return super()._encode_evaled_factor(factor, spec, drop_rows, reduced_rank)
         levels = list(value.values.categories)
@@ -603,6 +640,8 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
 
 def _columns(value: Any) -> list[Any]:
     """The columns of what an expression gave: one, or those of a spline basis."""
+    if isinstance(value, Spline):
+        return list(value.either.values())
     columns = as_columns(value)
     if not isinstance(columns, dict):
         return [columns]
