@@ -27,6 +27,7 @@ from .matrices import (
     Design,
     NewDesign,
     RandomBlock,
+    check_groups,
     check_response,
     check_unique,
     needed_offset,
@@ -129,15 +130,13 @@ def design_from_arrays(
     random = [
         RandomTerm(plain_names(term.effects), quote(term.name), term.covariance) for term in terms
     ]
-    groups = [
-        group_rows(term.name, [term.labels[rows]], [spec])
-        for spec, term in zip(random, terms, strict=True)
-    ]
+    groups = [group_rows(term.name, [term.labels[rows]]) for term in terms]
     blocks = []
     for i, (spec, term) in enumerate(zip(random, terms, strict=True)):
         own = np.array(term.Z[rows], order="F")
         structure, effects = _prepared(spec, term.effects), term.effects
         blocks.append(RandomBlock(spec, i, own, effects, structure, plain_terms(effects, own)))
+    check_groups([grouping for grouping, _ in groups], blocks)
     X = np.array(X[rows], order="F")
     return Design(
         spec=ModelSpec(quote(response), plain_names(names), tuple(random)),

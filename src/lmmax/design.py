@@ -43,6 +43,7 @@ from .matrices import (
     Design,
     NewDesign,
     RandomBlock,
+    check_groups,
     check_matrix,
     check_response,
     check_unique,
@@ -178,13 +179,11 @@ def build_design(
         group_rows(
             factor_name,
             [frame[name] for name in names],
-            [term for term in spec.random if spec.grouping_of(term) == i] if whole else None,
         )
-        for i, (names, factor_name) in enumerate(
-            zip(spec.group_columns, spec.factor_names, strict=True)
-        )
+        for names, factor_name in zip(spec.group_columns, spec.factor_names, strict=True)
     ]
     if whole:
+        check_groups([grouping for grouping, _ in groups], blocks)
         check_response(spec.response, y, index)
     used = {name for factor in factors for names in factor_names(factor) for name in names}
     return Design(
@@ -355,12 +354,20 @@ def _evaluate(
 
 def _prepared(term: RandomTerm, names: tuple[str, ...], encoder: Encoder) -> Covariance:
     """The covariance structure of a term, told about the order of its effects."""
-    factor, levels, ordered = "", None, False
+    told = Effects(names, None, False, str(term))
     found = encoder.one_factor(term.design)
     if found is not None and len(found[1].categories) == len(names):
-        factor, values = found
-        levels, ordered = tuple(values.categories), has_order(values)
-    return covariance(term.covariance).prepare(Effects(names, levels, ordered, str(term), factor))
+        factor, values, places = found
+        told = Effects(
+            names,
+            tuple(values.categories),
+            has_order(values),
+            str(term),
+            factor,
+            places,
+            declared=bool(values.ordered),
+        )
+    return covariance(term.covariance).prepare(told)
 
 
 def _shared(

@@ -82,10 +82,11 @@ _CONTRASTS: dict[str, type[Contrasts]] = {
 
 @dataclass(frozen=True, eq=False)
 class _Categories:
-    """A factor: its levels, and contrasts if the formula names them."""
+    """A factor: its levels, contrasts if the formula names them, and all levels it was given."""
 
     values: pd.Categorical
     contrasts: Contrasts | None = None
+    declared: pd.Index | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,15 @@ def _categorical(
             raise DataError(f"C(..., levels=...) lacks {listing(map(repr, lacking))}")
         values = values.set_categories(levels, ordered=True)
         values = values if unused else values.remove_unused_categories()
-    return _Categories(values, None if contrasts is None else as_contrasts(contrasts, "C()"))
+    declared = _declared(data) if levels is None else levels
+    coding = None if contrasts is None else as_contrasts(contrasts, "C()")
+    return _Categories(values, coding, declared)
+
+
+def _declared(data: Any) -> pd.Index | None:
+    """The categories of a categorical, with those that do not occur; None for other data."""
+    dtype = getattr(data, "dtype", None)
+    return dtype.categories if isinstance(dtype, pd.CategoricalDtype) else None
 
 
 def _log(x: Any, base: float | None = None) -> Any:
@@ -395,17 +404,21 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             raise DataError(f"{what} {factor.expr!r} must be one numeric column")
         return np.asarray(value, dtype=np.float64)
 
-    def one_factor(self, text: str) -> tuple[str, pd.Categorical] | None:
-        """The factor that a part of the formula consists of, `0 + f`, and its values.
+    def one_factor(self, text: str) -> tuple[str, pd.Categorical, tuple[int, ...] | None] | None:
+        """The factor that a part of the formula consists of, `0 + f`: expression, values, places.
 
-        None if there is an intercept or anything else beside it.
+        The places are those of its levels among all that were declared, None if none were.  None
+        altogether if there is an intercept or anything else beside it.
         """
         terms = parse_terms(text)
         if len(terms) == 1 and len(terms[0].factors) == 1:
             expression = terms[0].factors[0].expr
             value = self.factor_cache[expression].values
             if isinstance(value, _Categories):
-                return expression, value.values
+                places = None
+                if value.declared is not None:
+                    places = tuple(positions(value.declared, value.values.categories).tolist())
+                return expression, value.values, places
         return None
 
     def matrix(self, part: Part) -> tuple[np.ndarray, Part]:
@@ -551,7 +564,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             return series.to_numpy(np.float64)
         if is_label(series.dtype) and pd.api.types.infer_dtype(series) != "complex":
             values = as_categories(series, unused=not self._whole)
-            return self._known(text, _Categories(values))
+            return self._known(text, _Categories(values, declared=_declared(series)))
         dates = series.dtype.kind in "mM"
         hint = ": turn dates into numbers, for instance days since the first" if dates else ""
         raise DataError(f"{text!r} holds {series.dtype}, not numbers{hint}")

@@ -17,6 +17,7 @@ from .design import DataError, Design, RandomBlock, build_design, design_from_ar
 from .estimation import estimate
 from .formula import parse_formula
 from .frames import real_numbers
+from .one_group import check_lone_groups
 from .results import Fit
 from .spec import ModelSpec
 
@@ -446,6 +447,7 @@ def check_enough(
         terms = [term for term in terms if term.label not in held]
     elif held is not None:
         terms = []
+    check_lone_groups(arranged, design.groupings, terms, fix.get("scale") is None)
     if fix.get("scale") is not None or not terms:
         return
     for position, grouping in enumerate(design.groupings):

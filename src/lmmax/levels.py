@@ -237,18 +237,15 @@ def _texts(labels: pd.Index, quoted: bool) -> np.ndarray:
     return texts
 
 
-def group_rows(
-    name: str, columns: Sequence[pd.Series], terms: Iterable[Any] | None
-) -> tuple[Grouping, GroupKey]:
+def group_rows(name: str, columns: Sequence[pd.Series]) -> tuple[Grouping, GroupKey]:
     """Complete columns of labels -> grouping factor, and the key for new rows.
 
     Args:
         name: name of the grouping factor.
         columns: (n,) labels, one column for each part of its name.
-        terms: its random terms, for messages; None to take one group only, too.
 
     Raises:
-        DataError: if there is one group only.
+        DataError: for different levels of a combination that cannot be told apart as text.
     """
     parts = [as_categories(column) for column in columns]
     levels = tuple(part.categories for part in parts)
@@ -268,9 +265,4 @@ def group_rows(
         cells = pd.Index(found)
         digits = np.unravel_index(found, [len(labels) for labels in levels])
         names = _joined(name, levels, digits)
-    if len(names) < 2 and terms is not None:
-        raise DataError(
-            f"the grouping factor {name!r} has one level, {str(names[0])!r}: the variance "
-            f"of random effects cannot be estimated from one group; leave out {listing(terms)}"
-        )
     return Grouping(name, codes.astype(np.int64), names), GroupKey(levels, cells)

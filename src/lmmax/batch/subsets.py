@@ -27,6 +27,7 @@ from ..fit import (
 from ..formula import parse_formula
 from ..frames import Table, as_table, in_rows_of, plural, read_columns, unknown_column
 from ..levels import as_categories
+from ..matrices import lone_group
 from ..parameters import pack_triangle
 from ..results import Fit
 from ..solve import NEWTON_LIMIT, Status
@@ -188,12 +189,12 @@ def check_groups(design: Design) -> None:
     """Raise if a subset has no rows, or a grouping factor of it one level only."""
     if not len(design.y):
         raise DataError("this subset has no rows, or all of them have missing values")
-    for grouping in design.groupings:
-        if len(np.unique(grouping.codes)) < 2:
-            raise DataError(
-                f"the grouping factor {grouping.name!r} has one level in this subset, from which "
-                "no variance can be estimated"
-            )
+    grouping = lone_group(design.groupings, design.blocks)
+    if grouping is not None:
+        raise DataError(
+            f"the grouping factor {grouping.name!r} has one level in this subset, from which "
+            "no variance can be estimated"
+        )
 
 
 @dataclass(eq=False)
