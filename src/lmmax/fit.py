@@ -15,6 +15,7 @@ from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
 from .estimation import estimate, estimate_given, free_terms
 from .formula import parse_formula
+from .frames import real_numbers
 from .identifiability import Unidentified, check_residual, unidentified
 from .results import Fit
 from .spec import ModelSpec
@@ -351,7 +352,9 @@ def refit_response(fitted: Fit, y: Any) -> Fit:
             "or pass y.to_numpy() if its rows are in that order"
         )
     try:
-        y = np.asarray(y, dtype=float)
+        y = real_numbers(y, "y")
+    except DataError:
+        raise
     except (TypeError, ValueError):
         raise DataError("y must be numeric, one value for each row used in the fit") from None
     if y.shape != (fitted.nobs,):
@@ -498,6 +501,17 @@ def check_enough(
             "use fewer terms or more data"
         )
     free, scale = _free(terms, settings)
+    lone = [i for i, factor in enumerate(arranged.factors) if factor.n_groups == 1]
+    concerned = [term for term in free if term.factor in lone]
+    if concerned and _unidentified(design, arranged, terms, settings, reml=True) is not None:
+        grouping = design.groupings[concerned[0].factor]
+        raise DataError(
+            f"the grouping factor {grouping.name!r} has one level, {str(grouping.levels[0])!r}, "
+            "which does not tell the parameters of "
+            f"{' + '.join(term.label for term in concerned)} from each other and from the residual "
+            "variance: leave the term out, take a structure with fewer parameters, or fix some "
+            "with fix="
+        )
     if not scale or not free:
         return
     check_residual(arranged, free, settings.reml)
@@ -516,12 +530,22 @@ def unidentified_by_design(
     design: Design, arranged: Layout, terms: Sequence[TermColumns], settings: Settings
 ) -> Unidentified | None:
     """Return what designs cannot tell apart, whatever the response is; None if that is nothing."""
+    return _unidentified(design, arranged, terms, settings, settings.reml)
+
+
+def _unidentified(
+    design: Design,
+    arranged: Layout,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+    reml: bool,
+) -> Unidentified | None:
     effects = [""] * len(arranged.A)
     for term, block in zip(terms, design.blocks, strict=True):
         effects[term.columns] = block.names
     free, scale = _free(terms, settings)
     groups = [grouping.name for grouping in design.groupings]
-    return unidentified(arranged, free, effects, groups, reml=settings.reml, scale=scale)
+    return unidentified(arranged, free, effects, groups, reml=reml, scale=scale)
 
 
 def _check_response(design: Design, arranged: Layout, compressed: Compression) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .frames import DataError, listing, plural
-from .levels import Grouping, other_type
+from .frames import DataError, listing
+from .levels import Grouping, label_positions
 
 __all__ = ["semidefinite_root", "with_relationships"]
 
@@ -76,10 +76,15 @@ def _root(grouping: Grouping, matrix: Any) -> np.ndarray:
             f"{what} must be a pandas DataFrame whose index and columns are the levels, not "
             f"{type(matrix).__name__}: write pd.DataFrame(A, index=levels, columns=levels)"
         )
-    rows = _positions(grouping.levels, matrix.index, f"the index of {what}")
-    columns = _positions(grouping.levels, matrix.columns, f"the columns of {what}")
+    rows = label_positions(grouping.levels, matrix.index, f"the index of {what}", "")
+    columns = label_positions(grouping.levels, matrix.columns, f"the columns of {what}", "")
+    part = matrix.iloc[rows, columns]
+    if any(pd.api.types.is_complex_dtype(kind) for kind in part.dtypes):
+        raise DataError(
+            f"{what} holds complex numbers: pass the real part, np.real(A), if that is meant"
+        )
     try:
-        A = matrix.iloc[rows, columns].to_numpy(np.float64, na_value=np.nan)
+        A = part.to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError):
         raise DataError(f"{what} must be numeric") from None
     if not np.isfinite(A).all():
@@ -137,28 +142,6 @@ def semidefinite_root(A: np.ndarray) -> np.ndarray | None:
     root = np.zeros_like(A)
     root[np.ix_(pivots, pivots[:rank])] = np.tril(packed)[:, :rank]
     return root if np.abs(A - root @ root.T).max() <= _ROUNDING * size else None
-
-
-def _positions(levels: pd.Index, labels: pd.Index, where: str) -> np.ndarray:
-    """Where each level is among the labels, (m,)."""
-    repeated = labels[labels.duplicated()].unique()
-    if len(repeated):
-        raise DataError(f"{where} has labels more than once: {listing(map(repr, repeated), 5)}")
-    positions = labels.get_indexer(levels)
-    lacking = levels[positions < 0]
-    if len(lacking):
-        alike = other_type(labels, levels)
-        hint = (
-            f"; its labels are of another type ({alike!r}) than those of the data "
-            f"({next(iter(levels))!r}): convert them"
-            if alike is not None
-            else ""
-        )
-        raise DataError(
-            f"{where} lacks {plural(len(lacking), 'level')} of the data: "
-            f"{listing(map(repr, lacking), 5)}{hint}"
-        )
-    return positions
 
 
 def _pair(grouping: Grouping, i: Any, j: Any) -> str:

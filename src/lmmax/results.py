@@ -289,12 +289,16 @@ class Fit:
     @cached_property
     def natural_parameters(self) -> VarianceParameters:
         """Variances, covariances and scale that were estimated, by name, with derivatives."""
-        return natural_parameters(self.estimates, self.terms, self.effect_names, self.group_names)
+        return natural_parameters(
+            self.estimates, self.terms, self.effect_names, self.group_names, self.design.x_names
+        )
 
     @cached_property
     def theta_parameters(self) -> VarianceParameters:
         """The same for theta and the scale."""
-        return theta_parameters(self.estimates, self.terms, self.effect_names, self.group_names)
+        return theta_parameters(
+            self.estimates, self.terms, self.effect_names, self.group_names, self.design.x_names
+        )
 
     def conf_int(self, alpha: float = 0.05, ddf: str | None = None) -> pd.DataFrame:
         """Wald confidence limits of the coefficients, level ``1 - alpha``.

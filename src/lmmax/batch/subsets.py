@@ -25,8 +25,9 @@ from ..fit import (
     without_offset,
 )
 from ..formula import parse_formula
-from ..frames import Table, as_table, plural, read_columns, unknown_column
+from ..frames import Table, as_table, in_rows_of, plural, read_columns, unknown_column
 from ..levels import as_categories
+from ..matrices import lone_group
 from ..parameters import pack_triangle
 from ..results import Fit
 from ..solve import NEWTON_LIMIT, Status
@@ -109,16 +110,14 @@ def read_subsets(
             )
         if lacking.all():
             raise DataError(f"by={by!r} has missing values only")
+    for name in ("weights", "offset"):
+        options[name] = in_rows_of(options.get(name), name, table)
     # Rows keep their positions as labels, and get their own back.
     if isinstance(table, pd.DataFrame):
         labels: pd.Index = table.index
         table = table.reset_index(drop=True)
     else:
         labels = pd.RangeIndex(len(codes))
-    for name in ("weights", "offset"):
-        values = options.get(name)
-        if isinstance(values, pd.Series) and values.index.equals(labels):
-            options[name] = values.to_numpy()
     table, infinite = _made_finite(table, spec.response)
     design = build_design(spec, table, missing=missing, **options)
     design.y[np.isin(design.index, infinite)] = np.inf
@@ -192,12 +191,12 @@ def check_groups(design: Design) -> None:
     """Raise if a subset has no rows, or a grouping factor of it one level only."""
     if not len(design.y):
         raise DataError("this subset has no rows, or all of them have missing values")
-    for grouping in design.groupings:
-        if len(np.unique(grouping.codes)) < 2:
-            raise DataError(
-                f"the grouping factor {grouping.name!r} has one level in this subset, from which "
-                "no variance can be estimated"
-            )
+    grouping = lone_group(design.groupings, design.blocks)
+    if grouping is not None:
+        raise DataError(
+            f"the grouping factor {grouping.name!r} has one level in this subset, from which "
+            "no variance can be estimated"
+        )
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ from ..constraints import Settings
 from ..design import DataError, Design
 from ..fit import check_reml, prepare
 from ..frames import as_table, plural
+from ..matrices import lone_group
 from ..solve import Status
 from ..spec import ModelSpec
 from . import artifact
@@ -219,7 +220,7 @@ class SufficientStatistics:
         asked: tuple[Hypothesis, ...],
     ) -> Engine | None:
         """Return what fits the responses of a part; None if nothing can."""
-        if not part.n_obs or any(len(np.unique(g.codes)) < 2 for g in design.groupings):
+        if not part.n_obs or lone_group(design.groupings, design.blocks) is not None:
             return None
         lead = _lead(part)
         y = _around(part, slice(lead, lead + 1), rest)[0]

@@ -14,7 +14,7 @@ from ..constraints import Settings
 from ..design import DataError
 from ..fit import prepare
 from ..frames import plural
-from ..matrices import Design
+from ..matrices import Design, lone_group
 from ..solve import Status
 from .engines import Engine, PartialEngine, Record, as_identified, empty, engine_of, stacked
 from .reasons import failed, with_reasons
@@ -124,7 +124,7 @@ class Work:
         if len(rows) == 0:
             return None
         design = subset(self.design, rows, self.design.y[rows])
-        if any(len(np.unique(g.codes)) < 2 for g in design.groupings):
+        if lone_group(design.groupings, design.blocks) is not None:
             return None
         try:
             prepared = prepare(design, self.settings.engine, self.settings)

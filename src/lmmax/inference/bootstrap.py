@@ -17,6 +17,7 @@ from ..simulate import check_count, check_seed
 from ..solve import Status
 from .arguments import as_fit
 from .jackknife import JackknifeError, leave_out_groups
+from .parameters import apart
 from .resampling import parametric, residual
 
 if TYPE_CHECKING:
@@ -350,20 +351,24 @@ def _not_identified(fit: Fit, statistic: Statistic, observed: pd.Series) -> tupl
 def all_parameters(fit: Fit) -> Statistic:
     """Return the default statistic: coefficients, standard deviations, correlations, sigma."""
     names, effects = list(fit.design.x_names), fit.effect_names
+    places: list[tuple[int, int]] = []
+    own: list[str] = []
+    owners: list[str] = []
+    for term in fit.terms:
+        group = fit.group_names[term.factor]
+        columns = range(term.columns.start, term.columns.stop)
+        pairs = [(columns[i], columns[j]) for i, j in term.pairs]
+        places += [*((i, i) for i in columns), *pairs]
+        own += [f"{group}: sd({effects[i]})" for i in columns]
+        own += [f"{group}: cor({effects[j]}, {effects[i]})" for i, j in pairs]
+        owners += [term.label] * (len(columns) + len(pairs))
+    own = apart([*own, "sigma"], names, owners)
 
     def parameters(b: BatchEstimates) -> dict[str, np.ndarray]:
-        found = {name: b.params[..., j] for j, name in enumerate(names)}
         sd, corr = b.sd, b.corr
-        for term in fit.terms:
-            group = fit.group_names[term.factor]
-            columns = range(term.columns.start, term.columns.stop)
-            for i in columns:
-                found[f"{group}: sd({effects[i]})"] = sd[..., i]
-            for i, j in term.pairs:
-                i, j = columns[i], columns[j]
-                found[f"{group}: cor({effects[j]}, {effects[i]})"] = corr[..., i, j]
-        found["sigma"] = b.sigma
-        return found
+        found = [sd[..., i] if i == j else corr[..., i, j] for i, j in places]
+        values = [b.params[..., j] for j in range(len(names))] + [*found, b.sigma]
+        return dict(zip([*names, *own], values, strict=True))
 
     return parameters
 

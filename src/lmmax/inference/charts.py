@@ -18,6 +18,7 @@ from ..covariances import slopes, values_at
 from ..parameters import lower_from_root
 from ..solve import Structured
 from .held import Chart, Held
+from .parameters import apart
 
 if TYPE_CHECKING:
     from ..results import Fit
@@ -140,17 +141,14 @@ class Charts:
         # In the order of the model's terms; two terms of a factor may have parameters of one name.
         found.sort(key=lambda pair: self._position(pair[1]))
         names = [parameter.name for _, parameter in found]
-        for label, parameter in found:
-            if names.count(parameter.name) > 1:
-                short = parameter.name.split(": ", 1)[1]
-                yield replace(parameter, name=f"{label}: {short}")
-            else:
-                yield parameter
+        names = apart([*names, "sigma"], self.fit.design.x_names, [label for label, _ in found])
+        for name, (_, parameter) in zip(names, found, strict=False):
+            yield replace(parameter, name=name)
         if self.constraints.scale_free:
             error = self.fit.scale_se / (2.0 * self.sigma)
             step = 2.0 * error / self.sigma if np.isfinite(error) else 0.5
             yield Parameter(
-                "sigma",
+                names[-1],
                 "sigma",
                 self.sigma,
                 self.origin,

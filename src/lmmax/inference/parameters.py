@@ -64,11 +64,35 @@ class VarianceParameters:
     steady: Steady
 
 
+def apart(names: Sequence[str], taken: Sequence[str], terms: Sequence[str] = ()) -> list[str]:
+    """Return names that tell all parameters apart; those that do already stay as they are.
+
+    Two terms of a factor may have parameters of one name, and then bear the term's; a coefficient
+    may be called like a variance parameter, which then says what it belongs to.
+
+    Args:
+        names: of the variance parameters, ``"group: what"``, the residual's ``"sigma"`` or "scale".
+        taken: those of the coefficients.
+        terms: the random term of each of the names; the residual's may be missing.
+    """
+    own = list(names)
+    for i, term in enumerate(terms):
+        if names.count(names[i]) > 1:
+            own[i] = f"{term}: {names[i].split(': ', 1)[1]}"
+    used = set(taken)
+    for i, name in enumerate(own):
+        while own[i] in used:
+            own[i] += " (random)" if ": " in name else " (residual)"
+        used.add(own[i])
+    return own
+
+
 def natural_parameters(
     estimates: Estimates,
     terms: Sequence[TermColumns],
     effects: Sequence[str],
     groups: Sequence[str],
+    coefficients: Sequence[str] = (),
 ) -> VarianceParameters:
     """Return the natural parameters of a solved model.
 
@@ -77,10 +101,12 @@ def natural_parameters(
         terms: the random terms.
         effects: names of the effects, (q,).
         groups: names of the grouping factors.
+        coefficients: names of the coefficients, which no parameter must have.
     """
     Psi = estimates.scale * estimates.D
     own = {part.columns: part for part in estimates.constraints.structures}
     parts: list[_Part] = []
+    owners: list[str] = []
     for term in terms:
         here, group = term.columns, groups[term.factor]
         if estimates.constraints.held[here.start, here.start] > 0.0:
@@ -92,7 +118,8 @@ def natural_parameters(
         else:
             found = _free(estimates, term, Psi[here, here], labels)
         parts.append(found._replace(names=[f"{group}: {name}" for name in found.names]))
-    return _together(estimates, parts)
+        owners += [term.label] * len(found.names)
+    return _together(estimates, parts, owners, coefficients)
 
 
 class _Part(NamedTuple):
@@ -127,8 +154,20 @@ class _Part(NamedTuple):
     back: np.ndarray
 
 
-def _together(estimates: Estimates, parts: Sequence[_Part]) -> VarianceParameters:
-    """Put the parameters of all terms side by side, and the scale behind them."""
+def _together(
+    estimates: Estimates,
+    parts: Sequence[_Part],
+    owners: Sequence[str],
+    coefficients: Sequence[str],
+) -> VarianceParameters:
+    """Put the parameters of all terms side by side, and the scale behind them.
+
+    Args:
+        estimates: the solved model.
+        parts: the parameters, term by term.
+        owners: the term that each of them belongs to.
+        coefficients: names that are taken.
+    """
     q, scale = len(estimates.root), estimates.scale
     free = estimates.constraints.scale_free
     size = q * (q + 1) // 2 + 1
@@ -162,7 +201,11 @@ def _together(estimates: Estimates, parts: Sequence[_Part]) -> VarianceParameter
             bend[here, -1, -1] = part.twice
             steady_bend[here, -1, -1] = scale**2 * _congruent(A, part.twice)
     return VarianceParameters(
-        tuple(names), values, slope, bend, Steady(steady_slope, steady_bend, forward, back)
+        tuple(apart(names, coefficients, owners)),
+        values,
+        slope,
+        bend,
+        Steady(steady_slope, steady_bend, forward, back),
     )
 
 
@@ -382,10 +425,12 @@ def theta_parameters(
     terms: Sequence[TermColumns],
     effects: Sequence[str],
     groups: Sequence[str],
+    coefficients: Sequence[str] = (),
 ) -> VarianceParameters:
     """Return theta and the scale as parameters; arguments as in :func:`natural_parameters`."""
     own = {part.columns: part for part in estimates.constraints.structures}
     parts: list[_Part] = []
+    owners: list[str] = []
     for term in terms:
         here, group = term.columns, groups[term.factor]
         if estimates.constraints.held[here.start, here.start] > 0.0:
@@ -404,7 +449,8 @@ def theta_parameters(
             ]
             found = _of_factor(estimates, term, pattern)
         parts.append(found._replace(names=[f"{group}: theta({name})" for name in named]))
-    return _together(estimates, parts)
+        owners += [term.label] * len(named)
+    return _together(estimates, parts, owners, coefficients)
 
 
 def _of_theta(

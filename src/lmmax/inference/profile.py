@@ -419,9 +419,13 @@ class Walk:
                 labels.append(parameter.name)
                 zeta = sign * point.zeta if point.zeta > 0.0 else 0.0
                 rows.append([values[every.index(parameter)], zeta, rise, *values])
-        columns = ["value", "zeta", "deviance", *(parameter.name for parameter in every)]
+        own = ["parameter", "value", "zeta", "deviance"]
+        names = [parameter.name for parameter in every]
+        # A coefficient may be called as one of the table's own columns is.
+        names = [f"{name} (coefficient)" if name in own else name for name in names]
+        columns = [*own[1:], *names]
         frame = pd.DataFrame(np.reshape(rows, (len(rows), len(columns))), columns=columns)
-        frame.insert(0, "parameter", labels)
+        frame.insert(0, own[0], labels)
         return frame
 
 

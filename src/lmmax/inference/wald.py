@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..compress.columns import Dependence
+from ..frames import DataError, real_numbers
 from ..predict import predict
 from .denominator import (
     AdjustmentWarning,
@@ -205,8 +206,11 @@ def linear_hypotheses(
         r = np.array([value for _, _, value in found])
     else:
         matrix, target = hypothesis if isinstance(hypothesis, tuple) else (hypothesis, 0.0)
+        matrix = _by_coefficient(matrix, names)
         try:
-            R = np.atleast_2d(np.asarray(matrix, dtype=float))
+            R = np.atleast_2d(real_numbers(matrix, "a hypothesis matrix"))
+        except DataError as error:
+            raise HypothesisError(str(error)) from None
         except (TypeError, ValueError) as error:
             raise HypothesisError(
                 f"a hypothesis is text such as '{names[-1]} = 0', a matrix of numbers with a "
@@ -239,6 +243,31 @@ def linear_hypotheses(
             "no hypothesis about it can be tested"
         )
     return R, np.asarray(r), labels
+
+
+def _by_coefficient(matrix: Any, names: list[str]) -> Any:
+    """Return a hypothesis matrix without labels, its columns in the order of the coefficients.
+
+    Args:
+        matrix: a frame with a column for each coefficient, or a series with a value for each, in
+            any order; or what has no such labels.
+        names: the coefficients.
+    """
+    if isinstance(matrix, pd.Series):
+        labels, values = matrix.index, matrix.to_numpy()
+    elif isinstance(matrix, pd.DataFrame):
+        labels, values = matrix.columns, matrix.to_numpy()
+    else:
+        return matrix
+    if isinstance(labels, pd.RangeIndex) or len(labels) != len(names):
+        return values
+    found = pd.Index([str(label) for label in labels])
+    if not found.is_unique or set(found) != set(names):
+        raise HypothesisError(
+            f"the labels of a hypothesis matrix must be the coefficients {', '.join(names)}, not "
+            f"{', '.join(found)}; pass to_numpy() if the columns are in their order"
+        )
+    return values[..., found.get_indexer(pd.Index(names))]
 
 
 def _read(text: str, names: list[str]) -> list[tuple[str, np.ndarray, float]]:

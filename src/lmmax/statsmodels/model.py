@@ -14,7 +14,7 @@ from statsmodels.base._penalties import Penalty
 
 from ..compress.columns import Dependence
 from ..fit import Prepared, RankWarning, arrange, prepare
-from ..frames import DataError, plural
+from ..frames import DataError, check_same_rows, plural
 from ..inference.given_coefficients import GivenCovariance, given_covariance
 from ..results import Fit
 from . import arguments, estimation, formulas
@@ -93,6 +93,7 @@ class MixedLM(base.LikelihoodModel):
             )
             exog_vc = from_mapping(exog_vc)
         arguments.check_groups(groups)
+        check_same_rows({"exog": exog, "groups": groups, "exog_re": exog_re})
         arguments.check_spec(exog_vc)
         if missing == "drop":
             endog, exog, groups, exog_re, exog_vc = arguments.drop_rows(
