@@ -20,7 +20,7 @@ from .compilation import Compiled
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .compress.iterative import Rows
-from .constraints import Settings, TermColumns, read_constraints
+from .constraints import Guess, Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
 from .likelihood import Problem
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
@@ -225,7 +225,10 @@ class Estimates:
 
 
 def estimate(
-    compression: Compression, terms: Sequence[TermColumns], settings: Settings
+    compression: Compression,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+    at: Guess | None = None,
 ) -> Estimates:
     """Solve a compressed model.
 
@@ -233,6 +236,8 @@ def estimate(
         compression: sufficient statistics.
         terms: the random terms' places among the columns.
         settings: how to estimate.
+        at: where an earlier solve ended, in the working coordinates of these statistics; the search
+            goes on from there.
 
     Raises:
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
@@ -255,8 +260,12 @@ def estimate(
     if solver == "auto":
         solver = "newton" if len(z_inverse) <= NEWTON_LIMIT else "lbfgs"
 
+    # EM moves what is in the root; of a model with structures only it has nothing to move.
+    em_steps = settings.em_steps if constraints.rooted.any() and at is None else 0
     D, s, theta = guess.D, guess.s, guess.theta
-    if D is None:
+    if at is not None:
+        D, s, theta = at.D, at.s, at.theta
+    elif D is None:
         D = np.diag(compression.start) * constraints.blocks
     else:
         # A start is a hint: from absurdly large variances rounding hides the way down.
@@ -264,8 +273,6 @@ def estimate(
     others: list[np.ndarray] = []
     if theta is None:
         theta, *others = theta_starts(constraints, z_inverse, compression.start)
-    # EM moves what is in the root; of a model with structures only it has nothing to move.
-    em_steps = settings.em_steps if constraints.rooted.any() else 0
     solution = _solve(problem, constraints, settings, solver, em_steps, D, s, theta)
     for other in others:
         # A structure may have several maxima.

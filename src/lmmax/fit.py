@@ -14,7 +14,7 @@ from .compress import Compression, FactorColumns, Layout, compress, layout
 from .compress.rows import orthonormalise
 from .constraints import Settings, TermColumns, directions
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
-from .estimation import estimate
+from .far_apart import estimate_closely
 from .formula import parse_formula
 from .results import Fit
 from .spec import ModelSpec
@@ -383,7 +383,8 @@ def _solve(
     depth: int = 4,
 ) -> Fit:
     # `depth`: how far up the stack the user's call is, for the warning.
-    estimates = estimate(compressed, terms, settings)
+    y = without_offset(design)
+    arranged, compressed, estimates = estimate_closely(y, arranged, compressed, terms, settings)
     result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
     if verbose:
         print(result.convergence.history.to_string())
