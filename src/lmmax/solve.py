@@ -502,6 +502,9 @@ def advance(
     old = state.point
     first = state.evaluations == 0
     slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
+    # That of D's entries counts where large ones hide a direction of small variance.
+    whole = unpack_symmetric(old.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
+    slack = slack + eps * jnp.sum(jnp.abs(whole * old.D))
     gain = old.at.value - new.at.value
     finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
     accept, damping = judge(gain, state.predicted, state.damping, slack, finite, first)
