@@ -401,7 +401,7 @@ def _solve(
 
 def tolerance(problem: Problem) -> float:
     """Return the default tolerance: a tenth of a millionth of a standard error, or less."""
-    return TOLERANCE_CROSSED if problem.effect_shapes else TOLERANCE
+    return TOLERANCE_CROSSED if problem.costly else TOLERANCE
 
 
 def group_noise(problem: Problem) -> np.ndarray:
@@ -484,6 +484,8 @@ def free_terms(
 
 def _is_interior(D: Any, noise: np.ndarray) -> bool:
     """Return whether no direction of the random effects is at the boundary."""
+    if not np.all(np.isfinite(D)):
+        return True  # nor anywhere else
     return bool(np.linalg.eigvalsh(D / np.outer(noise, noise))[0] > BOUNDARY**2)
 
 

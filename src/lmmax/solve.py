@@ -608,11 +608,20 @@ def lbfgs(
         at = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), s)
         return objective(S, logdet, at, d, reml)
 
-    def expected(_: Array, D: Array) -> Array:
+    def expected(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        D, last = carry
         gradient = symmetrize(jax.grad(value_of)(D))
-        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks)
+        # With effects far apart, rounding may leave D's small variances negative.
+        D, gradient = jax.tree.map(
+            lambda x, y: jnp.where(jnp.all(jnp.isfinite(gradient)), x, y),
+            (D, gradient),
+            (last, jnp.zeros_like(gradient)),
+        )
+        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks), D
 
-    D = lax.fori_loop(0, options.em_steps, expected, D * jnp.outer(rooted, rooted))
+    D = D * jnp.outer(rooted, rooted)
+    D, last = lax.fori_loop(0, options.em_steps, expected, (D, D))
+    D = jnp.where(jnp.isfinite(value_of(D)), D, last)
     L, pivots = ldl(D)
     start = jnp.concatenate([s[None], pack_triangle(L * jnp.sqrt(pivots)[None, :]), theta])
     method = optax.lbfgs(memory_size=20)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..compress import Compression
-from ..compress.crossed import Skeleton
+from ..compress.crossed import Outside, Skeleton
 from ..compress.layout import Layout
 from ..compress.nested import Tree
 from ..compress.rows import orthonormalise, project_out
@@ -60,6 +60,7 @@ class SharedFactors:
             front of them, in nested models, of the coarser levels, (w, n).
         outer: first row of each group of the next level, and their places, of a nested model.
         tail: transposed columns of the tail, a sparse matrix (N, n), of a crossed model.
+        outside: what the head leaves of tail and X, of a crossed model with effects far apart.
     """
 
     problem: NestedProblem | CrossedProblem
@@ -73,6 +74,7 @@ class SharedFactors:
     columns: np.ndarray
     outer: tuple[np.ndarray, np.ndarray] | None
     tail: Any
+    outside: Outside | None = None
 
     @property
     def n_fixed(self) -> int:
@@ -82,7 +84,9 @@ class SharedFactors:
     @property
     def varying(self) -> tuple[str, ...]:
         """Names of the fields in which the problems of responses differ."""
-        return ("Y", "C") if isinstance(self.problem, NestedProblem) else ("Y", "C_cross", "C")
+        if isinstance(self.problem, NestedProblem):
+            return ("Y", "C")
+        return ("Y", "C_cross", "C") if self.outside is None else ("Y", "outside_y")
 
     @property
     def numbers(self) -> int:
@@ -98,7 +102,7 @@ def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
         compression: what they were compressed to with some response.
     """
     problem, detail = compression.problem, compression.detail
-    outer = tail = None
+    outer = tail = outside = None
     if isinstance(detail, Tree):
         head: int | None = layout.chain[0]
         rank = np.empty(len(detail.levels[0]), dtype=np.int64)
@@ -116,7 +120,7 @@ def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
         assert isinstance(detail, Skeleton)  # the engine is "crossed"
         head, order, starts, sizes = detail.head, detail.order, detail.starts, detail.sizes
         others = ()
-        tail = _tail(layout, detail)
+        tail, outside = _tail(layout, detail), detail.outside
         problem, place = _trimmed(problem), np.arange(len(sizes))
     root = None if layout.weights is None else np.sqrt(layout.weights[order])
     Q = np.zeros((0, len(order))) if head is None else layout.random_columns(head, order)
@@ -129,7 +133,7 @@ def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
         orthonormalise(Q, starts, sizes)
         project_out(Q, columns, starts, sizes)
     return SharedFactors(
-        problem, layout, order, root, Q, starts, sizes, place, columns, outer, tail
+        problem, layout, order, root, Q, starts, sizes, place, columns, outer, tail, outside
     )
 
 
@@ -203,12 +207,23 @@ def _rounded(groups: int) -> int:
     return -(-groups // step) * step
 
 
-def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
-    """Compress responses given by row, their offset removed, (n, nobs)."""
+def project(
+    shared: SharedFactors, y: np.ndarray, center: np.ndarray | None = None
+) -> FactorResponses:
+    """Compress responses given by row, their offset removed, (n, nobs).
+
+    Args:
+        shared: what they share.
+        y: the responses.
+        center: coefficients (working coordinates) to take out of them, (n, p); None for those of
+            least squares.
+    """
     layout, p = shared.layout, shared.n_fixed
     problem: Any = shared.problem
     weighted = y if layout.weights is None else y * layout.weights
-    origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
+    origin = center
+    if origin is None:
+        origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
     squares = np.maximum(np.einsum("ni,ni->n", weighted, y), np.finfo(float).tiny)
     n = len(y)
     nested = isinstance(problem, NestedProblem)
@@ -226,6 +241,9 @@ def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
         parts["Y"][lanes, :, -1][:, :, shared.place] = inside
         if nested:
             _fill_nested(shared, parts["C"][lanes], data)
+        elif shared.outside is not None:
+            found, k = shared.outside.of(data), len(shared.outside.R)
+            parts["outside_y"][lanes, : k + 1] = found
         else:
             parts["C_cross"][lanes, :, -1] = (shared.tail @ data.T).T
             C = parts["C"][lanes]
@@ -233,6 +251,9 @@ def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
             C[:, -1, -1] = np.einsum("ni,ni->n", data, data)
     y_scale = np.sqrt(np.where(total > 0.0, total, 1.0))
     for name, part in parts.items():
+        if name == "outside_y":
+            part /= y_scale[:, None]
+            continue
         unit = y_scale.reshape(-1, *[1] * (part.ndim - 2))
         part[:, :, -1] /= unit
         if name == "C":

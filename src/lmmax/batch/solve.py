@@ -470,7 +470,7 @@ def chunk_size(lanes: Lanes) -> int:
         numbers *= 1 + k * (k + 1) // 2
     elif isinstance(problem, CrossedProblem):
         # One at a time: only what goes back and forth counts.
-        numbers = math.prod(problem.Y.shape[1:]) + math.prod(problem.C_cross.shape[1:])
+        numbers = sum(math.prod(getattr(problem, name).shape[1:]) for name in lanes.varying)
     else:
         q, width, m = np.shape(problem.Y)[-3:]
         numbers = q * (q + width) * m

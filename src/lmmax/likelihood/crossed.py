@@ -119,6 +119,11 @@ class CrossedProblem(Problem):
         return tuple(slice(*block) for block in self.blocks)
 
     @property
+    def costly(self) -> bool:
+        """See :class:`Problem`."""
+        return self.outside is None
+
+    @property
     def effect_shapes(self) -> tuple[tuple[int, int], ...]:
         """Effects and groups of the head, if any, and of each factor of the tail."""
         head = ((self.U.shape[0], self.U.shape[2]),) if self.U.shape[0] else ()
@@ -280,7 +285,7 @@ def evaluate(problem: CrossedProblem, D: Array) -> Posterior:
         inverse = inverse_lower(factor)
         M = gram_lower(inverse)
         P = inverse.T @ R_cross
-        S = R.T @ R + problem.C
+        S = R.T @ R
     eye = jnp.eye(len(D), dtype=D.dtype)
     return Posterior(
         head_P=head_P,
@@ -311,7 +316,8 @@ def _triangularise(problem: CrossedProblem, head: _Head, root: Array) -> tuple[A
     head_Y = jnp.swapaxes(head.Y, 1, 2).reshape(-1, head.Y.shape[1])
     whole = jnp.concatenate([rows, jnp.concatenate([head_Y, beside])], axis=1)
     prior = jnp.eye(n, whole.shape[1], dtype=whole.dtype)
-    R = jnp.linalg.qr(jnp.concatenate([whole, prior]), mode="r")
+    padding = jnp.pad(jnp.asarray(problem.C), ((0, 0), (n, 0)))  # its own root: ones and zeros
+    R = jnp.linalg.qr(jnp.concatenate([whole, prior, padding]), mode="r")
     return R[:n, :n].T, R[:n, n:], R[n:, n:]
 
 
@@ -335,7 +341,7 @@ def reduce(problem: CrossedProblem, D: Array) -> tuple[Array, Array]:
         head = _whiten_head(problem, D)
         factor, _, R = _triangularise(problem, head, unit * jnp.sqrt(pivots)[None, :])
         logdet = head.logdet + 2.0 * jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor))))
-        return R.T @ R + problem.C, logdet
+        return R.T @ R, logdet
     S_tail, S_cross, S, logdet, *_ = _eliminate_head(problem, D)
     S_tail = _both_levels(problem, S_tail, True)
     S_cross = _over_levels(problem, S_cross, True)
