@@ -16,7 +16,7 @@ and are known better once the model has been solved:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,9 @@ FAR = 1e-3
 least-squares residuals: elsewhere no more than three digits are at stake."""
 ALIGNED = 1e-3
 """Axes are far from those of D if its correlations have an eigenvalue below this."""
+OFF_CENTER = 1e4
+"""What fixed effects may explain, in residual variances per observation, before digits of what is
+left are worth another centre."""
 LOOKS = 3
 """Most times that coordinates are chosen anew."""
 
@@ -66,26 +69,53 @@ def estimate_closely(
     """
     found = Closer(layout, compression, estimate(compression, terms, settings))
     for _ in range(LOOKS):
-        if not _is_far(found, terms):
+        if not _is_unclear(found, terms):
             break
         found = _closer(y, found, terms, settings)
     return found
 
 
-def _is_far(found: Closer, terms: Sequence[TermColumns]) -> bool:
+def _is_unclear(found: Closer, terms: Sequence[TermColumns]) -> bool:
     """Return whether other coordinates would show more digits."""
     compression, estimates = found.compression, found.estimates
-    s = float(estimates.solution.point.s)
-    if isinstance(compression.detail, Rows) or not np.isfinite(s):
+    point, n_obs = estimates.solution.point, float(compression.problem.n_obs)
+    if isinstance(compression.detail, Rows) or not is_far(point.s, n_obs):
         return False
-    if np.exp(s) * float(compression.problem.n_obs) > FAR:
-        return False
-    detail = compression.detail
-    if isinstance(detail, Skeleton) and detail.outside is None and rotates(found.layout, detail):
+    if needs_rows(found.layout, compression):
         return True
     if estimates.status is Status.UNBOUNDED:
         return False
-    return estimates.status is not Status.CONVERGED or not _is_aligned(found, terms)
+    return (
+        estimates.status is not Status.CONVERGED
+        or is_off_center(point.s, point.at.beta, point.at.beta_inverse, n_obs)
+        or not _is_aligned(found, terms)
+    )
+
+
+def is_far(s: Any, n_obs: float) -> Any:
+    """Return whether effects are far larger than the residual, from the logarithms of scales."""
+    return np.isfinite(s) & (np.exp(s) * n_obs <= FAR)
+
+
+def needs_rows(layout: Layout, compression: Compression) -> bool:
+    """Return whether a model's statistics are cross-products where rows could be kept."""
+    detail = compression.detail
+    return isinstance(detail, Skeleton) and detail.outside is None and rotates(layout, detail)
+
+
+def is_off_center(s: Any, beta: Any, beta_inverse: Any, n_obs: float) -> bool:
+    """Return whether fixed effects explain far more of y around its centre than is left.
+
+    Args:
+        s: logarithm of the scale.
+        beta: coefficients around the centre, (p,).
+        beta_inverse: ``(X'V^-1 X)^-1``, (p, p).
+        n_obs: number of observations.
+    """
+    if not np.all(np.isfinite(beta_inverse)):
+        return False
+    explained = beta @ np.linalg.lstsq(np.asarray(beta_inverse), np.asarray(beta))[0]
+    return bool(explained * np.exp(-s) > OFF_CENTER * n_obs)
 
 
 def _is_aligned(found: Closer, terms: Sequence[TermColumns]) -> bool:

@@ -8,11 +8,12 @@ is centred, scaled and projected as one of its own would be.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..compress import Compression
+from ..compress import Compression, compress
 from ..compress.crossed import Outside, Skeleton
 from ..compress.layout import Layout
 from ..compress.nested import Tree
@@ -60,7 +61,7 @@ class SharedFactors:
             front of them, in nested models, of the coarser levels, (w, n).
         outer: first row of each group of the next level, and their places, of a nested model.
         tail: transposed columns of the tail, a sparse matrix (N, n), of a crossed model.
-        outside: what the head leaves of tail and X, of a crossed model with effects far apart.
+        compression: what the designs were compressed to with some response.
     """
 
     problem: NestedProblem | CrossedProblem
@@ -74,7 +75,20 @@ class SharedFactors:
     columns: np.ndarray
     outer: tuple[np.ndarray, np.ndarray] | None
     tail: Any
-    outside: Outside | None = None
+    compression: Compression
+
+    @property
+    def outside(self) -> Outside | None:
+        """Rows of what the head leaves of tail and X, where a crossed model holds them."""
+        detail = self.compression.detail
+        return detail.outside if isinstance(detail, Skeleton) else None
+
+    @cached_property
+    def closer(self) -> SharedFactors:
+        """The same for responses whose effects are far larger than the residual."""
+        y = np.zeros(self.layout.n_obs - self.layout.n_zero)
+        known = compress(y, self.layout, earlier=self.compression, far_apart=True)
+        return self if self.outside is not None else shared_factors(self.layout, known)
 
     @property
     def n_fixed(self) -> int:
@@ -102,7 +116,7 @@ def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
         compression: what they were compressed to with some response.
     """
     problem, detail = compression.problem, compression.detail
-    outer = tail = outside = None
+    outer = tail = None
     if isinstance(detail, Tree):
         head: int | None = layout.chain[0]
         rank = np.empty(len(detail.levels[0]), dtype=np.int64)
@@ -120,7 +134,7 @@ def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
         assert isinstance(detail, Skeleton)  # the engine is "crossed"
         head, order, starts, sizes = detail.head, detail.order, detail.starts, detail.sizes
         others = ()
-        tail, outside = _tail(layout, detail), detail.outside
+        tail = _tail(layout, detail)
         problem, place = _trimmed(problem), np.arange(len(sizes))
     root = None if layout.weights is None else np.sqrt(layout.weights[order])
     Q = np.zeros((0, len(order))) if head is None else layout.random_columns(head, order)
@@ -133,7 +147,7 @@ def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
         orthonormalise(Q, starts, sizes)
         project_out(Q, columns, starts, sizes)
     return SharedFactors(
-        problem, layout, order, root, Q, starts, sizes, place, columns, outer, tail, outside
+        problem, layout, order, root, Q, starts, sizes, place, columns, outer, tail, compression
     )
 
 

@@ -150,6 +150,10 @@ class Ends(NamedTuple):
     status: Any
     steps: Any
 
+    def take(self, lanes: np.ndarray) -> Ends:
+        """Return some of the ends."""
+        return Ends(*(part[lanes] for part in self))
+
     def replaced(self, lanes: np.ndarray, new: Ends) -> None:
         """Put the ends of some lanes, of another solve, in their place."""
         for mine, part in zip(self, new, strict=True):

@@ -312,7 +312,9 @@ def _triangularise(problem: CrossedProblem, head: _Head, root: Array) -> tuple[A
     n = sum(tail.effects * tail.levels for tail in problem.tails)
     rows = jnp.concatenate([head.cells.dense(), jnp.pad(outside[:, :n], ((0, 1), (0, 0)))])
     rows = _over_effects(problem, root.T, _over_levels(problem, rows.T, True)).T
-    beside = jnp.concatenate([jnp.pad(outside[:, n:], ((0, 1), (0, 0))), outside_y[:, None]], axis=1)
+    beside = jnp.concatenate(
+        [jnp.pad(outside[:, n:], ((0, 1), (0, 0))), outside_y[:, None]], axis=1
+    )
     head_Y = jnp.swapaxes(head.Y, 1, 2).reshape(-1, head.Y.shape[1])
     whole = jnp.concatenate([rows, jnp.concatenate([head_Y, beside])], axis=1)
     prior = jnp.eye(n, whole.shape[1], dtype=whole.dtype)
