@@ -4,8 +4,8 @@ The working coordinates of :mod:`lmmax.compress` are chosen before anything is e
 effects are r times as large as the residual, three things in them cost up to ``r^2`` of the digits,
 and are known better once the model has been solved:
 
-- the centre of y: residuals of least squares are as large as the effects, and what the fixed effects
-  explain beyond them is a small difference.  Around the coefficients found it is none;
+- the centre of y: residuals of least squares are as large as the effects, and what the fixed
+  effects explain beyond them is a small difference.  Around the coefficients found it is none;
 - the axes of the random effects: where a few combinations vary far more than others, such as the
   mean of the cells in ``(0 + f | g)``, each entry of D is as large as the largest variance, and the
   small ones are differences.  Along the axes of the D found they stand on the diagonal;
@@ -26,7 +26,7 @@ from .compress.iterative import Rows
 from .compress.layout import turned
 from .constraints import Guess, Settings, TermColumns
 from .estimation import Estimates, estimate
-from .solve import Status
+from .solve import Constraints, Status
 
 FAR = 1e-3
 """Effects are far apart if the residual variance is less than this part of the mean square of the
@@ -88,11 +88,37 @@ def _is_unclear(found: Closer, terms: Sequence[TermColumns]) -> bool:
     return (
         estimates.status is not Status.CONVERGED
         or is_off_center(point.s, point.at.beta, point.at.beta_inverse, n_obs)
-        or not _is_aligned(found, terms)
+        or not _is_aligned(np.asarray(point.D), estimates.constraints, terms)
     )
 
 
-def is_far(s: Any, n_obs: float) -> Any:
+def unclear_lanes(
+    ends: Any, constraints: Constraints, terms: Sequence[TermColumns], n_obs: np.ndarray
+) -> np.ndarray:
+    """Return the lanes that other coordinates would show more digits of.
+
+    Args:
+        ends: where the lanes ended, a :class:`lmmax.batch.solve.Ends`.
+        constraints: what was free.
+        terms: the random terms.
+        n_obs: number of rows of each lane, (n,).
+    """
+    far = is_far(ends.s, n_obs) & (ends.status != Status.UNBOUNDED)
+    return np.array(
+        [
+            lane
+            for lane in np.flatnonzero(far)
+            if ends.status[lane] != Status.CONVERGED
+            or is_off_center(
+                ends.s[lane], ends.beta[lane], ends.beta_inverse[lane], float(n_obs[lane])
+            )
+            or not _is_aligned(ends.D[lane], constraints, terms)
+        ],
+        dtype=int,
+    )
+
+
+def is_far(s: Any, n_obs: Any) -> Any:
     """Return whether effects are far larger than the residual, from the logarithms of scales."""
     return np.isfinite(s) & (np.exp(s) * n_obs <= FAR)
 
@@ -118,10 +144,9 @@ def is_off_center(s: Any, beta: Any, beta_inverse: Any, n_obs: float) -> bool:
     return bool(explained * np.exp(-s) > OFF_CENTER * n_obs)
 
 
-def _is_aligned(found: Closer, terms: Sequence[TermColumns]) -> bool:
+def _is_aligned(D: np.ndarray, constraints: Constraints, terms: Sequence[TermColumns]) -> bool:
     """Return whether no block of D that can be turned is close to singular along its axes."""
-    D = np.asarray(found.estimates.solution.point.D)
-    for here in _turnable(found, terms):
+    for here in _turnable(constraints, terms):
         sd = np.sqrt(np.diag(D)[here])
         if np.all(sd > 0.0):
             values = np.linalg.eigvalsh(D[here, here] / np.outer(sd, sd))
@@ -130,9 +155,9 @@ def _is_aligned(found: Closer, terms: Sequence[TermColumns]) -> bool:
     return True
 
 
-def _turnable(found: Closer, terms: Sequence[TermColumns]) -> list[slice]:
+def _turnable(constraints: Constraints, terms: Sequence[TermColumns]) -> list[slice]:
     """Return the columns of each term of which any combinations may be taken."""
-    held = np.asarray(found.estimates.constraints.held)
+    held = np.asarray(constraints.held)
     return [
         term.columns
         for term in terms
@@ -151,7 +176,7 @@ def _closer(
     problem, point = compression.problem, estimates.solution.point
     p = int(problem.n_fixed)
     turn = np.eye(len(point.D))
-    for here in _turnable(found, terms):
+    for here in _turnable(estimates.constraints, terms):
         turn[here, here] = np.linalg.svd(np.asarray(point.root)[here, here])[0]
     moved = not np.array_equal(turn, np.eye(len(turn)))
     layout = turned(layout, turn) if moved else layout

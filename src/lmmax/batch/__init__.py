@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..compress import EngineError, compress
-from ..constraints import read_constraints
-from ..estimation import Estimates, estimate, group_noise
-from ..far_apart import is_far, is_off_center, needs_rows
+from ..constraints import Settings, read_constraints
+from ..estimation import Estimates, group_noise
+from ..far_apart import estimate_closely, is_far, is_off_center, needs_rows
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
 from ..solve import NEWTON_LIMIT, Constraints, Status
@@ -247,13 +247,10 @@ def _solve_around(
     ends: tuple[Ends, np.ndarray] | None = None,
     effort: Effort | None = None,
 ) -> Solved:
-    """Solve for responses around their own coefficients, working coordinates, or others, (n, p).
+    """Do what :func:`solve_responses` does, once.
 
-    Args:
-        fit: see :func:`solve_responses`; so are `shared`, `y`, `moved` and `effort`.
-        center: the coefficients; None for those of least squares.
-        ends: where earlier searches ended, with the units of their responses, (n,); the search goes
-            on from there.
+    Around ``center``, coefficients in working coordinates (n, p), or those of least squares; from
+    ``ends``, where earlier searches ended, with the units of their responses, (n,).
     """
     if isinstance(shared, SharedDesigns):
         responses = project(shared, y, center)
@@ -418,15 +415,16 @@ def _lifted(fit: Fit) -> np.ndarray:
 def _one(fit: Fit, y: np.ndarray) -> Estimates:
     """Fit another response, its offset removed, from the estimates of a fit."""
     compressed = compress(y, fit.layout, earlier=fit.compression)
+
+    def solved(settings: Settings) -> Estimates:
+        return estimate_closely(y, fit.layout, compressed, fit.terms, settings).estimates
+
     if fit.estimates.constraints.structures:  # which may have several optima
-        return estimate(compressed, fit.terms, fit.settings)
+        return solved(fit.settings)
     D = fit.estimates.z_inverse @ _lifted(fit) @ fit.estimates.z_inverse.T
     start = {"cov_re": fit.scale * D, "scale": fit.scale}
-    warm = replace(fit.settings, start=start, em_steps=0)
-    estimates = estimate(compressed, fit.terms, warm)
-    if estimates.status is not Status.CONVERGED:
-        estimates = estimate(compressed, fit.terms, fit.settings)
-    return estimates
+    estimates = solved(replace(fit.settings, start=start, em_steps=0))
+    return estimates if estimates.status is Status.CONVERGED else solved(fit.settings)
 
 
 def estimates_of(fit: Fit, estimates: Estimates | None = None) -> BatchEstimates:

@@ -19,6 +19,7 @@ from ..compress.layout import Layout
 from ..compress.nested import Tree
 from ..compress.rows import orthonormalise, project_out
 from ..compress.scaling import Scaling, rough_variances
+from ..far_apart import needs_rows
 from ..likelihood.cells import DenseCells
 from ..likelihood.crossed import CrossedProblem
 from ..likelihood.nested import NestedProblem
@@ -86,9 +87,11 @@ class SharedFactors:
     @cached_property
     def closer(self) -> SharedFactors:
         """The same for responses whose effects are far larger than the residual."""
-        y = np.zeros(self.layout.n_obs - self.layout.n_zero)
+        if not needs_rows(self.layout, self.compression):
+            return self
+        y = np.zeros(len(self.layout.X))
         known = compress(y, self.layout, earlier=self.compression, far_apart=True)
-        return self if self.outside is not None else shared_factors(self.layout, known)
+        return shared_factors(self.layout, known)
 
     @property
     def n_fixed(self) -> int:
