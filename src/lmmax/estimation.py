@@ -21,7 +21,7 @@ from .compilation import Compiled
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .compress.iterative import Rows
-from .constraints import Settings, TermColumns, read_constraints
+from .constraints import Guess, Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
 from .likelihood import Problem, derivatives
 from .optima import is_balanced, looks_again, spread_starts, work
@@ -325,7 +325,10 @@ class Estimates:
 
 
 def estimate(
-    compression: Compression, terms: Sequence[TermColumns], settings: Settings
+    compression: Compression,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+    at: Guess | None = None,
 ) -> Estimates:
     """Solve a compressed model.
 
@@ -333,6 +336,8 @@ def estimate(
         compression: sufficient statistics.
         terms: the random terms' places among the columns.
         settings: how to estimate.
+        at: where an earlier solve ended, in the working coordinates of these statistics; the search
+            goes on from there.
 
     Raises:
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
@@ -356,8 +361,12 @@ def estimate(
         few = len(z_inverse) <= NEWTON_LIMIT or _suits_newton(problem, constraints)
         solver = "newton" if few else "lbfgs"
 
+    # EM moves what is in the root; of a model with structures only it has nothing to move.
+    em_steps = settings.em_steps if constraints.rooted.any() and at is None else 0
     D, s, theta = guess.D, guess.s, guess.theta
-    if D is None:
+    if at is not None:
+        D, s, theta = at.D, at.s, at.theta
+    elif D is None:
         D = np.diag(compression.start) * constraints.blocks
     else:
         # A start is a hint: from absurdly large variances rounding hides the way down.
@@ -365,8 +374,6 @@ def estimate(
     others: list[np.ndarray] = []
     if theta is None:
         theta, *others = theta_starts(constraints, z_inverse, compression.start)
-    # EM moves what is in the root; of a model with structures only it has nothing to move.
-    em_steps = settings.em_steps if constraints.rooted.any() else 0
     search = _Search(problem, constraints, settings, solver)
     starts = [Start(D, s, own, em_steps) for own in (theta, *others)]
     solution = search.best_of(starts)
@@ -380,7 +387,7 @@ def estimate(
         if again is not solution:
             search, solution, solver = follow, again, "lbfgs"
     solution = _certified(search, solution, terms, noise)
-    if settings.start is None:
+    if settings.start is None and at is None:
         usual = solution
         far = _further_starts(problem, constraints, terms, usual, noise)
         if far:
@@ -630,7 +637,7 @@ def _suits_newton(problem: Problem, constraints: Constraints) -> bool:
 
 def tolerance(problem: Problem) -> float:
     """Return the default tolerance: a tenth of a millionth of a standard error, or less."""
-    return TOLERANCE_CROSSED if problem.effect_shapes else TOLERANCE
+    return TOLERANCE_CROSSED if problem.costly else TOLERANCE
 
 
 def group_noise(problem: Problem) -> np.ndarray:
@@ -716,6 +723,8 @@ def free_terms(
 
 def _is_interior(D: Any, noise: np.ndarray) -> bool:
     """Return whether no direction of the random effects is at the boundary."""
+    if not np.all(np.isfinite(D)):
+        return True  # nor anywhere else
     return bool(np.linalg.eigvalsh(D / np.outer(noise, noise))[0] > BOUNDARY**2)
 
 

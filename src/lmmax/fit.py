@@ -13,7 +13,8 @@ import pandas as pd
 from .compress import Compression, FactorColumns, Layout, compress, layout
 from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
-from .estimation import estimate, estimate_given, free_terms
+from .estimation import estimate_given, free_terms
+from .far_apart import estimate_closely
 from .formula import parse_formula
 from .frames import real_numbers
 from .identifiability import Unidentified, check_residual, unidentified
@@ -415,7 +416,8 @@ def _solve(
     depth: int = 4,
 ) -> Fit:
     # `depth`: how far up the stack the user's call is, for the warning.
-    estimates = estimate(compressed, terms, settings)
+    y = without_offset(design)
+    arranged, compressed, estimates = estimate_closely(y, arranged, compressed, terms, settings)
     result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
     if estimates.suspect and (unknown := unidentified_by(result)) is not None:
         result = replace(

@@ -696,6 +696,9 @@ def advance(
     old = state.point
     first = state.evaluations == 0
     slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
+    # That of D's entries counts where large ones hide a direction of small variance.
+    whole = unpack_symmetric(old.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
+    slack = slack + eps * jnp.sum(jnp.abs(whole * old.D))
     gain = old.at.value - new.at.value
     finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
     columns = root_columns(problem, constraints)
@@ -811,11 +814,20 @@ def lbfgs(
         at = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), s)
         return objective(S, logdet, at, d, reml)
 
-    def expected(_: Array, D: Array) -> Array:
+    def expected(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        D, last = carry
         gradient = symmetrize(jax.grad(value_of)(D))
-        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks)
+        # With effects far apart, rounding may leave D's small variances negative.
+        D, gradient = jax.tree.map(
+            lambda x, y: jnp.where(jnp.all(jnp.isfinite(gradient)), x, y),
+            (D, gradient),
+            (last, jnp.zeros_like(gradient)),
+        )
+        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks), D
 
-    D = lax.fori_loop(0, options.em_steps, expected, D * jnp.outer(rooted, rooted))
+    D = D * jnp.outer(rooted, rooted)
+    D, last = lax.fori_loop(0, options.em_steps, expected, (D, D))
+    D = jnp.where(jnp.isfinite(value_of(D)), D, last)
     L, pivots = ldl(D)
     start = jnp.concatenate([s[None], pack_triangle(L * jnp.sqrt(pivots)[None, :]), theta])
     method = optax.lbfgs(memory_size=20)

@@ -152,6 +152,10 @@ class Ends(NamedTuple):
     status: Any
     steps: Any
 
+    def take(self, lanes: np.ndarray) -> Ends:
+        """Return some of the ends."""
+        return Ends(*(part[lanes] for part in self))
+
     def replaced(self, lanes: np.ndarray, new: Ends) -> None:
         """Put the ends of some lanes, of another solve, in their place."""
         for mine, part in zip(self, new, strict=True):
@@ -507,7 +511,7 @@ def chunk_size(lanes: Lanes) -> int:
         numbers *= 1 + k * (k + 1) // 2
     elif isinstance(problem, CrossedProblem):
         # One at a time: only what goes back and forth counts.
-        numbers = math.prod(problem.Y.shape[1:]) + math.prod(problem.C_cross.shape[1:])
+        numbers = sum(math.prod(getattr(problem, name).shape[1:]) for name in lanes.varying)
     else:
         q, width, m = np.shape(problem.Y)[-3:]
         numbers = q * (q + width) * m

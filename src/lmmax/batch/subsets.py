@@ -19,6 +19,7 @@ from ..compress import compress, layout
 from ..compress.rows import SMALLEST_BUCKET
 from ..constraints import Settings, TermColumns, read_constraints
 from ..design import DataError, Design, build_design
+from ..far_apart import unclear_lanes
 from ..fit import (
     arrange,
     check_identified,
@@ -313,9 +314,11 @@ class SubsetWork:
         if self.together:
             parts, single = self._compressed(numbers)
             for part in joined(parts):
-                for at, record in self._solved(part):
+                records, unclear = self._solved(part)
+                for at, record in records:
                     where = [place[int(number)] for number in part.numbers[at]]
                     put(found, where, record)
+                single += part.numbers[unclear].tolist()
         else:
             single = [int(number) for number in numbers]
         for number in single:
@@ -438,12 +441,16 @@ class SubsetWork:
         """Columns of X that were kept, of subsets that were looked at closely."""
         return {}
 
-    def _solved(self, part: Pooled) -> list[tuple[np.ndarray, Record]]:
-        """Solve subsets of one shape; return records with their positions among them."""
+    def _solved(self, part: Pooled) -> tuple[list[tuple[np.ndarray, Record]], np.ndarray]:
+        """Solve subsets of one shape; return records with their positions among them.
+
+        And the positions of those that other coordinates would show more digits of.
+        """
         n, q, every = len(part.numbers), self.width, np.arange(self.design.X.shape[1])
         lanes = Lanes(part.problem, np.zeros((n, q, q)), FIELDS)
         constraints, _ = read_constraints(lanes.one(0), self._terms, self.settings)
         ends = solve(lanes, constraints, self.settings, self._terms, None)
+        unclear = unclear_lanes(ends, constraints, self._terms, part.problem.n_obs)
         free = np.append(pack_triangle(np.asarray(constraints.blocks)) > 0.0, True)
         by_columns: dict[tuple[int, ...], list[int]] = {}
         for lane, number in enumerate(part.numbers.tolist()):
@@ -486,7 +493,7 @@ class SubsetWork:
             )
             own_record = partial(self._own_record, part.numbers[at])
             found.append((at, record_of_lanes(solved, kept_columns, self.tests, own_record)))
-        return found
+        return found, unclear
 
     def _own_record(self, numbers: np.ndarray, lane: int) -> Record:
         return record_of(self._fit(int(numbers[lane])), self.tests)

@@ -170,6 +170,18 @@ def constant(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) ->
     return None if np.max(np.abs(left), initial=0.0) > SPANNED else found
 
 
+def to_first(direction: np.ndarray) -> np.ndarray:
+    """Return orthogonal matrices (..., q, q) that take directions (..., q) to the first axis."""
+    unit = direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+    # Householder's reflection, the one that does not cancel, and a sign.
+    sign = np.where(unit[..., :1] >= 0.0, 1.0, -1.0)
+    v = unit + sign * np.eye(unit.shape[-1])[0]
+    size = np.sum(v * v, axis=-1)[..., None, None]
+    reflected = np.eye(unit.shape[-1]) - 2.0 * v[..., :, None] * v[..., None, :] / size
+    there = np.all(np.abs(unit[..., 1:]) < 1e-8, axis=-1)[..., None, None]
+    return np.asarray(np.where(there, np.eye(unit.shape[-1]), -sign[..., None] * reflected))
+
+
 def triangle(columns: np.ndarray) -> np.ndarray:
     """Return the triangular factor of Householder's QR."""
     return np.asarray(np.linalg.qr(columns, mode="r"))
@@ -185,7 +197,8 @@ def random_factor(
 
     The working columns have mean square one over n observations and, within a correlated term, are
     orthogonal over all rows; uncorrelated terms are only scaled, since mixing columns would break
-    the structure.
+    the structure.  The first is the constant where the columns have it, as those of ``0 + f`` do:
+    levels of groups that are far apart then have a variance of their own, not a share of all.
     """
     q = sum(block.shape[1] for block in blocks)
     A = np.zeros((q, q))
@@ -195,7 +208,9 @@ def random_factor(
         at = here.stop
         factor = column_factor(block, weights) if mix and block.shape[1] > 1 else None
         if factor is not None and len(factor.kept) == block.shape[1]:
-            A[here, here] = factor.R / np.sqrt(n)
+            ones = constant(block, factor, weights)
+            first = np.eye(block.shape[1]) if ones is None else to_first(factor.R @ ones)
+            A[here, here] = first @ factor.R / np.sqrt(n)
         else:
             squares = block * block if weights is None else block * block * weights[:, None]
             A[here, here] = np.diag(np.sqrt(squares.sum(axis=0) / n))

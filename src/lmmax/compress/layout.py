@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -192,6 +192,11 @@ def layout(
         at = here.stop
     fixed = column_factor(X, weights)
     return Layout(X, factors, fixed, A, weights, chosen, chain, n_zero, log_rooted)
+
+
+def turned(layout: Layout, turn: np.ndarray) -> Layout:
+    """Return the layout with working columns ``Z_working turn``, turn orthogonal, (q, q)."""
+    return replace(layout, A=turn.T @ layout.A)
 
 
 def choose_engine(
