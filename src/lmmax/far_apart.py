@@ -26,7 +26,8 @@ from .compress.iterative import Rows
 from .compress.layout import turned
 from .constraints import Guess, Settings, TermColumns
 from .estimation import Estimates, estimate
-from .solve import Constraints, Status
+from .optima import distinct
+from .solve import Constraints, Status, better
 
 FAR = 1e-3
 """Effects are far apart if the residual variance is less than this part of the mean square of the
@@ -192,8 +193,10 @@ def _closer(
     s = float(point.s) + 2.0 * float(np.log(unit / again.problem.y_scale))
     here = Guess(root @ root.T, np.asarray(point.theta), s)
     best = estimate(again, terms, settings, here)
-    if best.status is not Status.CONVERGED:
+    # Which of several optima is the best one, digits decide.
+    if best.status is not Status.CONVERGED or len(distinct(estimates.ends)) > 1:
         other = estimate(again, terms, settings)
-        if other.status is Status.CONVERGED or other.criterion < best.criterion:
+        converged = other.status is Status.CONVERGED, best.status is Status.CONVERGED
+        if better(other.criterion, converged[0], best.criterion, converged[1]):
             best = other
     return Closer(layout, again, best)
