@@ -768,9 +768,7 @@ def canonical(structure: str | Covariance) -> str | Covariance:
     return found.name if _STRUCTURES.get(found.name) == found else found
 
 
-def matrix_at(
-    structure: Covariance, theta: Any, q: int, of: Function = "matrix"
-) -> np.ndarray:
+def matrix_at(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
     """Return the covariance of a structure at theta (k,) in double precision, (q, q)."""
     return _derivative(structure, of, theta, q, 0)
 

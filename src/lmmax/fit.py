@@ -377,7 +377,9 @@ def residuals_given_variances(fitted: Fit, y: np.ndarray) -> np.ndarray:
     design = replace(fitted.design, y=y, offset=None)
     compressed = compress(y, fitted.layout, earlier=fitted.compression)
     estimates = estimate_given(compressed, fitted.terms, fitted.settings, fitted.estimates)
-    return replace(fitted, design=design, compression=compressed, estimates=estimates).resid.to_numpy()
+    return replace(
+        fitted, design=design, compression=compressed, estimates=estimates
+    ).resid.to_numpy()
 
 
 def _solve(

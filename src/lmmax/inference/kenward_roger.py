@@ -25,6 +25,7 @@ LARGEST = 4.0
 """Second derivatives that change a variance by more than this multiple of it correct nothing: they
 grow without bounds towards a variance of zero, where the expansion that they belong to ends."""
 
+
 class KenwardRoger(Denominator):
     """The method applied to one fit by REML.
 

@@ -148,7 +148,9 @@ class Levels:
         fit = self._fit
         noise = np.ones(1) if self._rows is None else self._rows.noise
         high = float(np.max(noise))
-        for at, (factor, root) in enumerate(zip(fit.layout.factors, factor_roots(fit), strict=True)):
+        for at, (factor, root) in enumerate(
+            zip(fit.layout.factors, factor_roots(fit), strict=True)
+        ):
             Z = fit.layout.random_columns(at, slice(None)).T
             sizes = np.sum((Z @ root) ** 2, axis=1)
             high += float(np.max(np.bincount(factor.codes, weights=sizes)))
