@@ -678,7 +678,7 @@ def _canonical(constraints: Constraints, solution: Solution) -> Solution:
 
     Where signs do not matter, that is; derivatives turn with the parameters.
     """
-    point = solution.point
+    point: Any = solution.point
     theta = np.array(point.theta)
     for part in constraints.structures:
         at, q = slice(*part.parameters), part.columns[1] - part.columns[0]
