@@ -310,7 +310,7 @@ class FixedTerms:
                 Q, triangle = np.linalg.qr(part)
                 a = a @ (Q / np.diag(triangle))
             else:
-                a = np.linalg.solve(part.T, a.T).T
+                a = np.linalg.solve(part, a.T).T
             break
         L = a.T @ self.R
         sizes = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(self.R, axis=0))
