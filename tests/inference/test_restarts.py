@@ -137,14 +137,12 @@ def model(formula: str, data: pd.DataFrame) -> Any:
     terms = arrange(design)[1]
     cov_re = np.zeros((sum(term.width for term in terms),) * 2)
     for term in terms:
-        some = np.array([[1.0, 0.3], [0.3, 0.5]])[: term.width, : term.width]
+        q = term.width
         if term.pattern is None:
-            theta = np.random.default_rng(0).uniform(0.5, 1.0, term.covariance.n_parameters(4))
-            some = np.asarray(matrix_at(term.covariance, theta, 4))
-        elif term.width == 2:
-            some = some * term.pattern
-        if term.width == 4 and term.pattern is not None:
-            some = np.eye(4)
+            theta = np.random.default_rng(0).uniform(0.5, 1.0, term.covariance.n_parameters(q))
+            some = np.asarray(matrix_at(term.covariance, theta, q))
+        else:
+            some = (np.diag(np.arange(1.0, q + 1)) + 0.3) * term.pattern
         cov_re[term.columns, term.columns] = some
     return SimpleNamespace(design=design, terms=terms, cov_re=cov_re, scale=0.6)
 
