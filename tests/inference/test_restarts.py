@@ -82,6 +82,15 @@ def test_there_is_no_statistic_below_zero(
         bootstrap_test(small, bad, n=9)
 
 
+def test_a_likelihood_without_maximum_has_no_ratio(models: tuple[lmmax.Fit, lmmax.Fit]) -> None:
+    small, large = models
+    unbounded = replace(small, estimates=replace(small.estimates, criterion=-np.inf, scale=0.0))
+    for fit in (large, lowered(large, -np.inf)):
+        found = lmmax.anova(unbounded, fit)
+        assert found.table[["chisq", "p"]].iloc[1].isna().all()
+        assert any("has no maximum" in note for note in found.notes)
+
+
 def test_replicates_take_the_better_fit(
     models: tuple[lmmax.Fit, lmmax.Fit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
