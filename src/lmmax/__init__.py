@@ -10,11 +10,13 @@ from .compress import EngineError as EngineError
 from .constraints import ConstraintError as ConstraintError
 from .design import DataError as DataError
 from .fit import ConvergenceWarning as ConvergenceWarning
+from .fit import IdentifiabilityWarning as IdentifiabilityWarning
 from .fit import RankWarning as RankWarning
 from .fit import fit as fit
 from .fit import fit_arrays as fit_arrays
 from .formula import FormulaError as FormulaError
 from .formula import parse_formula as parse_formula
+from .inference.denominator import AdjustmentWarning as AdjustmentWarning
 from .inference.denominator import HypothesisError as HypothesisError
 from .results import Fit as Fit
 from .results import load as load

@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 
+from .threads import one_blas_thread
+
 CPU_OPTIONS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False}
 FEW = 64
 """Executables that are always kept: without them little would be gained."""
@@ -50,7 +52,9 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Any:
         """Call the function, compiled for the arguments' shapes and the options of the moment."""
         before = self.count()
-        result = self._called(*arguments)
+        with one_blas_thread():
+            # To the end of the computation, which may go on when the call has returned.
+            result = jax.block_until_ready(self._called(*arguments))
         if self.count() > before:
             make_room()
         return result

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import sequential_vmap
 
 UNROLL_LIMIT = 6
 """Largest order whose factorisation is unrolled; beyond it a loop keeps the graph small."""
@@ -212,6 +213,8 @@ def gls(S: Array) -> tuple[Array, Array, Array, Array]:
         any order cost a few products of p x p matrices and never pass through a factorisation.
     """
     p = S.shape[0] - 1
+    if p > SUBSTITUTED and S.ndim == 2:
+        return _gls_large(S)
     L, d = ldl(S)
     # The last row of L holds the coefficients in the coordinates of the factor.
     eye = jnp.broadcast_to(jnp.eye(p).reshape((p, p) + (1,) * (S.ndim - 2)), S[:p, :p].shape)
@@ -219,6 +222,19 @@ def gls(S: Array) -> tuple[Array, Array, Array, Array]:
     inverse = jnp.sum(half[:, :, None] * half[:, None, :] / d[:p, None, None], axis=0)
     beta = jnp.sum(half * L[p, :p, None], axis=0)
     return beta, inverse, d[p], jnp.sum(jnp.log(d[:p]), axis=0)
+
+
+@sequential_vmap
+def _gls_large(S: Array) -> tuple[Array, Array, Array, Array]:
+    """Return what :func:`gls` does for many coefficients: nearly all of it products of matrices.
+
+    One matrix after the other where there are several: a batch of LAPACK's factors may hang.
+    """
+    p = S.shape[0] - 1
+    half = inverse_lower(lax.linalg.cholesky(S[:p, :p], symmetrize_input=False))
+    onto = half @ S[:p, p]
+    rss = jnp.maximum(S[p, p] - onto @ onto, 0.0)
+    return half.T @ onto, gram_lower(half), rss, -2.0 * jnp.sum(jnp.log(jnp.diagonal(half)))
 
 
 @gls.defjvp

@@ -19,7 +19,7 @@ minimum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 TRACE_LENGTH, TRACE_COLUMNS = 64, 5
 NEAR = 5.0
 """Newton decrement, about two standard errors squared, below which EM has nothing to add."""
+SAME = 1e-7
+"""Difference of the criterion up to which two ends of a search are the same."""
 NEWTON_LIMIT = 22
 """Most random effects of a group (253 parameters) for which the exact Hessian pays; beyond it
 L-BFGS is the default."""
@@ -114,6 +116,11 @@ class Constraints:
             inside[slice(*part.columns)] = 0.0
         return inside
 
+    @property
+    def columns(self) -> np.ndarray:
+        """Columns of D whose covariance is in the root."""
+        return np.flatnonzero(self.rooted)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -135,8 +142,10 @@ class Point(NamedTuple):
         theta: parameters of structures, (k,).
         root: pivoted Cholesky factor of D, zero where structures are, (q, q).
         pivot: 1.0 at each column's pivot in ``root``, (q, q).
-        free: 1.0 for each of ``(s, root, theta)`` that moves, (q q + k + 1,).
-        at: the criterion's derivatives in D and s.
+        free: 1.0 for each of ``(s, root, theta)`` that moves, (q q + k + 1,); of a narrow model
+            (see :func:`narrow`) the root has no more than the columns that are not in structures.
+        at: the criterion's derivatives in D and s; of a narrow model those of second order are
+            along the directions in which D moves with ``(s, root, theta)``.
         gradient: the same in ``(s, root, theta)``.
         hessian: likewise; the identity for what does not move.
     """
@@ -171,10 +180,32 @@ class Solution(NamedTuple):
     trace: Array
 
 
-def point_of(make: Callable[..., Any], problem: Problem, n_theta: int) -> Point:
+def narrow(problem: Problem, constraints: Constraints) -> bool:
+    """Return whether D, with many entries, moves along so few directions that they come first.
+
+    The second derivatives are along these then, in place of all entries: that is what structures
+    over many levels have few parameters for.
+    """
+    if not problem.contracts or not constraints.structures:
+        return False
+    q, r = len(problem.n_groups), len(constraints.columns)
+    return r * r + constraints.n_theta < q * (q + 1) // 2
+
+
+def root_columns(problem: Problem, constraints: Constraints) -> np.ndarray:
+    """Return the columns whose roots are coordinates of the solver, r of them."""
+    if narrow(problem, constraints):
+        return constraints.columns
+    return np.arange(len(problem.n_groups))
+
+
+def point_of(make: Callable[..., Any], problem: Problem, constraints: Constraints) -> Point:
     """Return a point whose fields are ``make(*shape)``, in order."""
     q, p = len(problem.n_groups), len(problem.beta_origin)
-    k, x = q * (q + 1) // 2 + 1, q * q + n_theta + 1
+    n_theta = constraints.n_theta
+    k = q * (q + 1) // 2
+    x = len(root_columns(problem, constraints)) ** 2 + n_theta + 1
+    c = x if narrow(problem, constraints) else k
     return Point(
         s=make(),
         D=make(q, q),
@@ -184,12 +215,12 @@ def point_of(make: Callable[..., Any], problem: Problem, n_theta: int) -> Point:
         free=make(x),
         at=Derivatives(
             value=make(),
-            gradient=make(k),
-            hessian=make(k, k),
+            gradient=make(k + 1),
+            hessian=make(c + 1, c + 1),
             log_scale=make(),
             beta=make(p),
             beta_inverse=make(p, p),
-            x_slope=make(k - 1, p, p),
+            x_slope=make(c, p, p),
             effects=tuple((make(r, m), make(r, r, m)) for r, m in problem.effect_shapes),
         ),
         gradient=make(x),
@@ -230,8 +261,82 @@ def evaluate(
 ) -> Point:
     """Evaluate the criterion at ``D``, ``s`` and ``theta``, and prepare a step from there."""
     rooted, whole = whole_covariance(problem, constraints, D, s, theta)
+    if narrow(problem, constraints):
+        return _evaluate_narrow(problem, constraints, reml, rooted, whole, s, theta)
     at = derivatives(problem, whole, reml, s, constraints.profile)
     return chart(problem, constraints, at, rooted, whole, theta)
+
+
+def _evaluate_narrow(
+    problem: Problem,
+    constraints: Constraints,
+    reml: Array,
+    D: Array,
+    whole: Array,
+    s: Array,
+    theta: Array,
+) -> Point:
+    """Evaluate along the directions of the solver's coordinates; as :func:`chart` otherwise."""
+    root, pivot, inside = pivoted_factor(D, constraints.blocks)
+    columns = constraints.columns
+    here, r, n_theta = np.ix_(columns, columns), len(columns), len(theta)
+    held = jnp.asarray(constraints.held)
+    free = jnp.concatenate(
+        [
+            jnp.asarray(constraints.scale_free, D.dtype)[None],
+            (inside * (1.0 - jnp.diag(held))[:, None])[here].reshape(-1),
+            jnp.ones(n_theta, D.dtype),
+        ]
+    )
+
+    # D along (s, root, theta).
+    half = jnp.einsum("ai,bj->ijab", np.eye(r), root[here])
+    by_root = jnp.zeros((r * r, *D.shape), D.dtype)
+    by_root = by_root.at[:, columns[:, None], columns].set(
+        (half + jnp.swapaxes(half, 2, 3)).reshape(r * r, r, r)
+    )
+    structure = jax.jacfwd(lambda theta: structured(problem, constraints, theta))(theta)
+    directions = jnp.concatenate([-(D * held)[None], by_root, jnp.moveaxis(structure, -1, 0)])
+    at = derivatives(problem, whole, reml, s, constraints.profile, directions=directions)
+    G = unpack_symmetric(at.gradient[:-1]) * (0.5 + 0.5 * np.eye(len(D)))
+    bend = jnp.kron(2.0 * G[here], jnp.eye(r, dtype=D.dtype))
+    bend = jnp.pad(bend, ((1, n_theta), (1, n_theta)))
+    bend = bend.at[0, 0].set(jnp.sum(G * D * held))
+
+    for part in constraints.structures:
+        at_theta, own = slice(*part.parameters), slice(*part.columns)
+        A = jnp.asarray(problem.z_factor, D.dtype)[own, own]
+        curved = _curvature(part.covariance, A.T @ G[own, own] @ A, theta[at_theta])
+        place = slice(1 + r * r + at_theta.start, 1 + r * r + at_theta.stop)
+        bend = bend.at[place, place].set(curved)
+    to = jnp.eye(len(free) + 1, len(free), dtype=D.dtype).at[-1, 0].set(1.0)
+    hessian = (to.T @ at.hessian @ to + bend) * jnp.outer(free, free)
+    gradient = jnp.einsum("ab,cab->c", G, directions).at[0].add(at.gradient[-1])
+    return Point(
+        s=at.log_scale,
+        D=whole,
+        theta=theta,
+        root=root,
+        pivot=pivot,
+        free=free,
+        at=at,
+        gradient=gradient * free,
+        hessian=hessian + jnp.diag(1.0 - free),
+    )
+
+
+def _curvature(covariance: Covariance, weights: Array, theta: Array) -> Array:
+    """Return the second derivatives in theta (k,) of the sum of ``weights * D``, (k, k)."""
+
+    def slope(unit: Array) -> Array:
+        def along(theta: Array) -> Array:
+            matrix = jax.jvp(lambda x: covariance.matrix(x, len(weights)), (theta,), (unit,))[1]
+            return jnp.sum(weights * matrix)
+
+        return jax.jacfwd(along)(theta)
+
+    # One parameter after the other: those of D all at once may be large.
+    return lax.map(slope, jnp.eye(len(theta), dtype=theta.dtype))
 
 
 def whole_covariance(
@@ -448,7 +553,7 @@ def newton(
     state = lax.while_loop(
         lambda state: state.status == Status.RUNNING,
         body,
-        beginning(problem, D, s, theta, TRACE_LENGTH),
+        beginning(problem, constraints, D, s, theta, TRACE_LENGTH),
     )
     return Solution(
         point=state.point,
@@ -459,13 +564,102 @@ def newton(
     )
 
 
-def beginning(problem: Problem, D: Array, s: Array, theta: Array, trace_length: int = 0) -> State:
+class Starts(NamedTuple):
+    """Where searches begin; as many as count, the others fill up.
+
+    Attributes:
+        D: relative covariances, (K, q, q).
+        s: logarithms of the scale, (K,).
+        theta: parameters of structures, (K, k).
+        em_steps: most EM steps from each, (K,).
+        count: how many count.
+    """
+
+    D: Any
+    s: Any
+    theta: Any
+    em_steps: Any
+    count: Any
+
+
+class Best(NamedTuple):
+    """The best of several searches.
+
+    Attributes:
+        solution: its end.
+        values: the criterion where each search ended, (K,).
+        statuses: a :class:`Status` each, (K,).
+    """
+
+    solution: Solution
+    values: Array
+    statuses: Array
+
+
+def better(value: Any, converged: Any, other_value: Any, other_converged: Any, xp: Any = np) -> Any:
+    """Return whether one end of a search is better than another, converged or not.
+
+    A criterion without a minimum is a result too: a local one above it would hide that.  Of ends
+    that are the same to rounding the first stands.
+    """
+    gain = other_value - value
+    least = xp.where(converged & ~other_converged, -SAME, SAME)
+    return (gain > least) | (xp.isfinite(value) & ~xp.isfinite(other_value))
+
+
+def newton_from_each(
+    problem: Problem, constraints: Constraints, options: Options, starts: Starts
+) -> Best:
+    """Minimise from each of several starts, one after the other, by :func:`newton`.
+
+    The number of starts is data, so one compiled function serves for one as for many.
+    """
+    dtype, most = starts.D.dtype, starts.D.shape[0]
+
+    def body(carry: tuple[Array, Best]) -> tuple[Array, Best]:
+        i, best = carry
+        own = replace(options, em_steps=starts.em_steps[i])
+        new = newton(problem, constraints, own, starts.D[i], starts.s[i], starts.theta[i])
+        old = best.solution
+        wins = (i == 0) | better(
+            new.point.at.value,
+            new.status == Status.CONVERGED,
+            old.point.at.value,
+            old.status == Status.CONVERGED,
+            jnp,
+        )
+        return i + 1, Best(
+            solution=jax.tree.map(lambda a, b: jnp.where(wins, a, b), new, old),
+            values=best.values.at[i].set(new.point.at.value),
+            statuses=best.statuses.at[i].set(new.status),
+        )
+
+    none = Solution(
+        point=point_of(lambda *shape: jnp.zeros(shape, dtype), problem, constraints),
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        steps=jnp.asarray(0, jnp.int32),
+        decrement=jnp.full((), jnp.inf, dtype),
+        trace=jnp.full((TRACE_LENGTH, TRACE_COLUMNS), jnp.nan, dtype),
+    )
+    first = Best(none, jnp.full(most, jnp.nan, dtype), jnp.zeros(most, jnp.int32))
+    _, best = lax.while_loop(lambda carry: carry[0] < starts.count, body, (jnp.int32(0), first))
+    return best
+
+
+def beginning(
+    problem: Problem,
+    constraints: Constraints,
+    D: Array,
+    s: Array,
+    theta: Array,
+    trace_length: int = 0,
+) -> State:
     """Return the state of a solve that starts at ``D``, ``s`` and ``theta``."""
     dtype = D.dtype
     return State(
         evaluations=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        point=point_of(lambda *shape: jnp.zeros(shape, dtype), problem, len(theta)),
+        point=point_of(lambda *shape: jnp.zeros(shape, dtype), problem, constraints),
         trial_D=D,
         trial_s=s,
         trial_theta=theta,
@@ -502,8 +696,13 @@ def advance(
     old = state.point
     first = state.evaluations == 0
     slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
+    # That of D's entries counts where large ones hide a direction of small variance.
+    whole = unpack_symmetric(old.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
+    slack = slack + eps * jnp.sum(jnp.abs(whole * old.D))
     gain = old.at.value - new.at.value
     finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
+    columns = root_columns(problem, constraints)
+    here, r = np.ix_(columns, columns), len(columns)
     accept, damping = judge(gain, state.predicted, state.damping, slack, finite, first)
     point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
     size = jnp.sqrt(jnp.sum(point.root**2) + jnp.sum(point.theta**2))
@@ -517,12 +716,14 @@ def advance(
     # A stationary point by symmetry only: leave it along the pivots of negative curvature.
     curvature = jnp.diag(point.hessian)
     escape = jnp.asarray(curvature < -1e-6 * jnp.max(jnp.abs(curvature)), dtype)[1:]
-    escape = escape.at[: q * q].multiply(point.pivot.reshape(-1))
+    pivot = point.pivot if r == q else point.pivot[here]
+    escape = escape.at[: r * r].multiply(pivot.reshape(-1))
     stuck = settled & jnp.any(escape > 0.0)
     bump = 0.1 * escape / (1.0 + 100.0 * damping)
 
     change = jnp.where(stuck, bump, step[1:])
-    moved = point.root + change[: q * q].reshape(q, q)
+    turn = change[: r * r].reshape(r, r)
+    moved = point.root + turn if r == q else point.root.at[here].add(turn)
     G = unpack_symmetric(point.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
     expected = em_step(point.D, G, n_groups, constraints.blocks)
 
@@ -549,12 +750,20 @@ def advance(
         point=point,
         trial_D=jnp.where(em, expected, moved @ moved.T),
         trial_s=point.s + jnp.where(em | stuck, 0.0, step[0]),
-        trial_theta=point.theta + jnp.where(em, 0.0, change[q * q :]),
+        trial_theta=point.theta + jnp.where(em, 0.0, change[r * r :]),
         predicted=jnp.where(em | stuck, 0.0, predicted),
         damping=damping,
         decrement=decrement,
         trace=trace,
     )
+
+
+def lbfgs_from(
+    problem: Problem, constraints: Constraints, options: Options, starts: Starts
+) -> Best:
+    """Minimise from the only one of the starts by :func:`lbfgs`."""
+    found = lbfgs(problem, constraints, options, starts.D[0], starts.s[0], starts.theta[0])
+    return Best(found, found.point.at.value[None], found.status[None])
 
 
 def lbfgs(
@@ -605,11 +814,20 @@ def lbfgs(
         at = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), s)
         return objective(S, logdet, at, d, reml)
 
-    def expected(_: Array, D: Array) -> Array:
+    def expected(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        D, last = carry
         gradient = symmetrize(jax.grad(value_of)(D))
-        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks)
+        # With effects far apart, rounding may leave D's small variances negative.
+        D, gradient = jax.tree.map(
+            lambda x, y: jnp.where(jnp.all(jnp.isfinite(gradient)), x, y),
+            (D, gradient),
+            (last, jnp.zeros_like(gradient)),
+        )
+        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks), D
 
-    D = lax.fori_loop(0, options.em_steps, expected, D * jnp.outer(rooted, rooted))
+    D = D * jnp.outer(rooted, rooted)
+    D, last = lax.fori_loop(0, options.em_steps, expected, (D, D))
+    D = jnp.where(jnp.isfinite(value_of(D)), D, last)
     L, pivots = ldl(D)
     start = jnp.concatenate([s[None], pack_triangle(L * jnp.sqrt(pivots)[None, :]), theta])
     method = optax.lbfgs(memory_size=20)

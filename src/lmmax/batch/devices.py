@@ -6,7 +6,6 @@ lanes: every device runs the whole function on its share.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..compilation import Compiled
 from ..compilation_cache import compilation_cache
+from ..threads import n_cores
 
 AXIS = "lanes"
 Chunk = TypeVar("Chunk")
@@ -39,9 +39,8 @@ def side_by_side(call: Callable[[Chunk], Any], chunks: Iterable[Chunk]) -> list[
             return jax.device_get(call(chunk))
 
     chunks = list(chunks)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A call that several devices share has a core for each of them.
-    together = max(1, (cores or 1) // n_devices())
+    together = max(1, n_cores() // n_devices())
     if len(chunks) < 2 or together < 2 or jax.default_backend() != "cpu":
         return [run(chunk) for chunk in chunks]
     # JAX compiles what they share once: the others wait for it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..threads import NUMPY, n_cores, one_blas_thread
 from .grouped_rows import as_range
 from .one_variance import OneVariance
 
@@ -49,8 +49,8 @@ def statistics(design: OneVariance, y: np.ndarray) -> Statistics:
     blocks = [y[:, first:last] for first, last in pairwise(ends.tolist())]
     if len(blocks) == 1:
         return _statistics(design, y)
-    # NumPy lets other threads run meanwhile.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    # NumPy lets other threads run meanwhile; its own would have no cores left.
+    with one_blas_thread(NUMPY), ThreadPoolExecutor(n_cores()) as threads:
         parts = list(threads.map(partial(_statistics, design), blocks))
     return Statistics(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
 

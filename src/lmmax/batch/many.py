@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..constraints import Settings
-from ..fit import check_reml
+from ..fit import IdentifiabilityWarning, check_reml
 from ..spec import ModelSpec
 from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
@@ -193,6 +194,12 @@ def fit_many(
         work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
         size = chunk or SUBSETS
     engine = work.name
+    if isinstance(work, Work) and work.not_identified:
+        warnings.warn(
+            f"{work.not_identified[0]}; errors of coefficients that depend on them are NaN",
+            IdentifiabilityWarning,
+            stacklevel=2,
+        )
     store = None if out is None else _store(Path(out), work, source, size, resume)
     with nullcontext() if store is None else store:
         record, n_obs = _fitted(work, source, size, store, executor, progress)

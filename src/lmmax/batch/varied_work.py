@@ -18,7 +18,7 @@ from ..fit import arrange, prepare
 from ..solve import Status
 from .engines import Hypothesis, Record, empty, put, stacked
 from .rows import levels_left, subset
-from .scan_engine import LaneScan, ScanEngine, lane_scan, scan_engine
+from .scan_engine import LaneScan, ScanEngine, apart_without, lane_scan, scan_engine
 from .seals import fingerprint, parts_of
 from .subsets import LARGE, Subsets, SubsetWork
 from .varied import STACKED_NUMBERS, Block
@@ -61,6 +61,12 @@ class VariedWork(Work):
         together = SubsetWork(self.design, self.settings, self.tests, _one_subset(self.design))
         how = "side by side: Newton's method in lanes" if together.together else "one by one"
         return f"designs that differ, {how}"
+
+    @cached_property
+    def not_identified(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See `Work`; what no model tells apart."""
+        found = apart_without(self.design, self.columns, self.settings)
+        return () if found is None else (str(found),)
 
     @cached_property
     def key(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from ..likelihood.grouped import GroupedProblem
+from ..likelihood.grouped import MANY_EFFECTS, GroupedProblem
 from .columns import triangle
 from .layout import Layout
 from .rows import SMALLEST_BUCKET, bucket, chunk_rows, chunks, orthonormalise, project_out
@@ -35,11 +35,11 @@ class Statistics:
 
 
 def compress(
-    y: np.ndarray, layout: Layout, *, pad: bool = True
+    y: np.ndarray, layout: Layout, *, pad: bool = True, center: np.ndarray | None = None
 ) -> tuple[GroupedProblem, Statistics, Scaling]:
-    """Compress a response (n,), its offset removed, with the designs of ``layout``."""
+    """Compress a response (n,), its offset removed, around coefficients in working coordinates."""
     p = len(layout.fixed.kept)
-    beta = layout.least_squares(y)
+    beta = layout.least_squares(y) if center is None else center
     U, Y, C, total = _sums(y, layout, beta)
     shift, far_apart = within_groups(C[:p, :p], C[None, p, :p], C[None, p, p])
     if far_apart[0]:
@@ -59,6 +59,8 @@ def compress(
         if whole and problem.Y.shape[1] == p + 1:
             # Not merged: one copy of the statistics serves both views.
             U, Y = problem.U[:, :, : U.shape[2]], problem.Y[:, :, : U.shape[2]]
+    if len(layout.A) > MANY_EFFECTS:
+        problem = replace(problem, patterns=_patterns(problem.U, pad))
     return problem, Statistics(U, Y), scaling
 
 
@@ -164,10 +166,29 @@ def _merge(U: np.ndarray, Y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     )
 
 
+def _patterns(U: np.ndarray, pad: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``patterns`` of a :class:`GroupedProblem`; padding repeats the first factor."""
+    alike = np.arange(U.shape[2])
+    for members in equal_groups(U, 1):
+        alike[members] = members[0]
+    first, of = np.unique(alike, return_inverse=True)
+    extra = _finely(len(first)) - len(first) if pad else 0
+    first = np.concatenate([first, np.full(extra, first[0])])
+    return first.astype(np.int32), of.astype(np.int32)
+
+
+def _finely(size: int) -> int:
+    """Round a number up to one of eight values per octave."""
+    step = 1 << max(size.bit_length() - 4, 0)
+    return -(-size // step) * step
+
+
 def _pad(problem: GroupedProblem) -> GroupedProblem:
     """Round the numbers of groups and of fixed effects up, so that compiled code is reused."""
     q, width, m = problem.Y.shape
-    groups, extra = bucket(m) - m, padding(width - 1)
+    # With many effects each group is so much work that it takes more to do a few in vain.
+    groups = (bucket if q <= MANY_EFFECTS else _finely)(m) - m
+    extra = padding(width - 1)
     if not groups and not extra:
         return problem
     Y = np.zeros((q, width + extra, m + groups))

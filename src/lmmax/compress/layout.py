@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from .columns import Factor, column_factor, random_factor
+from .columns import Dependence, Factor, column_factor, dependence, random_factor
+from .rows import SMALLEST_BUCKET
 
 ENGINES = ("auto", "grouped", "nested", "crossed", "iterative")
 DENSE_TAIL_LIMIT = 20_000
 """Most random effects beside the largest factor for which a dense factor is made by default."""
+MOST_NESTED = 10_000_000
+"""Most entries of the cross-products of ``[Z X y]`` that nested factors need for each group of the
+second level: with hundreds of fixed effects a dense factor of these groups takes less."""
 COPIES = 9
 """Arrays of the tail's size squared that live at once in an evaluation."""
 
@@ -98,6 +102,11 @@ class Layout:
         return self.log_rooted + own
 
     @cached_property
+    def dependence(self) -> Dependence:
+        """How the aliased columns of X follow from those that were kept."""
+        return dependence(self.X, self.fixed, self.weights)
+
+    @cached_property
     def A_inverse(self) -> np.ndarray:
         """``A^-1``."""
         return np.linalg.inv(self.A)
@@ -174,7 +183,7 @@ def layout(
         EngineError: if the engine asked for does not fit the structure.
     """
     factors = tuple(factors)
-    chosen, chain = choose_engine(factors, engine)
+    chosen, chain = choose_engine(factors, engine, X.shape[1])
     q = sum(factor.n_effects for factor in factors)
     A, at = np.zeros((q, q)), 0
     for factor in factors:
@@ -185,10 +194,21 @@ def layout(
     return Layout(X, factors, fixed, A, weights, chosen, chain, n_zero, log_rooted)
 
 
+def turned(layout: Layout, turn: np.ndarray) -> Layout:
+    """Return the layout with working columns ``Z_working turn``, turn orthogonal, (q, q)."""
+    return replace(layout, A=turn.T @ layout.A)
+
+
 def choose_engine(
-    factors: tuple[FactorColumns, ...], asked: str = "auto"
+    factors: tuple[FactorColumns, ...], asked: str = "auto", n_fixed: int = 0
 ) -> tuple[Engine, tuple[int, ...]]:
-    """Return the form of the likelihood for a structure, and the order of elimination."""
+    """Return the form of the likelihood for a structure, and the order of elimination.
+
+    Args:
+        factors: the grouping factors.
+        asked: one of ``ENGINES``.
+        n_fixed: number of columns of X.
+    """
     if asked not in ENGINES:
         known = ", ".join(map(repr, ENGINES))
         raise EngineError(f"engine={asked!r} is unknown; use one of {known}")
@@ -207,6 +227,12 @@ def choose_engine(
             "engine='grouped' needs one grouping factor with independent levels; this model has "
             f"{_named(factors)}"
         )
+    if nested and asked == "auto" and len(factors) > 1:
+        upper = [factors[i] for i in chain[1:]]
+        width = sum(factor.n_effects for factor in upper) + n_fixed + 1
+        entries = width**2 * max(upper[0].n_groups, SMALLEST_BUCKET)
+        dense = COPIES * sum(factor.n_groups * factor.n_effects for factor in upper) ** 2
+        nested = entries <= max(MOST_NESTED, dense)
     if nested and asked in ("auto", "nested") and len(factors) > 1:
         steps = " in ".join(names[i] for i in chain)
         return Engine("nested", f"{steps}, level by level"), chain

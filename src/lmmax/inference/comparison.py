@@ -366,7 +366,7 @@ def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None
     scope = terms.coded.droppable()
     smaller = {term.label: terms.without(term) for term in scope}
     if test == "F":
-        hypotheses = {label: terms.independent(L) for label, (L, _) in smaller.items()}
+        hypotheses = {label: L for label, (L, _) in smaller.items()}
         table, title = term_table(fit, hypotheses, ddf, "F")
         heading = f"Single terms left out, {title}\n{fit.formula}"
         return TestTable(heading, table, tuple(untestable_notes(table)))

@@ -33,8 +33,8 @@ from jax import Array, lax
 from ..compilation import Compiled
 from ..compilation_cache import compilation_cache
 from ..likelihood import Hold, Problem, derivatives
-from ..parameters import pack_triangle
-from ..solve import Constraints, Status, bounded_step, judge, structured
+from ..parameters import pack_triangle, unpack_symmetric
+from ..solve import Constraints, Status, bounded_step, judge, narrow, structured
 
 MAX_STEPS = 30
 """Most steps in one chart: where these do not do, another chart will do better."""
@@ -161,19 +161,26 @@ def _evaluate(
     D = jnp.zeros((q, q), here.dtype).at[rows, columns].set(here[:-1])
     D = D.at[columns, rows].set(here[:-1])
 
+    jacobian = jax.jacfwd(at_x)(x)
+    directions: tuple[Array, ...] = ()
+    if narrow(problem, constraints):
+        directions = (jnp.moveaxis(unpack_symmetric(jacobian[:-1]), -1, 0),)
+
     def criterion(value: Array) -> Any:
         hold = Hold(chart.contrast, value)
         no = jnp.asarray(False)
-        at = derivatives(problem, D, reml, here[-1], no, hold)
+        at = derivatives(problem, D, reml, here[-1], no, hold, *directions)
         return at.value, at
 
     # Along the value of a coefficient only what follows the reduction of the data has a tangent.
     value = chart.centre + chart.unit * v
     _, by_value, at = jax.jvp(criterion, (value,), (chart.unit,), has_aux=True)
     by_v = jax.jacfwd(lambda v: covariance(problem, constraints, chart, x, v))(v)
-    jacobian = jax.jacfwd(at_x)(x)
+    along = jacobian
+    if directions:
+        along = jnp.concatenate([jnp.eye(len(x), dtype=x.dtype), jacobian[-1:]])
     bend = jax.jacfwd(jax.jacfwd(lambda x: at.gradient @ at_x(x)))(x)
-    hessian = (jacobian.T @ at.hessian @ jacobian + bend) * jnp.outer(chart.free, chart.free)
+    hessian = (along.T @ at.hessian @ along + bend) * jnp.outer(chart.free, chart.free)
     return _Point(
         x=x,
         value=at.value,

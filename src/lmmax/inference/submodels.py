@@ -205,7 +205,7 @@ def _kept_only(design: Design, fit: Fit) -> Design:
 
 
 def _solved(design: Design, fit: Fit) -> Submodel:
-    from ..fit import ConvergenceWarning, fit_design
+    from ..fit import ConvergenceWarning, IdentifiabilityWarning, fit_design
 
     settings = fit.settings
     same_random = len(design.blocks) == len(fit.design.blocks) and all(
@@ -215,8 +215,9 @@ def _solved(design: Design, fit: Fit) -> Submodel:
         settings = replace(settings, start=None)
     engine = settings.engine if same_random else "auto"
     with warnings.catch_warnings():
-        # It becomes a note of the table.
+        # It becomes a note of the table; what is not identified changes no likelihood.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", IdentifiabilityWarning)
         return Submodel.of(fit_design(design, replace(settings, engine=engine)))
 
 

@@ -26,11 +26,16 @@ import numpy as np
 from jax import Array, lax
 
 from ..linalg import ldl, multiply, solve_unit_lower, symmetrize, turn
+from . import narrow
 from . import problem as form
 from .problem import Derivatives, Expansion, Hold, Problem, Reduction, assemble, duplication
 
 CHUNK_GROUPS = 2048
 """Groups handled together in one pass, so that intermediates stay in the processor's cache."""
+
+MANY_EFFECTS = 10
+"""Random effects of a group beyond which a Hessian in all entries of D, at q^4 for each group, is
+most of the work; see :mod:`lmmax.likelihood.narrow` for what does without it."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,12 +53,20 @@ class GroupedProblem(Problem):
         Y: projected ``[X y]``, shape (q, p + 1, m).
         weight: multiplicity of each group's log-determinant, shape (m,).
         C: cross-product of the part of ``[X y]`` outside the column spaces of Z, (p + 1, p + 1).
+        patterns: for many effects where each different factor comes first, (u,), and the factor
+            of each group, (m,); None where each group counts as having its own.
     """
 
     U: Any
     Y: Any
     weight: Any
     C: Any
+    patterns: tuple[Any, Any] | None = None
+
+    @property
+    def contracts(self) -> bool:
+        """Whether few directions of many effects are worth going along."""
+        return len(self.n_groups) > MANY_EFFECTS
 
 
 @form.reduce.register
@@ -63,6 +76,8 @@ def reduce(problem: GroupedProblem, D: Array) -> tuple[Array, Array]:
     ``D`` is in working coordinates.  Differentiable to any order in ``D`` and the data; the rule
     for ``D`` costs two small matrices per group instead of a pass through their factorisation.
     """
+    if problem.patterns is not None:
+        return narrow.reduce(problem, D)
     return _reduce(problem.U, problem.Y, problem.weight, problem.C, D)
 
 
@@ -125,6 +140,7 @@ def derivatives(
     log_scale: Array,
     profile: Array,
     hold: Hold | None = None,
+    directions: Array | None = None,
 ) -> Derivatives:
     """Evaluate the criterion with its exact gradient and Hessian in one pass over the groups.
 
@@ -138,6 +154,8 @@ def derivatives(
     Autodiff of the criterion gives the same numbers and is the test's oracle, but visits the
     groups once per direction, and compiles for twice as long.
     """
+    if directions is not None:
+        return narrow.derivatives(problem, D, reml, log_scale, profile, hold, directions)
     q, width, _ = problem.Y.shape
 
     def first_pass(U: Array, Y: Array, weight: Array) -> tuple[Any, tuple[Array, Array]]:
@@ -173,12 +191,14 @@ def derivatives(
 
 
 @form.expand.register
-def expand(problem: GroupedProblem, D: Array) -> Expansion:
+def expand(problem: GroupedProblem, D: Array, directions: Array | None = None) -> Expansion:
     """Return the reduction at ``D`` to second order, in one pass over the groups.
 
     The second derivatives of S are kept apart here, which the solver has no use for:
     ``S_cd = sum P' (E_c K E_d + E_d K E_c) P``, from ``sum K_ab P P'`` for each pair of effects.
     """
+    if directions is not None:
+        return narrow.expand(problem, D, directions)
     q, width, _ = problem.Y.shape
     pairs = [(a, b) for a in range(q) for b in range(a + 1)]
 

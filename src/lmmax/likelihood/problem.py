@@ -65,9 +65,19 @@ class Problem:
         return (slice(0, len(self.n_groups)),)
 
     @property
+    def costly(self) -> bool:
+        """Whether an evaluation may take seconds."""
+        return False
+
+    @property
     def effect_shapes(self) -> tuple[tuple[int, int], ...]:
         """Effects and groups of each factor whose modes :class:`Derivatives` holds."""
         return ()
+
+    @property
+    def contracts(self) -> bool:
+        """Whether :func:`derivatives` and :func:`expand` take directions."""
+        return False
 
 
 class Derivatives(NamedTuple):
@@ -79,6 +89,9 @@ class Derivatives(NamedTuple):
 
     ``beta_inverse`` is ``(X'V^-1 X)^-1``, and ``x_slope`` (q2, p, p) holds the derivatives of
     ``X'V^-1 X`` in D: how certain the coefficients are, and how that depends on the covariance.
+
+    Along c ``directions`` in the place of the entries, ``hessian`` is (c + 1, c + 1) and
+    ``x_slope`` (c, p, p); the gradient is in the entries all the same.
 
     ``effects`` holds, where they come for free, per factor of the elimination the conditional modes
     (q, m) of the random effects, and their covariance relative to the scale (q, q, m).
@@ -123,6 +136,7 @@ def derivatives(
     log_scale: Array,
     profile: Array,
     hold: Hold | None = None,
+    directions: Array | None = None,
 ) -> Derivatives:
     """Evaluate the criterion with its exact gradient and Hessian.
 
@@ -133,16 +147,18 @@ def derivatives(
         log_scale: value of ``s`` where it is not profiled out.
         profile: whether ``s`` is set to its minimiser given D.
         hold: a combination of the coefficients that is held, for likelihood profiles.
+        directions: symmetric matrices along which D moves, (c, q, q), if not in each entry; only
+            of problems that contract.
     """
     raise TypeError(f"{type(problem).__name__} is not a form of the likelihood")
 
 
 @singledispatch
-def expand(problem: Any, D: Array) -> Expansion:
+def expand(problem: Any, D: Array, directions: Array | None = None) -> Expansion:
     """Return the reduction at ``D (q, q)`` with its first and second derivatives.
 
     They are in the triangles of D's diagonal blocks, one for each grouping factor, one after the
-    other; see :func:`block_entries`.
+    other, see :func:`block_entries`; or along ``directions (c, q, q)``, of problems that contract.
     """
     raise TypeError(f"{type(problem).__name__} is not a form of the likelihood")
 
@@ -330,7 +346,9 @@ def assembled(
     slope_v = at.S_slope @ v
     rho = slope_v @ v
     solved = jnp.einsum("ij,cjk->cik", here.inverse, at.S_slope[:, :p, :p])
-    gradient = at.logdet_slope + reml * jnp.einsum("cii->c", solved) + precision * rho
+    # Not from the diagonals of ``solved``: who has no use for the Hessian needs no such products.
+    traces = jnp.einsum("ij,cij->c", here.inverse, at.S_slope[:, :p, :p])
+    gradient = at.logdet_slope + reml * traces + precision * rho
     hessian = curvature - reml * jnp.einsum("cij,dji->cd", solved, solved)
     hessian = hessian - 2.0 * precision * (slope_v[:, :p] @ here.free @ slope_v[:, :p].T)
     cross = -precision * rho
