@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -471,6 +472,28 @@ def test_two_runs_do_not_write_to_one_directory(
         equal(one.result(), plain)
         equal(other.result(), plain)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_of_unknown_length_is_waited_for(
+    tmp_path: Path, y: np.ndarray, plain: lmmax.BatchFit
+) -> None:
+    out, begun, go = tmp_path / "out.zarr", Event(), Event()
+
+    def coming() -> Iterator[np.ndarray]:
+        yield y[:, :35]  # more than are looked at beforehand
+        begun.set()
+        assert go.wait(60.0)
+        yield y[:, 35:]
+
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(streaming.fit, MODEL, coming(), out=out)
+        assert begun.wait(60.0)
+        other = threads.submit(streaming.fit, MODEL, iter([y]), out=out, resume=True)
+        go.set()
+        equal(one.result(), plain)
+        written = stamps(out)
+        equal(other.result(), plain)
+    assert stamps(out) == written
 
 
 # --- replicates -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lmmax.batch.rotation import rotate, rotation
 from lmmax.batch.sufficient import SufficientStatistics, sufficient_statistics
 from lmmax.design import DataError
 from lmmax.formula import FormulaError
+from lmmax.known_covariance import PartlyKnown
 from tests.reference import load_data, load_record
 
 pytestmark = pytest.mark.unoptimised
@@ -310,7 +311,7 @@ def test_a_model_that_the_statistics_do_not_have(
 
 
 def test_parts_that_do_not_belong_together(statistics: SufficientStatistics) -> None:
-    def of(model: str, data: pd.DataFrame, y: Any = Y[:, :2], **options: Any) -> Any:
+    def of(model: Any, data: pd.DataFrame, y: Any = Y[:, :2], **options: Any) -> Any:
         return sufficient_statistics(model, data, y, **options)
 
     first = of("~ group + (1 | Subject)", DATA)
@@ -328,6 +329,12 @@ def test_parts_that_do_not_belong_together(statistics: SufficientStatistics) -> 
     scaled = "~ scale(Days) + (1 | Subject)"
     with pytest.raises(DataError, match=r"'scale\(Days\)' learns from the rows"):
         of(scaled, DATA).merge(of(scaled, DATA[:100], Y[:100, :2]))
+    known, other = (
+        lmmax.ModelSpec("y", "Days", [lmmax.RandomTerm("1 + Days", "Subject", held)])
+        for held in (PartlyKnown([[1.0, 0.0], [0.0, v]], [[True, False]] * 2) for v in (0.1, 0.2))
+    )
+    with pytest.raises(DataError, match="a covariance structure with other constants"):
+        of(known, DATA).merge(of(other, DATA))
     with pytest.raises(DataError, match="distinct has the name 'g'"):
         first.merge(first, distinct="g")
     with pytest.raises(TypeError, match="not int"):

@@ -82,6 +82,15 @@ def test_there_is_no_statistic_below_zero(
         bootstrap_test(small, bad, n=9)
 
 
+def test_a_likelihood_without_maximum_has_no_ratio(models: tuple[lmmax.Fit, lmmax.Fit]) -> None:
+    small, large = models
+    unbounded = replace(small, estimates=replace(small.estimates, criterion=-np.inf, scale=0.0))
+    for fit in (large, lowered(large, -np.inf)):
+        found = lmmax.anova(unbounded, fit)
+        assert found.table[["chisq", "p"]].iloc[1].isna().all()
+        assert any("has no maximum" in note for note in found.notes)
+
+
 def test_replicates_take_the_better_fit(
     models: tuple[lmmax.Fit, lmmax.Fit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,14 +146,12 @@ def model(formula: str, data: pd.DataFrame) -> Any:
     terms = arrange(design)[1]
     cov_re = np.zeros((sum(term.width for term in terms),) * 2)
     for term in terms:
-        some = np.array([[1.0, 0.3], [0.3, 0.5]])[: term.width, : term.width]
+        q = term.width
         if term.pattern is None:
-            theta = np.random.default_rng(0).uniform(0.5, 1.0, term.covariance.n_parameters(4))
-            some = np.asarray(matrix_at(term.covariance, theta, 4))
-        elif term.width == 2:
-            some = some * term.pattern
-        if term.width == 4 and term.pattern is not None:
-            some = np.eye(4)
+            theta = np.random.default_rng(0).uniform(0.5, 1.0, term.covariance.n_parameters(q))
+            some = np.asarray(matrix_at(term.covariance, theta, q))
+        else:
+            some = (np.diag(np.arange(1.0, q + 1)) + 0.3) * term.pattern
         cov_re[term.columns, term.columns] = some
     return SimpleNamespace(design=design, terms=terms, cov_re=cov_re, scale=0.6)
 

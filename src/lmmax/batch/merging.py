@@ -32,6 +32,8 @@ def check_alike(first: SufficientStatistics, other: SufficientStatistics, number
     for block, other_block in zip(here.blocks, there.blocks, strict=True):
         what = f"{where}effects of {block.term}"
         _same_names(block.names, other_block.names, what, "make a factor a")
+        if block.covariance != other_block.covariance:
+            raise DataError(f"{where}{block.term} has a covariance structure with other constants")
     for mine, yours in zip(
         [here.terms, *(block.terms for block in here.blocks)],
         [there.terms, *(block.terms for block in there.blocks)],

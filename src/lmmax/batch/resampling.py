@@ -261,6 +261,8 @@ def _claimed(path: Path | None, resume: bool) -> Iterator[None]:
             f"out={str(path)!r} is being written to by {error}: wait for it to end, or end it; if "
             f"there is no such run, delete {str(claim.path)!r}"
         ) from None
+    except OSError as error:
+        raise DataError(f"out={str(path)!r} cannot be written to ({error.strerror})") from error
     try:
         yield
     finally:

@@ -296,9 +296,10 @@ class BatchFit:
 
     def _compare(self, number: int, found: Fit) -> None:
         """Warn if a fit is not the one that the batch has: the responses may be others by now."""
-        stored = isinstance(self.record, StoredRecord)
-        here: Any = self.record.around(number) if stored else self.record
-        at = number % self.record.size if stored else number
+        here, at = self.record, number
+        if isinstance(here, StoredRecord):
+            at = number % here.size
+            here = here.around(number)
         before, now = float(here.llf[at]), found.llf
         comparable = here.status[at] == Status.CONVERGED and found.converged
         if comparable and not abs(now - before) <= CHANGED[0] + CHANGED[1] * abs(before):

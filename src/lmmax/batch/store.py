@@ -586,6 +586,7 @@ class ZarrStore(Store):
         return description
 
     def _look(self) -> None:
+        self.__dict__.pop("_arrays", None)  # another run may have made them longer
         assert self._arrays
 
     def _claim_path(self) -> Path:
@@ -731,12 +732,13 @@ def _check_format(here: str, description: dict[str, Any]) -> None:
         )
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict[str, Any] | None:
     """Return what a file holds; None if there is none, or it is damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _parquet() -> tuple[Any, Any]:

@@ -55,7 +55,9 @@ def anova(
     treatment coding, as in lmerTest, or orthonormal ones where these are no basis.)
 
     For several fits, each row tests the fit against the next smaller one.  Fits by REML whose fixed
-    effects differ are fitted again by maximum likelihood, as a note in the table says.
+    effects differ are fitted again by maximum likelihood, as a note in the table says.  One that
+    ends below a special case of it is fitted again from that one's optimum, likewise; if it stays
+    below, the statistic is NaN.
 
     Args:
         fit: the fitted model.

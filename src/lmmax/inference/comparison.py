@@ -224,7 +224,8 @@ def ranova(fit: Fit, *, mixture: bool = False) -> TestTable:
     A correlated term such as ``(1 + Time | Pig)`` is reduced by each of its effects in turn, with
     its correlations; a random intercept, an effect of a ``||`` term and a term with a
     covariance structure are left out as a whole; ``(0 + f | g)`` with a factor f is reduced to
-    ``(1 | g)``.  The likelihood-ratio tests use the criterion of the fit, REML or ML.
+    ``(1 | g)``.  The likelihood-ratio tests use the criterion of the fit, REML or ML.  A fit below
+    one of the smaller ones is fitted again from that one's optimum, as a note then says.
 
     Args:
         fit: the fitted model.
@@ -332,7 +333,8 @@ def _full(
 def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None) -> TestTable:
     """Test the fixed-effects terms that may be left out one at a time.
 
-    These are the terms whose factors are not all in another term.
+    These are the terms whose factors are not all in another term.  As in :func:`ranova`, a fit that
+    is below a smaller one is fitted again from there.
 
     Args:
         fit: the fitted model.

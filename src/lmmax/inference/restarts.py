@@ -43,8 +43,9 @@ def fitted_from(large: Fit, small: Submodel) -> Fit:
     """
     from ..fit import ConvergenceWarning, refit_settings
 
-    origin = covariances_like(small, large)
-    found = large
+    found, origin = large, covariances_like(small, large)
+    if not (0.0 < small.scale < np.inf and np.isfinite(origin).all()):
+        return large  # without a maximum there is nowhere to start
     for Psi in (origin, origin + np.asarray(large.cov_re)):
         start = {"cov_re": Psi, "scale": small.scale}
         with warnings.catch_warnings():
@@ -81,6 +82,11 @@ def lost_note(name: str, special: str, gap: float, certain: bool = True) -> str:
         gap: what the log-likelihood is lower.
         certain: whether the models are known to be nested.
     """
+    if not np.isfinite(gap):
+        return (
+            f"{name} and {special} have no likelihood ratio: the likelihood of one of them has no "
+            "maximum."
+        )
     unless = "" if certain else ", unless the models are not nested"
     return (
         f"{name} was not maximised{unless}: its log-likelihood is {gap:.4g} lower than that of "
