@@ -129,6 +129,22 @@ def test_a_level_in_one_group_only() -> None:
         assert np.isnan(test.statistic) and np.isnan(test.pvalue)
 
 
+def test_a_structure_that_another_term_repeats(data: pd.DataFrame) -> None:
+    """One correlation for all effects and an intercept of the same groups are one parameter."""
+    few = data[data["school"] < 20].assign(f=np.tile(list("abc"), 40))
+    with pytest.warns(
+        Unknown, match=r"teacher: var\(Intercept\), school: sd and school: cor apart"
+    ):
+        fit = lmmax.fit("y ~ x + homcs(0 + f | school) + (1 | teacher)", few)
+    plain = lmmax.fit("y ~ x + homdiag(0 + f | school) + (1 | teacher)", few)
+    assert fit.llf == pytest.approx(plain.llf, abs=1e-8)
+    assert fit.structures()["std err"].isna().all()
+    for ddf in ("satterthwaite", "kenward-roger-linear"):
+        np.testing.assert_allclose(fit.coefficients(ddf), plain.coefficients(ddf), rtol=1e-4)
+    with pytest.raises(ValueError, match="kenward-roger-linear"):
+        fit.coefficients("kenward-roger")
+
+
 def test_what_is_asked_of_a_flat_fit(data: pd.DataFrame) -> None:
     with pytest.warns(Unknown):
         fit = lmmax.fit("y ~ x + (1 | school) + (1 | teacher)", data)

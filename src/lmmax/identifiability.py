@@ -146,12 +146,14 @@ def directions(
         size = term.covariance.n_parameters(width)
         somewhere = np.random.default_rng(0).uniform(0.5, 1.5, size)
         where = somewhere if theta is None else theta[term.label]
-        A = layout.A[here, here]
         own = np.moveaxis(slopes(term.covariance, where, width), -1, 0)
+        if not own.any(axis=(1, 2)).all():
+            # At a boundary some parameters move nothing, which the designs do not cause.
+            where = somewhere
+            own = np.moveaxis(slopes(term.covariance, where, width), -1, 0)
+        A = layout.A[here, here]
         base[here, here] = A @ matrix_at(term.covariance, where, width) @ A.T
-        # At a boundary some move nothing, which the designs do not cause.
-        moving = np.flatnonzero(np.abs(own).max(axis=(1, 2), initial=0.0) > 0.0)
-        structures.append(Structure(here, A @ own[moving] @ A.T, at + moving))
+        structures.append(Structure(here, A @ own @ A.T, np.arange(at, at + size)))
         at += size
     none = [np.zeros(0, dtype=int)]
     i, j = np.concatenate(rows or none), np.concatenate(columns or none)

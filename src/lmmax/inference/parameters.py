@@ -120,9 +120,13 @@ def _identified(estimates: Estimates, slope: np.ndarray) -> tuple[np.ndarray, np
         unit = np.linalg.norm(scaled, axis=0)
         unit = np.where(unit > 0.0, unit, 1.0)
         moved = estimates.sizes[: len(slope), None] * null
-        flat = reduced(np.linalg.lstsq(scaled / unit, moved, rcond=1e-12)[0].T)
-        identified = (flat == 0.0).all(axis=0)
-        free[np.argmax(np.abs(flat), axis=1)] = False
+        moved /= np.linalg.norm(moved, axis=0)
+        flat = np.linalg.lstsq(scaled / unit, moved, rcond=1e-12)[0]
+        identified = (reduced(flat.T) == 0.0).all(axis=0)
+        # At a boundary of a structure a direction may lead out of it.
+        inside = np.linalg.norm(scaled / unit @ flat - moved, axis=0) < 1e-6
+        if inside.any():
+            free[np.argmax(np.abs(reduced(flat[:, inside].T)), axis=1)] = False
     return identified, free
 
 
