@@ -149,7 +149,7 @@ class Estimates:
         n_theta = len(point.theta)
         bend = np.pad(np.kron(2.0 * left, np.eye(q)), ((1, n_theta), (1, n_theta)))
         hessian = (point.hessian - bend)[np.ix_(free, free)]
-        unit = self._units(hessian)
+        unit = self._units(np.asarray(hessian))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
 
         # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root'.
@@ -195,7 +195,7 @@ class Estimates:
         if self.boundary or self.probes:
             return True
         free = self.solution.point.free > 0.0
-        hessian = self.solution.point.hessian[np.ix_(free, free)]
+        hessian = np.asarray(self.solution.point.hessian)[np.ix_(free, free)]
         if not np.isfinite(hessian).all() or not hessian.size:
             return False
         unit = self._units(hessian)

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .compress import Layout
+from .compress.columns import triangle
 from .constraints import TermColumns
 from .covariances import matrix_at, slopes
 from .frames import DataError
@@ -463,7 +464,7 @@ def unidentified(
         directions=np.column_stack([_natural(at, t) for t in null.T]),
         n_entries=triangle_size(at.q),
         # A covariance that does not change at all changes no coefficient.
-        bends=np.linalg.qr(of.residual(moved), mode="r") if reml else np.zeros((0, p)),
+        bends=triangle(of.residual(moved)) if reml else np.zeros((0, p)),
         moves=of.X.T @ moved if reml else np.zeros((p, p)),
         to_x=layout.fixed.inverse,
     )
@@ -483,7 +484,7 @@ def _null(of: Covariances, at: Directions, rng: np.random.Generator) -> np.ndarr
             seen, norm = _sketched(of, at, size, rng)
             sketch, norms = np.vstack([sketch, seen]), np.hypot(norms, norm)
             if len(sketch) > 2 * size + k:
-                sketch = np.linalg.qr(sketch, mode="r")
+                sketch = triangle(sketch)
         drawn += more
         unit = np.where(norms > 0.0, norms, 1.0) / np.sqrt(drawn * of.n)
         _, values, right = np.linalg.svd(sketch / (unit * np.sqrt(drawn * of.n)))
