@@ -129,7 +129,9 @@ class Bootstrap:
             )
         elif kind == "bca":
             lower, upper = self._quantiles(self._corrected(levels))
-            beyond = self.observed.index[np.isnan(lower + upper)].difference(list(self.hidden))
+            beyond = self.observed.index[np.isnan(lower + upper)].difference(
+                list(self.hidden), sort=False
+            )
             if len(beyond):
                 warnings.warn(
                     f"the BCa limits of {', '.join(map(repr, beyond))} lie beyond the replicates, "
