@@ -230,7 +230,7 @@ class Estimates:
         if self.boundary or self.probes:
             return True
         free = self.solution.point.free > 0.0
-        hessian = self.solution.point.hessian[np.ix_(free, free)]
+        hessian = np.asarray(self.solution.point.hessian)[np.ix_(free, free)]
         if not np.isfinite(hessian).all() or not hessian.size:
             return False
         unit = self._units(np.asarray(hessian))
