@@ -55,10 +55,10 @@ def test_group_labels_of_any_type(labels, levels):
     assert [d.groupings[0].levels[c] for c in d.groupings[0].codes] == labels * 4
 
 
-def test_combinations_with_equal_names_stay_apart():
+def test_combinations_whose_names_would_be_equal_read_apart():
     data = pd.DataFrame({"y": [1.0, 2.0, 4.0], "a": ["p:q", "p", "p:q"], "b": ["r", "q:r", "r"]})
     d = build_design("y ~ 1 + (1|a:b)", data)
-    assert d.groupings[0].levels.tolist() == ["p:q:r", "p:q:r"]
+    assert d.groupings[0].levels.tolist() == ["'p':'q:r'", "'p:q':'r'"]
     assert d.groupings[0].codes.tolist() == d.new_data(data).codes[0].tolist() == [1, 0, 1]
 
 

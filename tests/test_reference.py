@@ -51,6 +51,8 @@ def _fit_record(record: dict[str, Any]) -> lmmax.Fit:
     with warnings.catch_warnings():
         if record["results"]["fixef_dropped"]:
             warnings.simplefilter("ignore", lmmax.RankWarning)
+        if "over-parametrised" in record["tags"]:
+            warnings.simplefilter("ignore", lmmax.IdentifiabilityWarning)
         return lmmax.fit(
             record["formula_py"],
             load_data(record["dataset"]),

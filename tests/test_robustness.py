@@ -416,7 +416,8 @@ def test_as_many_coefficients_as_rows(data: pd.DataFrame) -> None:
 def test_one_residual_degree_of_freedom_identifies_one_variance(data: pd.DataFrame) -> None:
     """Under REML one contrast is left: its variance is a sum of which no part is identified."""
     few = data.iloc[[0, 1, 9, 10]]
-    fit = lmmax.fit(INTERCEPT, few)
+    with pytest.warns(lmmax.IdentifiabilityWarning, match=r"var\(Intercept\) and scale apart"):
+        fit = lmmax.fit(INTERCEPT, few)
     problem = matrices(few, ("1",))
     for D in (0.0, 0.5):
         value = dense.criterion(**problem, D=np.array([[D]]), reml=True)
@@ -512,7 +513,8 @@ def test_random_column_of_zeros(data: pd.DataFrame, bar: str) -> None:
 
 def test_duplicate_random_columns(data: pd.DataFrame, plain: lmmax.Fit) -> None:
     """The sum of both slopes is identified, their parts are not: no standard error for these."""
-    fit = lmmax.fit("y ~ x + z + (1 + x + w | g)", data.assign(w=data["x"]), reml=plain.reml)
+    with pytest.warns(lmmax.IdentifiabilityWarning, match=r"var\(x\), .*and g: var\(w\) apart"):
+        fit = lmmax.fit("y ~ x + z + (1 + x + w | g)", data.assign(w=data["x"]), reml=plain.reml)
     assert fit.converged
     assert fit.deviance == pytest.approx(plain.deviance, abs=1e-8)
     np.testing.assert_allclose(fit.params, plain.params, rtol=1e-7)
@@ -530,7 +532,8 @@ def test_duplicate_random_columns(data: pd.DataFrame, plain: lmmax.Fit) -> None:
 
 def test_duplicate_uncorrelated_random_columns(data: pd.DataFrame) -> None:
     """The sum of the variances of both slopes is identified, neither of them is."""
-    fit = lmmax.fit("y ~ x + z + (1 + x + w || g)", data.assign(w=data["x"]))
+    with pytest.warns(lmmax.IdentifiabilityWarning, match=r"g: var\(x\) and g: var\(w\) apart"):
+        fit = lmmax.fit("y ~ x + z + (1 + x + w || g)", data.assign(w=data["x"]))
     plain = lmmax.fit("y ~ x + z + (1 + x || g)", data)
     assert fit.converged
     assert fit.deviance == pytest.approx(plain.deviance, abs=1e-8)

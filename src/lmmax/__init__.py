@@ -10,11 +10,13 @@ from .compress import EngineError as EngineError
 from .constraints import ConstraintError as ConstraintError
 from .design import DataError as DataError
 from .fit import ConvergenceWarning as ConvergenceWarning
+from .fit import IdentifiabilityWarning as IdentifiabilityWarning
 from .fit import RankWarning as RankWarning
 from .fit import fit as fit
 from .fit import fit_arrays as fit_arrays
 from .formula import FormulaError as FormulaError
 from .formula import parse_formula as parse_formula
+from .inference.denominator import AdjustmentWarning as AdjustmentWarning
 from .inference.denominator import HypothesisError as HypothesisError
 from .results import Fit as Fit
 from .results import load as load
@@ -31,7 +33,9 @@ if _TYPE_CHECKING:
     from .batch.resampled import Resampled as Resampled
     from .batch.resampling import resample as resample
     from .batch.result import BatchFit as BatchFit
+    from .batch.result import ChangedWarning as ChangedWarning
     from .batch.store import StoreError as StoreError
+    from .batch.store import StoreWarning as StoreWarning
     from .batch.stream import LostWorkerWarning as LostWorkerWarning
     from .batch.sufficient import SufficientStatistics as SufficientStatistics
     from .batch.sufficient import sufficient_statistics as sufficient_statistics
@@ -63,8 +67,8 @@ _LATER = {
     "batch.plan": ("Plan", "PlanError", "plan"),
     "batch.resampled": ("Resampled",),
     "batch.resampling": ("resample",),
-    "batch.result": ("BatchFit",),
-    "batch.store": ("StoreError",),
+    "batch.result": ("BatchFit", "ChangedWarning"),
+    "batch.store": ("StoreError", "StoreWarning"),
     "batch.stream": ("LostWorkerWarning",),
     "batch.sufficient": ("SufficientStatistics", "sufficient_statistics"),
     "inference.anova": ("anova",),

@@ -14,17 +14,20 @@ from .covariances import covariance as structure_of
 from .frames import (
     DataError,
     any_missing,
+    check_same_rows,
     complete_rows,
     listing,
     missing_values,
     numeric_column,
     one_dimensional,
+    real_numbers,
 )
 from .levels import GroupKey, group_rows
 from .matrices import (
     Design,
     NewDesign,
     RandomBlock,
+    check_groups,
     check_response,
     check_unique,
     needed_offset,
@@ -91,6 +94,7 @@ def design_from_arrays(
         >>> design_from_arrays([1.0, 2.0, 4.0], [1, 1, 1], crossed).spec.formula
         'y ~ 0 + x1 + (1 | plate) + (1 | sample)'
     """
+    check_same_rows(_by_rows(y, X, groups, Z, weights=weights, offset=offset))
     response = str(y.name) if isinstance(y, pd.Series) and y.name is not None else "y"
     index = y.index if isinstance(y, pd.Series) else None
     y = numeric_column(y, "the response y")
@@ -126,15 +130,13 @@ def design_from_arrays(
     random = [
         RandomTerm(plain_names(term.effects), quote(term.name), term.covariance) for term in terms
     ]
-    groups = [
-        group_rows(term.name, [term.labels[rows]], [spec])
-        for spec, term in zip(random, terms, strict=True)
-    ]
+    groups = [group_rows(term.name, [term.labels[rows]]) for term in terms]
     blocks = []
     for i, (spec, term) in enumerate(zip(random, terms, strict=True)):
         own = np.array(term.Z[rows], order="F")
         structure, effects = _prepared(spec, term.effects), term.effects
         blocks.append(RandomBlock(spec, i, own, effects, structure, plain_terms(effects, own)))
+    check_groups([grouping for grouping, _ in groups], blocks)
     X = np.array(X[rows], order="F")
     return Design(
         spec=ModelSpec(quote(response), plain_names(names), tuple(random)),
@@ -243,6 +245,17 @@ def _several_terms(groups: Any, Z: Any, z_names: Any, covariance: Any, n: int) -
     ]
 
 
+def _by_rows(y: Any, X: Any, groups: Any, Z: Any, **others: Any) -> dict[str, Any]:
+    """All arguments that have a value or more for each row, by what messages call them."""
+    found = {"y": y, "X": X}
+    for what, given in (("groups", groups), ("Z", Z)):
+        if isinstance(given, Mapping):
+            found |= {f"{what}[{name!r}]": values for name, values in given.items()}
+        else:
+            found[what] = given
+    return found | others
+
+
 def _is_several(groups: Any) -> bool:
     return isinstance(groups, (Mapping, pd.DataFrame))
 
@@ -302,6 +315,8 @@ class _ArrayRecipe:
         """See `Design.new_data`."""
         if not isinstance(data, Mapping) or "X" not in data:
             raise TypeError("this design was made from arrays: pass a dict with 'X' (and 'groups')")
+        given = (data.get(name) for name in ("y", "X", "groups", "Z"))
+        check_same_rows(_by_rows(*given, offset=offset))
         X = _new_matrix(data["X"], "X", self.x_names)
         n = len(X)
         columns = [*zip(self.x_names, X.T, strict=True)]
@@ -355,10 +370,15 @@ class _ArrayRecipe:
 
 
 def _new_matrix(values: Any, what: str, names: Sequence[str]) -> np.ndarray:
-    matrix = np.array(_as_matrix(values, what)[0])
+    matrix, found = _as_matrix(values, what)
     if matrix.shape[1] != len(names):
         raise DataError(f"{what} has {matrix.shape[1]} columns, the model has {len(names)}")
-    return matrix
+    if isinstance(values, pd.DataFrame) and found != names and not set(found).isdisjoint(names):
+        raise DataError(
+            f"the columns of {what} are {listing(found)}, and those of the fit {listing(names)}: "
+            "reorder them"
+        )
+    return np.array(matrix)
 
 
 def _as_matrix(
@@ -371,7 +391,9 @@ def _as_matrix(
         matrix = np.array(columns).reshape(len(found), len(values)).T
     else:
         try:
-            matrix = np.asarray(values, dtype=np.float64)
+            matrix = real_numbers(values, f"{what}{at}")
+        except DataError:
+            raise
         except (TypeError, ValueError):
             raise DataError(f"{what}{at} must be numeric") from None
         if matrix.ndim == 1:

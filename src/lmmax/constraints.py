@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .covariances import Covariance, matrix_at, slopes
+from .frames import real_numbers
 from .likelihood import Problem
 from .solve import Constraints, Structured
 
@@ -287,7 +288,7 @@ def _check_covariance(value: Any, q: int, name: str) -> np.ndarray:
 def _numbers(value: Any) -> np.ndarray | None:
     """Return ``value`` as an array of floats, or None if it is not one."""
     try:
-        return np.asarray(value, dtype=float)
+        return real_numbers(value, "a matrix of parameters")
     except (TypeError, ValueError):
         return None
 

@@ -30,10 +30,13 @@ onto ``s >= 0`` is flat at zero, and the plainest is ``s = u ** 2``.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import jax
@@ -49,11 +52,16 @@ from .parameters import factor, pack_triangle, triangle_size, unpack_lower
 
 __all__ = ["Covariance", "Effects", "covariance"]
 
-Function = Literal["matrix", "values"]
-"""A structure's functions of theta: its covariance, and the values that are reported."""
+Function = Literal["matrix", "values", "of_values"]
+"""A structure's functions: its covariance and the values that are reported by theta, and the
+covariance by these values."""
 
 # Estimates start here, on the scale of theta: correlations that are positive but not strong.
 _START = 0.25
+# Gaps between levels that differ by more than this part are not equal.
+_UNEQUAL = 1e-6
+# Months and years are not equally long.
+_UNEQUAL_DATES = 0.2
 # The parameter of a correlation next to its limits stays finite.
 _NEAR_ONE = 1.0 - 1e-13
 
@@ -68,6 +76,9 @@ class Effects:
         ordered: whether these levels have an order.
         label: the term, for messages.
         factor: the factor, for messages.
+        places: (q,) position of each level among all that the factor was declared to have, with
+            or without rows; None if the levels are simply those that occur.
+        declared: whether the data or the formula say what the order of the levels is.
     """
 
     names: tuple[str, ...]
@@ -75,6 +86,8 @@ class Effects:
     ordered: bool
     label: str
     factor: str = ""
+    places: tuple[int, ...] | None = None
+    declared: bool = False
 
 
 class Covariance(ABC):
@@ -152,6 +165,15 @@ class Covariance(ABC):
         Standard deviations are relative to the residual one.
         """
         return theta
+
+    def of_values(self, values: Array, q: int) -> Array | None:
+        """Return the covariance (q, q) that has these `values`; None if only theta tells.
+
+        Kenward and Roger's method takes its derivatives.  Where theta is infinite, at a correlation
+        of one, they are what they are anywhere else.  A covariance is quadratic in the standard
+        deviations.
+        """
+        return None
 
     def is_sd(self, q: int) -> tuple[bool, ...]:
         """Return, for each of `values`, whether it is a standard deviation."""
@@ -259,6 +281,10 @@ class Diagonal(Covariance):
         """See `Covariance`."""
         return jnp.abs(theta)
 
+    def of_values(self, values: Array, q: int) -> Array:
+        """See `Covariance`."""
+        return jnp.diag(jnp.broadcast_to(values**2, q))
+
     def is_sd(self, q: int) -> tuple[bool, ...]:
         """See `Covariance`."""
         return (True,) * self.n_parameters(q)
@@ -360,6 +386,12 @@ class _Correlated(Covariance):
         sd = jnp.abs(theta[:m]) if self._common else theta[:m] ** 2
         return jnp.concatenate([sd, self._correlations(theta[m:], q)])
 
+    def of_values(self, values: Array, q: int) -> Array:
+        """See `Covariance`."""
+        m = self._n_sd(q)
+        sd = jnp.broadcast_to(values[:m], q)
+        return (sd[:, None] * sd) * self._correlation_matrix(values[m:], q)
+
     def is_sd(self, q: int) -> tuple[bool, ...]:
         """See `Covariance`."""
         return (True,) * self._n_sd(q) + (False,) * self._n_correlations(q)
@@ -438,17 +470,50 @@ class _Ordered(_Correlated):
         return super().prepare(effects)
 
 
-@dataclass(frozen=True)
-class Autoregressive(_Ordered):
-    """First-order autoregression: ``rho = tanh(x)`` to the power of the lag.
+class _Lagged(_Ordered):
+    """A correlation that depends on the lag, the number of steps between two levels.
 
-    Lags count the levels that occur in the data, whatever numbers they may be.
+    Steps are those of the levels that the factor was declared to have, ``C(t, levels=[...])`` or
+    the categories of a pandas categorical, whether they occur or not; else of those that occur.
+    """
+
+    places: tuple[int, ...]
+
+    def prepare(self, effects: Effects) -> Covariance:
+        """See `Covariance`; warns where levels that are numbers are not equally far apart."""
+        super().prepare(effects)
+        q = len(effects.names)
+        places = tuple(range(q)) if effects.places is None else effects.places
+        if not effects.declared and not _evenly_spaced(effects.levels or (), places):
+            warnings.warn(
+                f"the levels of {effects.factor!r} are not equally far apart "
+                f"({listing(effects.levels or (), 6)}), and {self.name!r} in {effects.label} "
+                "takes those next to each other as one step apart: 'ou' goes by the distance "
+                "between numbers, or declare the steps with C(f, levels=[...])",
+                stacklevel=2,
+            )
+        consecutive = all(b - a == 1 for a, b in pairwise(places))
+        return self if consecutive else replace(self, places=places)  # type: ignore[call-arg]
+
+    def _lags(self, q: int) -> np.ndarray:
+        """Return the lags of all pairs of effects, (q, q)."""
+        if not self.places:
+            return _lags(q)
+        places = np.array(self.places, dtype=np.int32)
+        return np.abs(places[:, None] - places)
+
+
+@dataclass(frozen=True)
+class Autoregressive(_Lagged):
+    """First-order autoregression: ``rho = tanh(x)`` to the power of the lag.
 
     Args:
         hom: whether the effects share one variance.
+        places: (q,) the steps at which the effects are, where there are gaps; found by `prepare`.
     """
 
     hom: bool = True
+    places: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -467,31 +532,38 @@ class Autoregressive(_Ordered):
 
     def _correlation_matrix(self, natural: Array, q: int) -> Array:
         # Products, because the derivatives of `rho ** lag` are not defined at zero.
-        powers = jnp.cumprod(jnp.broadcast_to(natural, q - 1))
-        return _by_lag(powers)
+        lags = self._lags(q)
+        powers = jnp.cumprod(jnp.broadcast_to(natural, int(lags.max())))
+        return _by_lag(powers, lags)
 
     def _x_of(self, mean: Callable[[np.ndarray], float], q: int) -> np.ndarray:
-        return np.array([_atanh(mean(_lags(q) == 1))])
+        lags = self._lags(q)
+        least = int(lags[lags > 0].min())
+        rho = mean(lags == least)
+        return np.array([_atanh(np.sign(rho) * np.abs(rho) ** (1.0 / least))])
 
     def _correlation_labels(self, q: int) -> tuple[str, ...]:
         return ("cor(lag 1)",)
 
 
 @dataclass(frozen=True)
-class Toeplitz(_Ordered):
-    """One correlation per lag, free but for positive definiteness.
+class Toeplitz(_Lagged):
+    """One correlation per lag that occurs, free but for positive definiteness.
 
     Autocorrelations are positive definite if and only if all partial autocorrelations lie in
     (-1, 1) (Barndorff-Nielsen and Schou, 1973, "On the parametrization of autoregressive models
     by partial autocorrelations", Journal of Multivariate Analysis 3, 408-419). Those are tanh of
     the parameters; the recursion of Durbin (1960, "The fitting of time-series models", Revue de
-    l'Institut International de Statistique 28, 233-244) gives the autocorrelations.
+    l'Institut International de Statistique 28, 233-244) gives the autocorrelations.  Where gaps
+    between the levels leave a lag out, its partial autocorrelation is zero.
 
     Args:
         hom: whether the effects share one variance.
+        places: (q,) the steps at which the effects are, where there are gaps; found by `prepare`.
     """
 
     hom: bool = False
+    places: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -502,24 +574,35 @@ class Toeplitz(_Ordered):
     def _common(self) -> bool:
         return self.hom
 
+    def _occurring(self, q: int) -> np.ndarray:
+        """Return the lags that occur, ascending, (k,)."""
+        return np.unique(self._lags(q))[1:]
+
     def _n_correlations(self, q: int) -> int:
-        return q - 1
+        return len(self._occurring(q))
 
     def _correlations(self, x: Array, q: int) -> Array:
-        return _autocorrelations(jnp.tanh(x))
+        if not self.places:
+            return _autocorrelations(jnp.tanh(x))
+        at = self._occurring(q) - 1
+        partial = jnp.zeros(int(at[-1]) + 1, x.dtype).at[at].set(jnp.tanh(x))
+        return _autocorrelations(partial)[at]
 
     def _correlation_matrix(self, natural: Array, q: int) -> Array:
-        return _by_lag(natural)
+        lags = self._lags(q)
+        return _by_lag(natural, np.searchsorted(np.unique(lags), lags).astype(np.int32))
 
     def _x_of(self, mean: Callable[[np.ndarray], float], q: int) -> np.ndarray:
-        lags = _lags(q)
-        rho = np.array([mean(lags == lag) for lag in range(1, q)])
-        if np.isnan(rho[:1]).all():
-            return np.full(q - 1, np.nan)
-        return np.array([_atanh(p) for p in _partial_autocorrelations(np.nan_to_num(rho))])
+        lags, occurring = self._lags(q), self._occurring(q)
+        found = np.array([mean(lags == lag) for lag in occurring])
+        if np.isnan(found[:1]).all():
+            return np.full(len(found), np.nan)
+        rho = np.full(int(occurring[-1]), np.nan)
+        rho[occurring - 1] = np.nan_to_num(found)
+        return np.array([_atanh(p) for p in _partial_autocorrelations(rho)[occurring - 1]])
 
     def _correlation_labels(self, q: int) -> tuple[str, ...]:
-        return tuple(f"cor(lag {lag})" for lag in range(1, q))
+        return tuple(f"cor(lag {lag})" for lag in self._occurring(q))
 
 
 @dataclass(frozen=True)
@@ -614,10 +697,21 @@ def _lags(q: int) -> np.ndarray:
     return np.abs(i - j)
 
 
-def _by_lag(correlations: Array) -> Array:
-    """Return the matrix (q, q) with the given correlations at lags 1 to q - 1."""
+def _by_lag(correlations: Array, lags: np.ndarray) -> Array:
+    """Return the matrix (q, q) with the given correlations at lags (q, q) from 1 on."""
     one = jnp.ones(1, correlations.dtype)
-    return jnp.concatenate([one, correlations])[_lags(len(correlations) + 1)]
+    return jnp.concatenate([one, correlations])[lags]
+
+
+def _evenly_spaced(levels: Sequence[Any], places: Sequence[int]) -> bool:
+    """Whether levels that are numbers or dates are as far apart as their places; others pass."""
+    numbers, tolerance = level_numbers(levels), _UNEQUAL
+    if numbers is None and all(isinstance(level, date) for level in levels):
+        numbers, tolerance = tuple(t.toordinal() for t in levels), _UNEQUAL_DATES
+    if numbers is None or len(numbers) < 3:
+        return True
+    steps = np.diff(numbers) / np.diff(places)
+    return bool(steps.max() <= steps.min() * (1.0 + tolerance))
 
 
 _Carry = tuple[Array, Array, Array]
@@ -648,11 +742,17 @@ def _autocorrelations(partial: Array) -> Array:
 
 
 def _partial_autocorrelations(rho: np.ndarray) -> np.ndarray:
-    """Undo `_autocorrelations`; values next to 1 stand for what no stationary process has."""
+    """Undo `_autocorrelations`; values next to 1 stand for what no stationary process has.
+
+    An autocorrelation that is NaN is as those before it predict.
+    """
+    rho = np.array(rho, dtype=float)
     phi, partial = np.zeros(0), np.zeros(len(rho))
     variance = 1.0
     for k in range(len(rho)):
-        rest = rho[k] - phi @ rho[:k][::-1]
+        predicted = phi @ rho[:k][::-1]
+        rho[k] = predicted if np.isnan(rho[k]) else rho[k]
+        rest = rho[k] - predicted
         # Once the prediction is perfect, later values have no effect.
         p = np.clip(rest / variance, -_NEAR_ONE, _NEAR_ONE) if variance > 1e-14 else 0.0
         partial[k] = p
@@ -748,9 +848,9 @@ def canonical(structure: str | Covariance) -> str | Covariance:
     return found.name if _STRUCTURES.get(found.name) == found else found
 
 
-def matrix_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
+def matrix_at(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
     """Return the covariance of a structure at theta (k,) in double precision, (q, q)."""
-    return _derivative(structure, "matrix", theta, q, 0)
+    return _derivative(structure, of, theta, q, 0)
 
 
 def values_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
@@ -758,8 +858,24 @@ def values_at(structure: Covariance, theta: Any, q: int) -> np.ndarray:
     return _derivative(structure, "values", theta, q, 0)
 
 
+def known_by_values(structure: Covariance) -> bool:
+    """Return whether a structure tells its covariance by its values."""
+    return type(structure).of_values is not Covariance.of_values
+
+
+def undefined(structure: Covariance, values: np.ndarray, q: int) -> np.ndarray:
+    """Return which correlations and rates have no value, for the variances are zero, (k,)."""
+    is_sd = np.asarray(structure.is_sd(q), dtype=bool)
+    if known_by_values(structure):
+        return ~is_sd & ~np.any(slopes(structure, values, q, of="of_values"), axis=(0, 1))
+    return np.isnan(values) | (is_sd.any() & ~is_sd & ~np.any(values[is_sd]))
+
+
 def slopes(structure: Covariance, theta: Any, q: int, of: Function = "matrix") -> np.ndarray:
-    """Return the derivatives (..., k) of a function of theta (k,), in double precision."""
+    """Return the derivatives (..., k) of a function of theta (k,), in double precision.
+
+    Of the covariance by its values theta is these values.
+    """
     return _derivative(structure, of, theta, q, 1)
 
 
@@ -778,7 +894,8 @@ def _compiled(structure: Covariance, of: Function, q: int, order: int) -> Compil
     """Compile a derivative as a whole: its operations one by one are dozens of compilations."""
 
     def function(theta: Array) -> Array:
-        return structure.matrix(theta, q) if of == "matrix" else structure.values(theta, q)
+        found: Array = getattr(structure, of)(theta, q)
+        return found
 
     for _ in range(order):
         function = jax.jacfwd(function)

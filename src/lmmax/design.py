@@ -21,11 +21,10 @@ from .encoding import (
     factor_names,
     formula_part,
     offset_factor,
-    response_factor,
     term_factors,
     used_columns,
 )
-from .formula import parse_formula
+from .formula import parse_formula, parse_response
 from .frames import (
     DataError,
     any_missing,
@@ -44,6 +43,7 @@ from .matrices import (
     Design,
     NewDesign,
     RandomBlock,
+    check_groups,
     check_matrix,
     check_response,
     check_unique,
@@ -104,7 +104,7 @@ def build_design(
             the calling code are not. A design with functions in it pickles if they do.
         relmat: by name of a grouping factor, the known relationship matrix of its levels, as of
             animals with common ancestors: a DataFrame with the levels as index and columns,
-            symmetric and positive definite. Effects of levels i and j then have covariance
+            symmetric and positive semidefinite. Effects of levels i and j then have covariance
             ``relmat[i, j] * D`` with the D of their term. Levels that do not occur may be in it.
         whole: whether there will be no other rows; else one group, or one row, is enough, and
             levels of a categorical that do not occur stay.
@@ -142,6 +142,8 @@ def build_design(
     for name, values in ((_WEIGHTS, weights), (_OFFSET, offset)):
         if values is not None:
             what = name.strip("()")
+            if name in frame:
+                raise DataError(f"a column named {name!r} does not go with {what}=: rename it")
             frame[name] = side_column(values, what, table, frame.index)
             labels[name] = values if isinstance(values, str) else what
     masks = missing_values(((labels.get(c, c), frame[c]) for c in map(str, frame)), frame.index)
@@ -158,7 +160,7 @@ def build_design(
             stacklevel=2,
         )
     index = frame.index
-    y = encoder.numbers(response_factor(spec.response), "the response")
+    y = encoder.numbers(parse_response(spec.response), "the response")
     schemes = contrasts_by_expression(contrasts, factors, encoder.levels)
     X, fixed = _matrix(encoder, formula_part(spec.fixed, schemes), "the fixed-effects design")
     terms = encoder.terms(fixed)
@@ -175,13 +177,13 @@ def build_design(
         parts.append(effects)
     groups = [
         group_rows(
-            ":".join(names),
+            factor_name,
             [frame[name] for name in names],
-            [term for term in spec.random if spec.grouping_of(term) == i] if whole else None,
         )
-        for i, names in enumerate(spec.group_columns)
+        for names, factor_name in zip(spec.group_columns, spec.factor_names, strict=True)
     ]
     if whole:
+        check_groups([grouping for grouping, _ in groups], blocks)
         check_response(spec.response, y, index)
     used = {name for factor in factors for names in factor_names(factor) for name in names}
     return Design(
@@ -288,7 +290,7 @@ def _factors(
     spec: ModelSpec, terms: Iterable[RandomTerm], *, response: bool = True
 ) -> dict[Factor, str]:
     """The factors of a model with these random terms, each with its part, for messages."""
-    where = {response_factor(spec.response): "response"} if response else {}
+    where = {parse_response(spec.response): "response"} if response else {}
     parts = [(spec.fixed, "fixed effects")]
     parts += [(term.design, f"random term {term}") for term in terms]
     for text, name in parts:
@@ -352,12 +354,20 @@ def _evaluate(
 
 def _prepared(term: RandomTerm, names: tuple[str, ...], encoder: Encoder) -> Covariance:
     """The covariance structure of a term, told about the order of its effects."""
-    factor, levels, ordered = "", None, False
+    told = Effects(names, None, False, str(term))
     found = encoder.one_factor(term.design)
     if found is not None and len(found[1].categories) == len(names):
-        factor, values = found
-        levels, ordered = tuple(values.categories), has_order(values)
-    return covariance(term.covariance).prepare(Effects(names, levels, ordered, str(term), factor))
+        factor, values, places = found
+        told = Effects(
+            names,
+            tuple(values.categories),
+            has_order(values),
+            str(term),
+            factor,
+            places,
+            declared=bool(values.ordered),
+        )
+    return covariance(term.covariance).prepare(told)
 
 
 def _shared(

@@ -25,6 +25,7 @@ from formulaic.parser.types import Factor
 from formulaic.transforms import TRANSFORMS
 from formulaic.transforms.contrasts import (
     Contrasts,
+    ContrastsRegistry,
     CustomContrasts,
     DiffContrasts,
     HelmertContrasts,
@@ -38,9 +39,20 @@ from formulaic.utils.layered_mapping import LayeredMapping
 from formulaic.utils.stateful_transforms import stateful_eval
 from interface_meta import override
 
-from .formula import R_HINTS, expression_names, from_r, parse_terms
-from .frames import DataError, Table, as_numbers, is_label, is_number, listing, unknown_column
-from .levels import as_categories
+from .formula import R_HINTS, expression_names, from_r, is_factor_of, parse_terms
+from .frames import (
+    DataError,
+    Table,
+    as_numbers,
+    beyond_integers,
+    is_label,
+    is_number,
+    listing,
+    real_numbers,
+    unknown_column,
+)
+from .levels import as_categories, label_positions, positions
+from .splines import SPLINES, Spline
 from .terms import CodedTerms, Element, Term
 
 __all__ = [
@@ -51,7 +63,6 @@ __all__ = [
     "factor_names",
     "formula_part",
     "offset_factor",
-    "response_factor",
     "term_factors",
     "terms_by_factors",
     "used_columns",
@@ -71,10 +82,11 @@ _CONTRASTS: dict[str, type[Contrasts]] = {
 
 @dataclass(frozen=True, eq=False)
 class _Categories:
-    """A factor: its levels, and contrasts if the formula names them."""
+    """A factor: its levels, contrasts if the formula names them, and all levels it was given."""
 
     values: pd.Categorical
     contrasts: Contrasts | None = None
+    declared: pd.Index | None = None
 
 
 @dataclass(frozen=True)
@@ -127,11 +139,54 @@ def as_contrasts(contrasts: Any, what: str) -> Contrasts:
     if inspect.isclass(contrasts) and issubclass(contrasts, Contrasts):
         return contrasts()
     try:
+        labelled = _as_labelled(contrasts)
+        if labelled is not None:
+            return _LabelledContrasts(labelled, what)
         if not isinstance(contrasts, Mapping):
-            contrasts = np.array(contrasts, dtype=np.float64, ndmin=2)
+            contrasts = np.atleast_2d(real_numbers(contrasts, f"the contrasts for {what}"))
         return CustomContrasts(contrasts)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"cannot use {contrasts!r} as contrasts for {what}: {error}") from None
+
+
+class _LabelledContrasts(CustomContrasts):  # type: ignore[misc]
+    """Contrasts whose rows have labels, the levels, by which they are taken.
+
+    Args:
+        frame: a row per level, in any order, and a named column per contrast.
+        what: the factor, for messages.
+    """
+
+    def __init__(self, frame: pd.DataFrame, what: str) -> None:
+        values = real_numbers(frame, f"the contrasts for {what}")
+        unnamed = isinstance(frame.columns, pd.RangeIndex)
+        super().__init__(values, None if unnamed else [str(name) for name in frame.columns])
+        self.labels, self._what = frame.index, what
+
+    def aligned(self, levels: Sequence[Any]) -> CustomContrasts:
+        """Return contrasts with a row for each of the levels, in their order."""
+        wanted = pd.Index(levels)
+        where = f"the index of the contrasts for {self._what}"
+        remedy = "pass contrasts.to_numpy() if its rows are in the order of the levels"
+        rows = label_positions(wanted, self.labels, where, remedy)
+        return CustomContrasts(self.contrasts[rows], self.contrast_names)
+
+
+def _as_labelled(contrasts: Any) -> pd.DataFrame | None:
+    """Contrasts whose rows have labels as a frame, None for those that have none."""
+    if isinstance(contrasts, pd.Series):
+        name = contrasts.name
+        return contrasts.to_frame() if name is not None else contrasts.to_frame(0)
+    if isinstance(contrasts, pd.DataFrame):
+        return contrasts
+    if isinstance(contrasts, Mapping) and contrasts:
+        columns = list(contrasts.values())
+        if all(isinstance(column, pd.Series) for column in columns):
+            # A level that one of them lacks is missing in the frame.
+            return pd.DataFrame(dict(contrasts))
+    return None
 
 
 def _categorical(
@@ -153,15 +208,39 @@ def _categorical(
             raise DataError(f"C(..., levels=...) lacks {listing(map(repr, lacking))}")
         values = values.set_categories(levels, ordered=True)
         values = values if unused else values.remove_unused_categories()
-    return _Categories(values, None if contrasts is None else as_contrasts(contrasts, "C()"))
+    declared = _declared(data) if levels is None else levels
+    coding = None if contrasts is None else as_contrasts(contrasts, "C()")
+    return _Categories(values, coding, declared)
+
+
+def _declared(data: Any) -> pd.Index | None:
+    """The categories of a categorical, with those that do not occur; None for other data."""
+    dtype = getattr(data, "dtype", None)
+    return dtype.categories if isinstance(dtype, pd.CategoricalDtype) else None
 
 
 def _log(x: Any, base: float | None = None) -> Any:
     return np.log(x) if base is None else np.log(x) / np.log(base)
 
 
+def _custom(contrasts: Any, names: Sequence[Any] | None = None) -> Contrasts:
+    """`contr.custom(...)`: contrasts as numbers, or as a frame, whose rows are taken by label."""
+    frame = _as_labelled(contrasts)
+    if frame is None:
+        return CustomContrasts(contrasts, names)
+    return _LabelledContrasts(frame if names is None else frame.set_axis(names, axis=1), "C()")
+
+
+class _Registry(ContrastsRegistry):  # type: ignore[misc]
+    """`contr` in a formula."""
+
+    custom = staticmethod(_custom)
+
+
 _FUNCTIONS: dict[str, Any] = {
     **TRANSFORMS,
+    **SPLINES,
+    "contr": _Registry,
     **{
         name: getattr(np, name)
         for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "floor", "tanh")
@@ -187,14 +266,6 @@ def terms_by_factors(text: str) -> dict[frozenset[str], str]:
         frozenset(f.expr for f in term.factors if f.eval_method is not _LITERAL): str(term)
         for term in parse_terms(text)
     }
-
-
-def response_factor(text: str) -> Factor:
-    """The response as one factor."""
-    factors = term_factors(f"0 + {text}")
-    if len(factors) != 1:
-        raise DataError(f"the response must be one variable or one call, not `{text}`")
-    return factors[0]
 
 
 def offset_factor(text: str) -> Factor:
@@ -283,6 +354,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         self.levels: dict[str, pd.Index] = {} if levels is None else levels
         self._learning, self._whole = levels is None, whole
         self._widths: list[tuple[int, ...]] = []
+        self._centred: set[str] = set()
 
     def evaluate(self, factors: Iterable[Factor]) -> None:
         """Evaluate factors, which must come before the matrices they are part of."""
@@ -332,27 +404,56 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             raise DataError(f"{what} {factor.expr!r} must be one numeric column")
         return np.asarray(value, dtype=np.float64)
 
-    def one_factor(self, text: str) -> tuple[str, pd.Categorical] | None:
-        """The factor that a part of the formula consists of, `0 + f`, and its values.
+    def one_factor(self, text: str) -> tuple[str, pd.Categorical, tuple[int, ...] | None] | None:
+        """The factor that a part of the formula consists of, `0 + f`: expression, values, places.
 
-        None if there is an intercept or anything else beside it.
+        The places are those of its levels among all that were declared, None if none were.  None
+        altogether if there is an intercept or anything else beside it.
         """
         terms = parse_terms(text)
         if len(terms) == 1 and len(terms[0].factors) == 1:
             expression = terms[0].factors[0].expr
             value = self.factor_cache[expression].values
             if isinstance(value, _Categories):
-                return expression, value.values
+                places = None
+                if value.declared is not None:
+                    places = tuple(positions(value.declared, value.values.categories).tolist())
+                return expression, value.values, places
         return None
 
     def matrix(self, part: Part) -> tuple[np.ndarray, Part]:
         """One part of the formula -> (n, columns) float64, and the part with what it learnt."""
-        # formulaic shares it between parts, but their contrasts may differ.
+        # formulaic shares it between parts, but their contrasts and splines may differ.
         self.encoded_cache.clear()
         self._widths.clear()
+        self._centred = self._centred_splines(part)
         with np.errstate(all="ignore"):
             built = self._build_model_matrix(part, drop_rows=())
         return built.__wrapped__, built.model_spec
+
+    def _centred_splines(self, part: Part) -> set[str]:
+        """The splines that must not span constants, because terms beside theirs do.
+
+        A term with a spline spans what it spans without it, if the spline has the constants: that
+        is one column too many where another term with the same numeric factors is there, such as
+        the intercept, or `f` beside `f:cr(x)`.
+        """
+        spline, category = (
+            {e for e, value in self.factor_cache.items() if isinstance(value.values, kind)}
+            for kind in (Spline, _Categories)
+        )
+        terms = [
+            [f.expr for f in term.factors if f.eval_method is not _LITERAL] for term in part.formula
+        ]
+        centred: set[str] = set()
+        whole = set(category)
+        for name in dict.fromkeys(name for term in terms for name in term if name in spline):
+            beside = [set(term) - whole for term in terms if name not in term]
+            if any(set(term) - {name} - whole in beside for term in terms if name in term):
+                centred.add(name)
+            else:
+                whole.add(name)
+        return centred
 
     def terms(self, part: Part) -> CodedTerms:
         """The terms of the part of which the matrix was made last, as it was learnt."""
@@ -397,7 +498,10 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
 
     @staticmethod
     def _contrasts(expression: str, value: _Categories, spec: Part) -> Contrasts:
-        return value.contrasts or spec.encoder_state.get(expression, TreatmentContrasts())
+        found = value.contrasts or spec.encoder_state.get(expression, TreatmentContrasts())
+        if isinstance(found, _LabelledContrasts):
+            return found.aligned(value.values.categories)
+        return found
 
     @override
     def _lookup(self, name: str) -> tuple[Any, set[Any]]:
@@ -408,7 +512,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         # Not all columns: one may bear the name of a function.
         names = (name for name in expression_names(expr)[0] if name in self.data)
         scope = LayeredMapping(
-            LayeredMapping({name: as_numbers(self.data[name]) for name in names}, name="data"),
+            LayeredMapping({name: self._values(name, expr) for name in names}, name="data"),
             LayeredMapping(self.context, name="context"),
             LayeredMapping(_FUNCTIONS if self._whole else _FUNCTIONS_OF_PARTS, name="transforms"),
         )
@@ -418,10 +522,26 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             raise DataError(f"in the term `{expr}`: {error}") from None
         return self._checked(expr, value), set()
 
+    def _values(self, name: str, expression: str) -> pd.Series:
+        """A column as an expression sees it: numbers, but labels too large to be floats as such."""
+        column = self.data[name]
+        numbers = as_numbers(column)
+        if (
+            numbers.dtype == np.float64
+            and column.dtype != np.float64
+            and beyond_integers(numbers)
+            and is_factor_of(expression, name)
+        ):
+            return column
+        return numbers
+
     def _checked(self, text: str, value: Any) -> Any:
         """A value with one row per row of data: numbers, columns of them, or known categories."""
         if isinstance(value, _Categories):
             return self._known(text, value)
+        if isinstance(value, Spline):
+            self._checked(text, value.either)
+            return FactorValues(value, kind="numerical", spans_intercept=False)
         for column in _columns(value):
             if np.ndim(column) != 1:
                 raise DataError(f"the term `{text}` gives one value, not one per row")
@@ -442,9 +562,9 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                     f"categories: {listing(map(repr, self.levels[text]))}"
                 )
             return series.to_numpy(np.float64)
-        if is_label(series.dtype):
+        if is_label(series.dtype) and pd.api.types.infer_dtype(series) != "complex":
             values = as_categories(series, unused=not self._whole)
-            return self._known(text, _Categories(values))
+            return self._known(text, _Categories(values, declared=_declared(series)))
         dates = series.dtype.kind in "mM"
         hint = ": turn dates into numbers, for instance days since the first" if dates else ""
         raise DataError(f"{text!r} holds {series.dtype}, not numbers{hint}")
@@ -460,14 +580,17 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             )
         else:
             known = self.levels[text]
-            unseen = categories[known.get_indexer(categories) < 0]
+            position = positions(known, categories)
+            unseen = categories[position < 0]
             if len(unseen):
                 raise DataError(
                     f"{text!r} has the level{'s' if len(unseen) > 1 else ''} "
                     f"{listing(map(repr, unseen))} in the new data, which the model was not fitted "
                     f"to; known levels: {listing(map(repr, known))}"
                 )
-            value = replace(value, values=value.values.set_categories(known))
+            codes = np.append(position, -1)[value.values.codes]
+            values = pd.Categorical.from_codes(codes, known, ordered=value.values.ordered)
+            value = replace(value, values=values)
         return FactorValues(value, kind="categorical", spans_intercept=True)
 
     @override
@@ -479,6 +602,12 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         reduced_rank: bool = False,
     ) -> dict[str, Any]:
         value = factor.values
+        if isinstance(value, Spline):
+            try:
+                columns = value.columns(factor.expr in self._centred)
+            except ValueError as error:
+                raise DataError(f"cannot evaluate the term `{factor.expr}`: {error}") from None
+            return {f"{factor.expr}[{field}]": column for field, column in columns.items()}
         if not isinstance(value, _Categories):
             return super()._encode_evaled_factor(factor, spec, drop_rows, reduced_rank)
         levels = list(value.values.categories)
@@ -516,12 +645,16 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
     ) -> np.ndarray:
         matrix = np.empty((self.nrows, len(cols)), order="F")
         for j, (_, values) in enumerate(cols):
+            if np.iscomplexobj(values):
+                raise DataError(f"the column {cols[j][0]!r} is complex: take its real part")
             matrix[:, j] = values
         return matrix
 
 
 def _columns(value: Any) -> list[Any]:
     """The columns of what an expression gave: one, or those of a spline basis."""
+    if isinstance(value, Spline):
+        return list(value.either.values())
     columns = as_columns(value)
     if not isinstance(columns, dict):
         return [columns]

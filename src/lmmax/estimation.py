@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +21,41 @@ from .compilation import Compiled
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .compress.iterative import Rows
-from .constraints import Settings, TermColumns, read_constraints
+from .constraints import Guess, Settings, TermColumns, read_constraints
 from .covariances import matrix_at, slopes
 from .likelihood import Problem, derivatives
+from .optima import is_balanced, looks_again, spread_starts, work
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
     TRACE_COLUMNS,
     TRACE_LENGTH,
+    Best,
     Constraints,
     Options,
     Point,
     Solution,
+    Starts,
     Status,
-    lbfgs,
+    better,
+    lbfgs_from,
     narrow,
-    newton,
+    newton_from_each,
     point_of,
 )
 
-Solver = Callable[..., Solution]
 MAX_STEPS = {"newton": 100, "lbfgs": 3000}
 TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
 """Newton decrements that count as converged; squared distances to the optimum in standard errors.
 Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
 RESTARTS = 5
+TOGETHER = 12
+"""Most starts of one call of the compiled solver."""
+SUSPECT = 1e-3
+"""Curvature, in units in which a real one is about one, below which the designs are asked whether
+there is none at all."""
+FLAT = 1e-6
+"""Of a model whose designs leave something unidentified, curvature below it is rounding."""
 FEW_CORRELATIONS = 10
 """Most parameters of correlations with which Newton's method is the default for a narrow model."""
 STRONGER = 1.0
@@ -78,6 +88,9 @@ class Estimates:
         noise: standard deviation of one average group's mean, relative to the residual's, (q,).
         criterion_error: Monte Carlo standard error of the criterion.
         probes: number of random probes behind it.
+        ends: the criterion where each search that converged has ended, from one start or several.
+        flat: directions that the data do not identify, of (vech cov_re in working coordinates,
+            scale, theta), (k + 1 + t, r); see :mod:`lmmax.identifiability`.
     """
 
     beta: np.ndarray
@@ -97,6 +110,8 @@ class Estimates:
     noise: np.ndarray
     criterion_error: float = 0.0
     probes: int = 0
+    ends: tuple[float, ...] = ()
+    flat: np.ndarray | None = None
 
     @property
     def narrow(self) -> bool:
@@ -128,11 +143,14 @@ class Estimates:
     def _information(self) -> tuple[np.ndarray, np.ndarray]:
         """Return curvatures (r,) and directions (k + 1 + t, r) of (vech cov_re, scale, theta)."""
         curvatures, directions = self._working_information
-        q = len(self.working_root)
+        return curvatures, self._in_user_units(directions)
+
+    def _in_user_units(self, directions: np.ndarray) -> np.ndarray:
+        """Return directions of (vech cov_re, scale, theta), given with cov_re in working units."""
+        q, A = len(self.working_root), self.z_inverse
         k = q * (q + 1) // 2
-        A = self.z_inverse
         moved = np.einsum("ai,ijr,bj->abr", A, unpack_symmetric(directions[:k]), A, optimize=True)
-        return curvatures, np.concatenate([pack_triangle(moved), directions[k:]])
+        return np.concatenate([pack_triangle(moved), directions[k:]])
 
     @cached_property
     def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
@@ -155,14 +173,7 @@ class Estimates:
         left = left[np.ix_(columns, columns)]
         bend = np.pad(np.kron(2.0 * left, np.eye(r)), ((1, n_theta), (1, n_theta)))
         hessian = (point.hessian - bend)[np.ix_(free, free)]
-        # Units in which a real curvature is about one; rounding errors are no curvature.
-        size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
-        n_groups = self.noise**2 * point.at.hessian[-1, -1]
-        few = np.min(n_groups)
-        of_root = np.repeat((n_groups / size)[columns], r)
-        floor = np.concatenate([[few], of_root, few / np.maximum(point.theta**2, 1.0)])
-        floor = 1e-6 * floor[free]
-        unit = np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor))
+        unit = self._units(np.asarray(hessian))
         values, vectors = np.linalg.eigh(hessian / np.outer(unit, unit))
         directions = np.zeros((len(free), len(values)))
         directions[free] = vectors / unit[:, None]
@@ -175,8 +186,9 @@ class Estimates:
         point, q = self.solution.point, len(self.working_root)
         columns, n_theta = self.root_columns, len(point.theta)
         r = len(columns)
-        # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root'.
-        root = np.asarray(point.root)
+        # d(vech Psi, scale) / d(s, root, theta) for Psi = exp(s) y_scale^2 root root', at the
+        # estimates themselves: what is zero there moves nothing, however the solver came near it.
+        root, theta = self.working_root, self.structure_theta
         k = q * (q + 1) // 2
         jacobian = np.zeros((k + 1 + n_theta, len(directions)))
         for entry, (i, j) in enumerate(itertools.product(columns, columns)):
@@ -185,7 +197,7 @@ class Estimates:
             jacobian[:k, 1 + entry] = self.scale * pack_triangle(half + half.T)
         for part in self.constraints.structures:
             here, at = slice(*part.columns), slice(*part.parameters)
-            slope = slopes(part.covariance, point.theta[at], here.stop - here.start)
+            slope = slopes(part.covariance, theta[at], here.stop - here.start)
             for j in range(at.start, at.stop):
                 whole = np.zeros((q, q))
                 z_factor = np.linalg.inv(self.z_inverse[here, here])
@@ -193,9 +205,35 @@ class Estimates:
                 whole[here, here] = z_factor @ natural @ z_factor.T
                 jacobian[:k, 1 + r * r + j] = pack_triangle(whole)
                 jacobian[k + 1 + j, 1 + r * r + j] = 1.0
-        jacobian[:k, 0] = self.scale * pack_triangle(point.D * (1.0 - self.constraints.held))
+        jacobian[:k, 0] = self.scale * pack_triangle(root @ root.T * (1.0 - self.constraints.held))
         jacobian[k, 0] = self.scale
         return curvatures, jacobian @ directions
+
+    def _units(self, hessian: np.ndarray) -> np.ndarray:
+        """Return units in which a real curvature is about one, of what is free.
+
+        Rounding errors are no curvature.
+        """
+        point, columns = self.solution.point, self.root_columns
+        size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
+        n_groups = self.noise**2 * point.at.hessian[-1, -1]
+        few = np.min(n_groups)
+        of_root = np.repeat((n_groups / size)[columns], len(columns))
+        floor = np.concatenate([[few], of_root, few / np.maximum(point.theta**2, 1.0)])
+        floor = 1e-6 * floor[point.free > 0.0]
+        return np.asarray(np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor)))
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the criterion may be flat in some direction, so that the designs are asked."""
+        if self.boundary or self.probes:
+            return True
+        free = self.solution.point.free > 0.0
+        hessian = self.solution.point.hessian[np.ix_(free, free)]
+        if not np.isfinite(hessian).all() or not hessian.size:
+            return False
+        unit = self._units(np.asarray(hessian))
+        return bool(np.linalg.eigvalsh(hessian / np.outer(unit, unit))[0] < SUSPECT)
 
     def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
         """Return standard errors of functions of (vech cov_re row by row, scale, theta).
@@ -211,12 +249,38 @@ class Estimates:
         curvatures, directions = self._information
         parts = (gradients @ directions[: gradients.shape[1]]) ** 2
         # With fewer contrasts than parameters, whatever curvature there is comes from rounding.
-        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        curved = self._curved(curvatures)
         curved &= self.n_free <= self.contrasts
         size = parts.sum(axis=1)
         flat = parts[:, ~curved].sum(axis=1) > 1e-12 * size
+        if self.flat is not None:
+            null, width = self.flat_in_user_units, gradients.shape[1]
+            along = np.abs(gradients @ null[:width])
+            # As far as the function would move if every parameter did.
+            most = np.abs(gradients) / self.sizes[:width] @ np.ones(width)
+            most = most[:, None] * np.max(self.sizes[:, None] * np.abs(null), axis=0, initial=0.0)
+            flat |= (along > 1e-7 * most).any(axis=1)
         variances = parts[:, curved] @ (1.0 / curvatures[curved])
         return np.sqrt(np.where(flat | (size == 0.0), np.nan, variances))
+
+    def _curved(self, curvatures: np.ndarray) -> np.ndarray:
+        """Return which of the directions have a curvature that is not rounding, (r,)."""
+        least = 1e-10 if self.flat is None else FLAT
+        return np.asarray(curvatures > least * np.max(curvatures, initial=0.0))
+
+    @cached_property
+    def flat_in_user_units(self) -> np.ndarray:
+        """Directions of (vech cov_re, scale, theta) that are not identified, (k + 1 + t, r)."""
+        none = np.zeros((len(self.sizes), 0))
+        return none if self.flat is None else self._in_user_units(self.flat)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """What a unit of (vech cov_re, scale, theta) adds to the variance of rows, (k + 1 + t,)."""
+        A = np.linalg.inv(self.z_inverse)
+        own = np.sqrt(np.sum(A * A, axis=0))
+        entries = pack_triangle(np.outer(own, own))
+        return np.concatenate([entries, [1.0], np.full(len(self.structure_theta), self.scale)])
 
     @cached_property
     def variance_cov(self) -> np.ndarray:
@@ -238,12 +302,12 @@ class Estimates:
         if not self.narrow:
             return self.working_variance_cov
         curvatures, directions = self._spectrum
-        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        curved = self._curved(curvatures)
         inside = directions[:, curved]
         return np.asarray((inside / curvatures[curved]) @ inside.T)
 
     def _covariance(self, curvatures: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        curved = curvatures > 1e-10 * np.max(curvatures, initial=0.0)
+        curved = self._curved(curvatures)
         k = len(self.working_root) * (len(self.working_root) + 1) // 2 + 1
         inside = directions[:k, curved]
         return np.asarray((inside / curvatures[curved]) @ inside.T)
@@ -261,7 +325,10 @@ class Estimates:
 
 
 def estimate(
-    compression: Compression, terms: Sequence[TermColumns], settings: Settings
+    compression: Compression,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+    at: Guess | None = None,
 ) -> Estimates:
     """Solve a compressed model.
 
@@ -269,6 +336,8 @@ def estimate(
         compression: sufficient statistics.
         terms: the random terms' places among the columns.
         settings: how to estimate.
+        at: where an earlier solve ended, in the working coordinates of these statistics; the search
+            goes on from there.
 
     Raises:
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
@@ -292,8 +361,12 @@ def estimate(
         few = len(z_inverse) <= NEWTON_LIMIT or _suits_newton(problem, constraints)
         solver = "newton" if few else "lbfgs"
 
+    # EM moves what is in the root; of a model with structures only it has nothing to move.
+    em_steps = settings.em_steps if constraints.rooted.any() and at is None else 0
     D, s, theta = guess.D, guess.s, guess.theta
-    if D is None:
+    if at is not None:
+        D, s, theta = at.D, at.s, at.theta
+    elif D is None:
         D = np.diag(compression.start) * constraints.blocks
     else:
         # A start is a hint: from absurdly large variances rounding hides the way down.
@@ -301,32 +374,53 @@ def estimate(
     others: list[np.ndarray] = []
     if theta is None:
         theta, *others = theta_starts(constraints, z_inverse, compression.start)
-    # EM moves what is in the root; of a model with structures only it has nothing to move.
-    em_steps = settings.em_steps if constraints.rooted.any() else 0
-    solution = _solve(problem, constraints, settings, solver, em_steps, D, s, theta)
-    for other in others:
-        # A structure may have several maxima.
-        again = _solve(problem, constraints, settings, solver, em_steps, D, s, other)
-        if _better(again, solution):
-            solution = again
+    search = _Search(problem, constraints, settings, solver)
+    starts = [Start(D, s, own, em_steps) for own in (theta, *others)]
+    solution = search.best_of(starts)
     stopped = solution.status in (Status.MAX_STEPS, Status.STALLED)
     if stopped and settings.solver == "auto" and len(z_inverse) > NEWTON_LIMIT:
         # Of many parameters Newton's method may leave some that L-BFGS does not.
         end = solution.point
-        again = _solve(problem, constraints, settings, "lbfgs", 0, end.D, float(end.s), end.theta)
-        if _better(again, solution):
-            solution, solver = again, "lbfgs"
-    for _ in range(RESTARTS):
-        interior = _is_interior(solution.point.D, noise)
-        if solution.status != Status.CONVERGED or interior:
-            break
-        better = _step_off(solution, constraints, terms, problem, noise, settings.reml)
-        if better is None:
-            break
-        s = float(solution.point.s)
-        solution = _solve(problem, constraints, settings, solver, 0, better[0], s, better[1])
+        follow = replace(search, solver="lbfgs")
+        last = Start(np.asarray(end.D), float(end.s), np.asarray(end.theta), 0)
+        again = follow.best_of([last], solution)
+        if again is not solution:
+            search, solution, solver = follow, again, "lbfgs"
+    solution = _certified(search, solution, terms, noise)
+    if settings.start is None and at is None:
+        usual = solution
+        far = _further_starts(problem, constraints, terms, usual, noise)
+        if far:
+            here = np.asarray(usual.point.theta)
+            solution = search.best_of([Start(own, s, here, 0) for own in far], usual)
+            if solution is not usual:
+                solution = _certified(search, solution, terms, noise)
+    estimates = _in_user_units(compression, terms, settings, constraints, solution, solver)
+    shift = estimates.criterion - float(solution.point.at.value)
+    return replace(estimates, ends=tuple(value + shift for value in search.ends))
 
-    return _in_user_units(compression, terms, settings, constraints, solution, solver)
+
+def estimate_given(
+    compression: Compression, terms: Sequence[TermColumns], settings: Settings, found: Estimates
+) -> Estimates:
+    """Return what other data of the same designs say at the variances of a solved model."""
+    problem, y_scale = compression.problem, float(compression.problem.y_scale)
+    D = found.working_root @ found.working_root.T
+    held = np.zeros_like(D)
+    for term in terms:
+        held[term.columns, term.columns] = 1.0 if term.pattern is None else term.pattern
+    constraints = Constraints(
+        blocks=held,
+        held=held,
+        natural=found.scale / y_scale**2 * D,
+        scale_free=False,
+        profile=False,
+    )
+    s = math.log(found.scale / y_scale**2)
+    search = _Search(problem, constraints, settings, "newton")
+    solution = search.best_of([Start(D, s, np.zeros(0), 0)])
+    settings = replace(settings, fix={"scale": found.scale})
+    return _in_user_units(compression, terms, settings, constraints, solution, "newton")
 
 
 def _in_user_units(
@@ -339,6 +433,7 @@ def _in_user_units(
 ) -> Estimates:
     """Map the end of a solve to the user's units."""
     problem = compression.problem
+    solution = _canonical(constraints, solution)
     z_inverse, noise = np.asarray(problem.z_inverse), group_noise(problem)
     point = solution.point
     at = point.at
@@ -366,7 +461,7 @@ def _in_user_units(
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
         working_root=root,
-        structure_theta=_canonical(constraints, theta),
+        structure_theta=theta,
         criterion=float(at.value + constant - float(problem.log_weights)),
         reml=settings.reml,
         status=status,
@@ -380,7 +475,116 @@ def _in_user_units(
     )
 
 
-def _flat(solver: Solver) -> Callable[..., jax.Array]:
+def _certified(
+    search: _Search, solution: Solution, terms: Sequence[TermColumns], noise: np.ndarray
+) -> Solution:
+    """Search again where a solution is at a boundary from which the criterion falls inwards."""
+    for _ in range(RESTARTS):
+        interior = _is_interior(solution.point.D, noise)
+        if solution.status != Status.CONVERGED or interior:
+            break
+        better = _step_off(
+            solution, search.constraints, terms, search.problem, noise, search.settings.reml
+        )
+        if better is None:
+            break
+        solution = search.best_of([Start(better[0], float(solution.point.s), better[1], 0)])
+    return solution
+
+
+def _further_starts(
+    problem: Problem,
+    constraints: Constraints,
+    terms: Sequence[TermColumns],
+    solution: Solution,
+    noise: np.ndarray,
+) -> list[np.ndarray]:
+    """Return relative covariances to search from as well, where there may be another optimum."""
+    point, cost = solution.point, work(problem)
+    inside = solution.status == Status.CONVERGED and _is_interior(point.D, noise)
+    root, hessian = np.asarray(point.root)[None], np.asarray(point.at.hessian)[None]
+    again = looks_again(root, hessian, np.array([inside]), cost, constraints)
+    if not again[0] or is_balanced(problem, constraints):
+        return []
+    units = [block for _, blocks in free_terms(terms, constraints) for block in blocks]
+    return [np.diag(noise**2 * size) for size in spread_starts(constraints, units, cost)]
+
+
+class Start(NamedTuple):
+    """Where a search begins, in working coordinates.
+
+    Attributes:
+        D: relative covariance, (q, q).
+        s: logarithm of the scale.
+        theta: parameters of structures, (k,).
+        em_steps: most EM steps.
+    """
+
+    D: np.ndarray
+    s: float
+    theta: np.ndarray
+    em_steps: int
+
+
+@dataclass
+class _Search:
+    """Searches for the optimum of one model, in float64; the records returned are in NumPy arrays.
+
+    Attributes:
+        problem: compressed data.
+        constraints: what moves.
+        settings: how to estimate.
+        solver: "newton" or "lbfgs".
+        ends: the criterion, in working units, at the end of every search that converged.
+    """
+
+    problem: Problem
+    constraints: Constraints
+    settings: Settings
+    solver: str
+    ends: list[float] = field(default_factory=list)
+
+    def best_of(self, starts: Sequence[Start], known: Solution | None = None) -> Solution:
+        """Return the best end of searches from some starts, or ``known`` if none is better."""
+        best, together = known, TOGETHER if self.solver == "newton" else 1
+        for first in range(0, len(starts), together):
+            new = self._run(starts[first : first + together], together)
+            if best is None or better(*_merit(new), *_merit(best)):
+                best = new
+        assert best is not None
+        return best
+
+    def _run(self, starts: Sequence[Start], together: int) -> Solution:
+        options = Options(
+            reml=float(self.settings.reml),
+            em_steps=starts[0].em_steps,
+            max_steps=self.settings.max_steps or MAX_STEPS[self.solver],
+            tol=tolerance(self.problem) if self.settings.tol is None else self.settings.tol,
+        )
+        q, k = len(starts[0].D), len(starts[0].theta)
+        many = Starts(
+            D=np.zeros((together, q, q)),
+            s=np.zeros(together),
+            theta=np.zeros((together, k)),
+            em_steps=np.zeros(together, np.int32),
+            count=len(starts),
+        )
+        for i, start in enumerate(starts):
+            many.D[i], many.s[i], many.theta[i], many.em_steps[i] = start
+        with jax.enable_x64(True), compilation_cache():
+            flat = np.asarray(_compiled[self.solver](self.problem, self.constraints, options, many))
+        found = _unflatten(flat, self.problem, self.constraints, together)
+        converged = found.statuses[: len(starts)] == Status.CONVERGED
+        self.ends.extend(found.values[: len(starts)][converged].tolist())
+        return found.solution
+
+
+def _merit(solution: Solution) -> tuple[float, bool]:
+    """Return what :func:`lmmax.solve.better` compares."""
+    return float(solution.point.at.value), bool(solution.status == Status.CONVERGED)
+
+
+def _flat(solver: Callable[..., Best]) -> Callable[..., jax.Array]:
     """Make a solver return one flat array: a transfer costs more than a small solve."""
 
     def solve(*arguments: Any) -> jax.Array:
@@ -391,7 +595,7 @@ def _flat(solver: Solver) -> Callable[..., jax.Array]:
     return solve
 
 
-def _unflatten(flat: np.ndarray, problem: Problem, constraints: Constraints) -> Solution:
+def _unflatten(flat: np.ndarray, problem: Problem, constraints: Constraints, together: int) -> Best:
     """Undo the flattening of a record."""
     at = 0
 
@@ -402,38 +606,17 @@ def _unflatten(flat: np.ndarray, problem: Problem, constraints: Constraints) -> 
         at += size
         return part
 
-    return Solution(
+    solution = Solution(
         point=point_of(take, problem, constraints),
         status=take(),
         steps=take(),
         decrement=take(),
         trace=take(TRACE_LENGTH, TRACE_COLUMNS),
     )
+    return Best(solution, take(together), take(together))
 
 
-_compiled = {"newton": Compiled(_flat(newton)), "lbfgs": Compiled(_flat(lbfgs))}
-
-
-def _solve(
-    problem: Problem,
-    constraints: Constraints,
-    settings: Settings,
-    solver: str,
-    em_steps: int,
-    D: np.ndarray,
-    s: float,
-    theta: np.ndarray,
-) -> Solution:
-    """Run the solver in float64 and return its record as NumPy arrays."""
-    options = Options(
-        reml=float(settings.reml),
-        em_steps=em_steps,
-        max_steps=settings.max_steps or MAX_STEPS[solver],
-        tol=tolerance(problem) if settings.tol is None else settings.tol,
-    )
-    with jax.enable_x64(True), compilation_cache():
-        flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s), theta))
-    return _unflatten(flat, problem, constraints)
+_compiled = {"newton": Compiled(_flat(newton_from_each)), "lbfgs": Compiled(_flat(lbfgs_from))}
 
 
 def _suits_newton(problem: Problem, constraints: Constraints) -> bool:
@@ -454,7 +637,7 @@ def _suits_newton(problem: Problem, constraints: Constraints) -> bool:
 
 def tolerance(problem: Problem) -> float:
     """Return the default tolerance: a tenth of a millionth of a standard error, or less."""
-    return TOLERANCE_CROSSED if problem.effect_shapes else TOLERANCE
+    return TOLERANCE_CROSSED if problem.costly else TOLERANCE
 
 
 def group_noise(problem: Problem) -> np.ndarray:
@@ -482,16 +665,30 @@ def theta_starts(
     return [start, strong, np.where(fixed, 2.0 * start, strong)]
 
 
-def _canonical(constraints: Constraints, theta: np.ndarray) -> np.ndarray:
-    """Return theta with standard deviations that are not negative, where signs do not matter."""
-    theta = theta.copy()
+def _canonical(constraints: Constraints, solution: Solution) -> Solution:
+    """Return the end of a solve with standard deviations that are not negative.
+
+    Where signs do not matter, that is; derivatives turn with the parameters.
+    """
+    point = solution.point
+    theta = np.array(point.theta)
     for part in constraints.structures:
         at, q = slice(*part.parameters), part.columns[1] - part.columns[0]
         own = np.where(part.covariance.is_sd(q), np.abs(theta[at]), theta[at])
         before, after = (matrix_at(part.covariance, x, q) for x in (theta[at], own))
         if np.array_equal(before, after):
             theta[at] = own
-    return theta
+    turned = theta != point.theta
+    if not turned.any():
+        return solution
+    signs = np.ones(len(point.free))
+    signs[len(signs) - len(theta) :][turned] = -1.0
+    point = point._replace(
+        theta=theta,
+        gradient=point.gradient * signs,
+        hessian=point.hessian * np.outer(signs, signs),
+    )
+    return solution._replace(point=point)
 
 
 def _at_zero(
@@ -513,17 +710,6 @@ def _at_zero(
     return theta
 
 
-def _better(one: Solution, other: Solution) -> bool:
-    """Return whether the first solve ended better than the second, converged or not.
-
-    A criterion without a minimum is a result too: a local one above it would hide that.
-    """
-    gain = float(other.point.at.value - one.point.at.value)
-    if (one.status == Status.CONVERGED) != (other.status == Status.CONVERGED):
-        return gain > (-1e-6 if one.status == Status.CONVERGED else 1e-6)
-    return gain > 0.0
-
-
 def free_terms(
     terms: Sequence[TermColumns], constraints: Constraints
 ) -> Iterator[tuple[TermColumns, list[np.ndarray]]]:
@@ -537,6 +723,8 @@ def free_terms(
 
 def _is_interior(D: Any, noise: np.ndarray) -> bool:
     """Return whether no direction of the random effects is at the boundary."""
+    if not np.all(np.isfinite(D)):
+        return True  # nor anywhere else
     return bool(np.linalg.eigvalsh(D / np.outer(noise, noise))[0] > BOUNDARY**2)
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 
 from .compress import Compression, FactorColumns, Layout, compress, layout
-from .compress.rows import orthonormalise
-from .constraints import Settings, TermColumns, directions
+from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
-from .estimation import estimate
+from .estimation import estimate_given, free_terms
+from .far_apart import estimate_closely
 from .formula import parse_formula
+from .frames import real_numbers
+from .identifiability import Unidentified, check_residual, unidentified
 from .results import Fit
 from .spec import ModelSpec
 
@@ -29,6 +31,10 @@ class ConvergenceWarning(UserWarning):
 
 class RankWarning(UserWarning):
     """Columns of the fixed-effects design were dropped as linear combinations of others."""
+
+
+class IdentifiabilityWarning(UserWarning):
+    """The data do not tell some of the variance parameters apart."""
 
 
 def fit(
@@ -63,7 +69,7 @@ def fit(
         offset: known part of the mean, array (n,) or column name; adds to ``offset(...)`` terms.
         contrasts: coding per factor, e.g. ``{"recipe": "sum"}``; treatment coding by default.
         relmat: known relationships between the levels of grouping factors, as a mapping from the
-            factor's name to a symmetric positive definite data frame whose index and columns are
+            factor's name to a symmetric positive semidefinite frame whose index and columns are
             levels: pedigree, kinship, phylogeny.  It may have levels that are not in the data.
         missing: "drop" rows with missing values (default) or "raise".
         start: an earlier fit, ``{"cov_re": ..., "scale": ...}`` or theta; a moment estimate by
@@ -254,8 +260,15 @@ class Prepared(NamedTuple):
     notes: tuple[str, ...]
 
 
-def prepare(design: Design, engine: str = "auto") -> Prepared:
-    """Compress a design for the form of the likelihood asked for."""
+def prepare(design: Design, engine: str = "auto", settings: Settings | None = None) -> Prepared:
+    """Compress a design for the form of the likelihood asked for.
+
+    Args:
+        design: the design.
+        engine: the form of the likelihood.
+        settings: if given, designs that cannot tell the parameters apart are refused before
+            anything is compressed, which may take long for them.
+    """
     factors, terms = arrange(design)
     arranged = layout(
         design.X,
@@ -265,19 +278,27 @@ def prepare(design: Design, engine: str = "auto") -> Prepared:
         n_zero=design.n_zero,
         log_rooted=design.log_weights,
     )
+    if settings is not None:
+        check_enough(design, arranged, terms, settings)
     compressed = compress(without_offset(design), arranged)
     return Prepared(design, arranged, compressed, terms, _notes(design, arranged))
 
 
 def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
-    return fit_prepared(prepare(design, settings.engine), settings, verbose=verbose)
+    return _fit_checked(prepare(design, settings.engine, settings), settings, verbose)
 
 
 def fit_prepared(prepared: Prepared, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit what :func:`prepare` made; any number of times."""
+    check_enough(prepared.design, prepared.layout, prepared.terms, settings)
+    return _fit_checked(prepared, settings, verbose)
+
+
+def _fit_checked(prepared: Prepared, settings: Settings, verbose: bool) -> Fit:
+    """Fit designs that can tell the parameters apart."""
     design, arranged, compressed, terms, notes = prepared
-    check_identified(design, arranged, compressed, terms, settings)
+    _check_response(design, arranged, compressed)
     if len(arranged.fixed.kept) < len(design.x_names):
         warnings.warn(notes[-1], RankWarning, stacklevel=4)
     return _solve(design, settings, arranged, compressed, terms, notes, verbose, depth=5)
@@ -332,7 +353,9 @@ def refit_response(fitted: Fit, y: Any) -> Fit:
             "or pass y.to_numpy() if its rows are in that order"
         )
     try:
-        y = np.asarray(y, dtype=float)
+        y = real_numbers(y, "y")
+    except DataError:
+        raise
     except (TypeError, ValueError):
         raise DataError("y must be numeric, one value for each row used in the fit") from None
     if y.shape != (fitted.nobs,):
@@ -372,6 +395,16 @@ def refit_settings(fitted: Fit, **changes: Any) -> Fit:
     )
 
 
+def residuals_given_variances(fitted: Fit, y: np.ndarray) -> np.ndarray:
+    """Return the residuals of another response (nobs,), the variances being those of a fit."""
+    design = replace(fitted.design, y=y, offset=None)
+    compressed = compress(y, fitted.layout, earlier=fitted.compression)
+    estimates = estimate_given(compressed, fitted.terms, fitted.settings, fitted.estimates)
+    return replace(
+        fitted, design=design, compression=compressed, estimates=estimates
+    ).resid.to_numpy()
+
+
 def _solve(
     design: Design,
     settings: Settings,
@@ -383,15 +416,47 @@ def _solve(
     depth: int = 4,
 ) -> Fit:
     # `depth`: how far up the stack the user's call is, for the warning.
-    estimates = estimate(compressed, terms, settings)
+    y = without_offset(design)
+    arranged, compressed, estimates = estimate_closely(y, arranged, compressed, terms, settings)
     result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
+    if estimates.suspect and (unknown := unidentified_by(result)) is not None:
+        result = replace(
+            result, estimates=replace(estimates, flat=unknown.directions), unidentified=unknown
+        )
     if verbose:
         print(result.convergence.history.to_string())
         print(f"{result.message} ({result.convergence.steps} evaluations)")
     if not result.converged:
         message = f"{result.message}; see fit.convergence"
         warnings.warn(message, ConvergenceWarning, stacklevel=depth)
+    if result.unidentified is not None:
+        warnings.warn(
+            f"{result.unidentified}; they have no standard errors, nor do coefficients that "
+            "depend on them",
+            IdentifiabilityWarning,
+            stacklevel=depth,
+        )
     return result
+
+
+def unidentified_by(fitted: Fit) -> Unidentified | None:
+    """Return what the designs of a fit cannot tell apart, None if that is nothing."""
+    estimates = fitted.estimates
+    constraints = estimates.constraints
+    parts = {part.columns: slice(*part.parameters) for part in constraints.structures}
+    return unidentified(
+        fitted.layout,
+        [term for term, _ in free_terms(fitted.terms, constraints)],
+        fitted.effect_names,
+        fitted.group_names,
+        reml=fitted.reml,
+        scale=bool(constraints.scale_free),
+        theta={
+            term.label: estimates.structure_theta[parts[term.columns.start, term.columns.stop]]
+            for term in fitted.terms
+            if (term.columns.start, term.columns.stop) in parts
+        },
+    )
 
 
 def without_offset(design: Design) -> np.ndarray:
@@ -437,27 +502,52 @@ def check_enough(
             f"{n} observations cannot estimate {p} fixed-effects coefficients and the variances; "
             "use fewer terms or more data"
         )
-    fix = settings.fix or {}
-    held = fix.get("cov_re")
-    if isinstance(held, Mapping):
-        terms = [term for term in terms if term.label not in held]
-    elif held is not None:
-        terms = []
-    if fix.get("scale") is not None or not terms:
-        return
-    for position, grouping in enumerate(design.groupings):
-        here = [term for term in terms if term.factor == position]
-        q = arranged.factors[position].n_effects
-        largest = int(arranged.sizes[position].max())
-        if not here or largest > q or not _spans_residual(arranged, position, here):
-            continue
+    free, scale = _free(terms, settings)
+    lone = [i for i, factor in enumerate(arranged.factors) if factor.n_groups == 1]
+    concerned = [term for term in free if term.factor in lone]
+    if concerned and _unidentified(design, arranged, terms, settings, reml=True) is not None:
+        grouping = design.groupings[concerned[0].factor]
         raise DataError(
-            f"the residual variance is not identified: no group of {grouping.name!r} has more than "
-            f"{largest} row{'s' * (largest > 1)}, and the random effects "
-            f"{' + '.join(term.label for term in here)} alone can produce any "
-            "residual. Group more coarsely, use fewer random effects, or fix the residual "
-            "variance with fix={'scale': ...}"
+            f"the grouping factor {grouping.name!r} has one level, {str(grouping.levels[0])!r}, "
+            "which does not tell the parameters of "
+            f"{' + '.join(term.label for term in concerned)} from each other and from the residual "
+            "variance: leave the term out, take a structure with fewer parameters, or fix some "
+            "with fix="
         )
+    if not scale or not free:
+        return
+    check_residual(arranged, free, settings.reml)
+
+
+def _free(terms: Sequence[TermColumns], settings: Settings) -> tuple[list[TermColumns], bool]:
+    """Return the terms whose covariance is not fixed, and whether the residual variance is not."""
+    fix = settings.fix or {}
+    held, scale = fix.get("cov_re"), fix.get("scale") is None
+    if isinstance(held, Mapping):
+        return [term for term in terms if term.label not in held], scale
+    return ([] if held is not None else list(terms)), scale
+
+
+def unidentified_by_design(
+    design: Design, arranged: Layout, terms: Sequence[TermColumns], settings: Settings
+) -> Unidentified | None:
+    """Return what designs cannot tell apart, whatever the response is; None if that is nothing."""
+    return _unidentified(design, arranged, terms, settings, settings.reml)
+
+
+def _unidentified(
+    design: Design,
+    arranged: Layout,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+    reml: bool,
+) -> Unidentified | None:
+    effects = [""] * len(arranged.A)
+    for term, block in zip(terms, design.blocks, strict=True):
+        effects[term.columns] = block.names
+    free, scale = _free(terms, settings)
+    groups = [grouping.name for grouping in design.groupings]
+    return unidentified(arranged, free, effects, groups, reml=reml, scale=scale)
 
 
 def _check_response(design: Design, arranged: Layout, compressed: Compression) -> None:
@@ -470,36 +560,3 @@ def _check_response(design: Design, arranged: Layout, compressed: Compression) -
             f"the response {design.response_name!r} is an exact linear combination of the fixed "
             "effects (or constant), so nothing is left to estimate variances from"
         )
-
-
-def _spans_residual(arranged: Layout, position: int, terms: Sequence[TermColumns]) -> bool:
-    """Return whether the random effects of one factor alone can imitate the residual.
-
-    That is, whether some E, a direction in which their covariance can move, has
-    ``Z_i E Z_i' = I`` throughout.
-    """
-    factor = arranged.factors[position]
-    order = np.argsort(factor.codes, kind="stable")
-    sizes = arranged.sizes[position]
-    Q = arranged.random_columns(position, order)
-    if arranged.n_zero or not Q.any(axis=0).all():
-        return False  # rows without random effects
-    if arranged.weights is not None:
-        Q *= np.sqrt(arranged.weights[order])
-    U = orthonormalise(Q, np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)
-    q, here = len(U), arranged.slices[position]
-    A = arranged.A[here, here]
-    basis = []
-    for term in terms:
-        at = slice(term.columns.start - here.start, term.columns.stop - here.start)
-        for part in directions(term):
-            E = np.zeros((q, q))
-            E[at, at] = part
-            basis.append(A @ E @ A.T)
-    # One pattern of U after the other would do; one group of each size and pattern is enough.
-    products = np.einsum("iam,eab,jbm->ijme", U, np.array(basis), U, optimize=True)
-    rank = np.einsum("iim->im", np.abs(U)) > 0.0
-    target = np.eye(q)[:, :, None] * rank[None, :, :]
-    lhs = products.reshape(-1, len(basis))
-    solution, *_ = np.linalg.lstsq(lhs, target.ravel(), rcond=None)
-    return bool(np.max(np.abs(lhs @ solution - target.ravel())) < 1e-8)

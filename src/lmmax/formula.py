@@ -10,7 +10,7 @@ import ast
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -516,17 +516,10 @@ def _parse_formula(text: str) -> ModelSpec:
     tilde = pieces[tildes[0]]
     if not left:
         raise _error_at("no response: a variable must stand left of `~`", source, [tilde])
-    response = _render(left)
     for piece in left:
         if _is_structured(piece, source):
             raise _error_at("a random term belongs to the right of `~`", source, [piece])
-    if not _is_one_factor(response):
-        raise _error_at(
-            "the response must be one variable or one call"
-            + (f": write `I({response})` for arithmetic" if len(left) > 1 else ""),
-            source,
-            left,
-        )
+    _response(left, source)
     if not right:
         raise _error_at("nothing stands right of `~`", source, [tilde])
 
@@ -553,7 +546,7 @@ def _parse_formula(text: str) -> ModelSpec:
             for term in terms:
                 if any(_same_term(term, other) for other in random):
                     raise _error_at(f"the random term `{term}` comes twice", source, summand)
-            random += terms
+                random.append(term)
         elif structured and not bars:
             raise _error_at(
                 "a random term must be a summand of its own, `... + name( ... | group)`",
@@ -593,7 +586,7 @@ def _parse_formula(text: str) -> ModelSpec:
     for piece in fixed:
         if piece.text == ".":
             raise _error_at("`.` is not supported: name the variables", source, [piece])
-    spec = ModelSpec(response, _render(fixed) or "1", tuple(random), tuple(offsets))
+    spec = ModelSpec(_render(left), _render(fixed) or "1", tuple(random), tuple(offsets))
     parse_terms(spec.fixed)
     return spec
 
@@ -617,16 +610,88 @@ def _offset_expression(piece: _Piece, source: str) -> str:
     return expression
 
 
-def _is_one_factor(text: str) -> bool:
+# What stands between the operands of a response that is arithmetic: on the right of `~` all of
+# these take terms away or cross them, and read so on the left they would leave a variable as it is.
+_ARITHMETIC = ("-", "**", "^")
+
+
+@lru_cache(maxsize=4096)
+def parse_response(text: str) -> Factor:
+    """The left-hand side of a formula as one factor.
+
+    Differences and powers are arithmetic, as in R: `y - base`, `y^2`. Sums, products, quotients
+    and interactions would be several variables to some, so they must be calls, `I(a + b)`.
+
+    Raises:
+        FormulaError: for what is neither one variable, nor one call, nor such arithmetic.
+
+    Example:
+        >>> parse_response("y^2").expr, parse_response("log(y)").expr
+        ('y**2', 'log(y)')
+    """
+    source = re.sub(r"\s", " ", text).rstrip()
+    _check_balance(source)
+    return _response(_pieces(source), source)
+
+
+def is_arithmetic(text: str) -> bool:
+    """Whether a left-hand side has operators outside of calls.
+
+    Example:
+        >>> is_arithmetic("(y - base)"), is_arithmetic("I(y - base)"), is_arithmetic("y")
+        (True, False, False)
+    """
     try:
-        terms = parse_terms(f"0 + {text}")
+        _check_balance(text)
+        pieces = _pieces(text)
     except FormulaError:
         return False
-    return (
-        len(terms) == 1
-        and len(terms[0].factors) == 1
-        and terms[0].factors[0].eval_method is not Factor.EvalMethod.LITERAL
+    return len(pieces) > 1 and any(piece.kind is Token.Kind.OPERATOR for piece in pieces)
+
+
+def _response(pieces: list[_Piece], source: str) -> Factor:
+    """The pieces left of `~` -> one factor; see `parse_response`."""
+    core = pieces
+    while (inner := _inside(core)) is not None:
+        core = inner
+    operators = [piece for piece in core if piece.kind is Token.Kind.OPERATOR]
+    if len(core) == 1 and not operators:
+        try:
+            factors = [
+                factor for term in parse_terms(f"0 + {core[0].text}") for factor in term.factors
+            ]
+        except FormulaError:
+            factors = []
+        if len(factors) == 1 and factors[0].eval_method is not Factor.EvalMethod.LITERAL:
+            return factors[0]
+    elif (
+        operators and core[0] is not operators[0] and all(o.is_op(*_ARITHMETIC) for o in operators)
+    ):
+        expression = from_r(_render([replace(piece, text=_operand(piece)) for piece in core]))
+        if _is_expression(expression) and any(expression_names(expression)):
+            return Factor(expression, eval_method=Factor.EvalMethod.PYTHON)
+    raise _error_at(
+        "the response must be one variable or one call"
+        + (f": write `I({_render(pieces)})` for arithmetic" if len(pieces) > 1 else ""),
+        source,
+        pieces,
     )
+
+
+def _operand(piece: _Piece) -> str:
+    """A piece as Python reads it: a name with a dot in it would be an attribute, `{x}` a set."""
+    if piece.kind is Token.Kind.NAME and not piece.text.startswith("`"):
+        return piece.text if piece.text.isidentifier() else f"`{piece.text}`"
+    return f"({piece.text[1:-1]})" if piece.text.startswith("{") else piece.text
+
+
+def _is_expression(text: str) -> bool:
+    """Whether Python can read a text in which names may stand in backticks."""
+    try:
+        ast.parse(_BACKTICKS.sub("_quoted_", text).strip(), mode="eval")
+    except SyntaxError:
+        return False
+    return True
 
 
 def _translate(error: Exception, source: str) -> FormulaError:
@@ -651,6 +716,12 @@ def parse_terms(text: str) -> tuple[Term, ...]:
         return tuple(Formula(from_r(text), _parser=_PARSER))
     except FormulaicError as error:
         raise _translate(error, text) from None
+
+
+def is_factor_of(expression: str, name: str) -> bool:
+    """Whether an expression is `C(...)` of a name."""
+    call = re.match(r"C\(\s*(`[^`]+`|[^\W\d]\w*)\s*[,)]", expression)
+    return call is not None and call[1].strip("`") == name
 
 
 @lru_cache(maxsize=4096)

@@ -62,7 +62,9 @@ def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
                 raise DataError(f"data has {column.shape[1]} columns named {name!r}: rename them")
             columns[name] = column.array
         return pd.DataFrame(columns, index=table.index, copy=False)
-    read = {name: one_dimensional(table[name], f"column {name!r}") for name in names}
+    given = {name: table[name] for name in names}
+    check_same_rows({f"column {name!r}": values for name, values in given.items()})
+    read = {name: one_dimensional(values, f"column {name!r}") for name, values in given.items()}
     lengths = {name: len(values) for name, values in read.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name!r} {length}" for name, length in lengths.items())
@@ -74,9 +76,14 @@ def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
 
 
 def one_dimensional(values: Any, what: str) -> pd.Series:
-    """Array-like -> Series; lists keep the types of their elements."""
+    """Array-like -> Series; lists keep the types of their elements, whole numbers their digits."""
+    if not isinstance(values, (pd.Series, pd.Index)):
+        # A column of a frame of another library, or such a column by itself.
+        values = nw.from_native(values, series_only=True, pass_through=True)
     if isinstance(values, nw.Series):
         values = _from_narwhals(values)
+    elif hasattr(values, "to_pylist"):  # an array of pyarrow, which NumPy would read as floats
+        values = values.to_pylist()
     elif isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise DataError(f"{what} is a single value, {values!r}: give one value per row")
     elif hasattr(values, "__array__") and not isinstance(
@@ -86,7 +93,22 @@ def one_dimensional(values: Any, what: str) -> pd.Series:
     shape = getattr(values, "shape", (0,))
     if len(shape) != 1:
         raise DataError(f"{what} must be one-dimensional, its shape is {shape}")
-    return pd.Series(values)
+    column = pd.Series(values)
+    if not hasattr(values, "dtype") and column.dtype == np.float64 and beyond_integers(column):
+        # Python's own numbers, among which a missing one made floats of the others.
+        given = pd.Series(values, dtype=object)
+        if pd.api.types.infer_dtype(given, skipna=True) != "floating":
+            return given
+    return column
+
+
+EXACT = 2.0**53
+"""The number from which on neighbouring whole numbers are one in double precision."""
+
+
+def beyond_integers(values: Any) -> bool:
+    """Whether any of the floats (n,) is so large that it may stand for several whole numbers."""
+    return bool((np.abs(np.asarray(values)) >= EXACT).any())
 
 
 def _from_narwhals(column: nw.Series[Any]) -> Any:
@@ -97,6 +119,13 @@ def _from_narwhals(column: nw.Series[Any]) -> Any:
         return pd.Categorical(labels, categories=categories, ordered=True)
     if column.dtype == nw.Categorical:
         column = column.cast(nw.String)
+    if column.dtype in (nw.Int128, nw.UInt128):
+        return np.array(column.to_list(), dtype=object)
+    if column.dtype.is_integer() and column.null_count():
+        # NumPy has no missing integers: those of 64 bits would become floats of 53.
+        wide = np.uint64 if column.dtype == nw.UInt64 else np.int64
+        known = column.fill_null(0).to_numpy().astype(wide)
+        return pd.arrays.IntegerArray(known, column.is_null().to_numpy())
     return column.to_numpy()
 
 
@@ -108,11 +137,14 @@ def as_numbers(values: pd.Series) -> pd.Series:
     dtype = values.dtype
     if isinstance(dtype, np.dtype) and dtype.kind in "fiu":
         wide = np.result_type(dtype, np.int64)  # narrow integers would overflow in expressions
+        if dtype == np.uint64 and not (values > np.iinfo(np.int64).max).any():
+            wide = np.dtype(np.int64)
         return values if dtype == wide else values.astype(wide)
     if pd.api.types.is_object_dtype(dtype):
         kind = pd.api.types.infer_dtype(values, skipna=True)
         if kind == "integer" and not values.hasnans:
-            return values.infer_objects()
+            found = values.infer_objects()
+            return values.astype(np.float64) if found.dtype == values.dtype else as_numbers(found)
         if kind in _NUMERIC_OBJECTS:
             return values.where(values.notna(), np.nan).astype(np.float64)
     elif pd.api.types.is_numeric_dtype(dtype) and not isinstance(dtype, np.dtype):
@@ -139,6 +171,69 @@ def is_label(dtype: Any) -> bool:
     )
 
 
+def check_same_rows(given: Mapping[str, Any]) -> None:
+    """Raise unless all pandas objects have the same row labels, in the same order.
+
+    Args:
+        given: by what messages call it; what has no labels passes.
+
+    Raises:
+        DataError: naming the first that disagrees.
+    """
+    labelled = [
+        (what, values.index)
+        for what, values in given.items()
+        if isinstance(values, (pd.Series, pd.DataFrame))
+    ]
+    for what, index in labelled[1:]:
+        first, known = labelled[0]
+        if index is not known and not index.equals(known):
+            raise DataError(
+                f"{what} and {first} differ in the labels of their rows: reorder one of them, or "
+                f"pass NumPy arrays, with to_numpy(), if their rows are in the same order"
+            )
+
+
+def real_numbers(values: Any, what: str) -> np.ndarray:
+    """Array-like -> float64 of the same shape.
+
+    Raises:
+        DataError: for complex numbers, of which a conversion would drop the imaginary part.
+        TypeError, ValueError: for what is not numeric.
+    """
+    array = np.asarray(values)
+    if np.iscomplexobj(array):
+        raise DataError(
+            f"{what} holds complex numbers: pass the real part, `.real`, if that is what is meant"
+        )
+    return array.astype(np.float64, copy=False)
+
+
+def in_rows_of(values: Any, what: str, table: Table) -> Any:
+    """`weights=` or `offset=` without the labels of its rows, which must be those of the data.
+
+    What is done with the data may give their rows other labels.
+    """
+    if not isinstance(values, pd.Series):
+        return values
+    if not values.index.equals(row_labels(table)):
+        raise other_labels(what)
+    return values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array
+
+
+def row_labels(table: Table) -> pd.Index:
+    """Labels of the rows of a table."""
+    return table.index if isinstance(table, pd.DataFrame) else pd.RangeIndex(n_rows(table))
+
+
+def other_labels(what: str) -> DataError:
+    """The error for a Series whose index is not that of the data."""
+    return DataError(
+        f"{what} is a Series whose index differs from that of the data: reorder it, or pass "
+        f"{what}.to_numpy() if its rows are in the order of the data"
+    )
+
+
 def numeric_column(values: Any, what: str) -> np.ndarray:
     """Array-like -> (n,) float64, NaN for missing."""
     column = as_numbers(one_dimensional(values, what))
@@ -150,18 +245,16 @@ def numeric_column(values: Any, what: str) -> np.ndarray:
 
 def side_column(values: Any, what: str, table: Table, index: pd.Index) -> np.ndarray:
     """`weights=` or `offset=`, an array or a column name -> (n,) float64, NaN for missing."""
-    if isinstance(values, str):
+    named = isinstance(values, str)
+    if named:
         if values not in table:
             raise unknown_column(values, table, f"{what}={values!r}")
         values = table[values]
     numbers = numeric_column(values, what)
     if len(numbers) != len(index):
         raise DataError(f"{what} has {len(numbers)} values for {len(index)} rows of data")
-    if isinstance(values, pd.Series) and not values.index.equals(index):
-        raise DataError(
-            f"{what} is a Series whose index differs from that of the data: reorder it, or pass "
-            f"{what}.to_numpy() if its rows are in the order of the data"
-        )
+    if not named and isinstance(values, pd.Series) and not values.index.equals(index):
+        raise other_labels(what)
     return numbers
 
 

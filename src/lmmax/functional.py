@@ -36,6 +36,7 @@ from jax import Array
 from . import likelihood
 from .compress import FactorColumns, compress, layout
 from .em import moment_start
+from .frames import check_same_rows, real_numbers
 from .likelihood.grouped import GroupedProblem
 from .linalg import gls, ldl
 from .parameters import pack_triangle, unpack_lower
@@ -84,10 +85,11 @@ def problem(y: Any, X: Any, groups: Any, Z: Any = None, *, weights: Any = None) 
     Raises:
         ValueError: if lengths differ, a value is not finite, or X is rank deficient.
     """
-    y, X = np.asarray(y, dtype=float), np.asarray(X, dtype=float)
-    Z = np.ones((len(y), 1)) if Z is None else np.asarray(Z, dtype=float)
+    check_same_rows({"y": y, "X": X, "groups": groups, "Z": Z, "weights": weights})
+    y, X = real_numbers(y, "y"), real_numbers(X, "X")
+    Z = np.ones((len(y), 1)) if Z is None else real_numbers(Z, "Z")
     codes, levels = pd.factorize(np.asarray(groups), sort=False)
-    w = None if weights is None else np.asarray(weights, dtype=float)
+    w = None if weights is None else real_numbers(weights, "weights")
     for name, values in {"y": y, "X": X, "groups": codes, "Z": Z, "weights": w}.items():
         if values is None:
             continue

@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array
 
 from .covariances import Covariance, Diagonal, Effects, Unstructured, correlations_and_sd, matrix_at
-from .frames import DataError
+from .frames import DataError, real_numbers
 from .linalg import ldl, solve_unit_lower, solve_unit_upper
 from .parameters import factor, pack_triangle
 
@@ -241,7 +241,9 @@ class PartlyKnown(Covariance):
 
 def _matrix(value: Any, name: str) -> np.ndarray:
     try:
-        matrix = np.asarray(value, dtype=float)
+        matrix = real_numbers(value, name)
+    except DataError as error:
+        raise ValueError(str(error)) from None
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a square matrix of numbers, got {value!r}") from None
     if matrix.ndim != 2 or len(matrix) != matrix.shape[1] or not len(matrix):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .frames import DataError, listing
+from .frames import DataError, beyond_integers, listing, plural
 
 __all__ = ["Grouping"]
 
@@ -26,7 +27,7 @@ class Grouping:
         codes: (n,) int64, position in `levels` of each row's group.
         levels: (m,) labels, sorted where they can be (in the order of a pandas categorical, else
             of first appearance); combinations are strings `"A:a"`.
-        root: (m, m) lower Cholesky factor of the known relationship matrix of the levels, None if
+        root: (m, m) root of the known relationship matrix of the levels, triangular, None if
             they are independent.
     """
 
@@ -43,6 +44,7 @@ def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
     Whole numbers become integers, because a missing value may have made them floats. The result
     counts as ordered if the data say so, or have the categories in another order than the sorted.
     """
+    _check_kinds(values)
     categorical = pd.Categorical(values)
     if isinstance(values.dtype, pd.CategoricalDtype):
         if not categorical.categories.is_monotonic_increasing:
@@ -57,6 +59,26 @@ def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
                 categorical.codes, values.astype(np.int64), ordered=categorical.ordered
             )
     return categorical
+
+
+def _check_kinds(values: Any) -> None:
+    """Raise for labels of which some are logical values and others numbers.
+
+    To Python 1 is True and 0 is False, so they would be one label.
+    """
+    if values.dtype != object or not pd.api.types.infer_dtype(values).startswith("mixed"):
+        return
+    column = pd.Series(values)
+    known = column.dropna()
+    logical = known.map(lambda value: isinstance(value, (bool, np.bool_)))
+    number = ~logical & known.map(lambda value: isinstance(value, numbers.Number))
+    same = known[logical].unique()
+    for value in known[number].unique():
+        if value in same:
+            raise DataError(
+                f"the labels of {column.name or 'groups'!r} hold both {value!r} and "
+                f"{bool(value)}, which are one label to Python: convert them to text"
+            )
 
 
 def level_numbers(levels: Iterable[Any]) -> tuple[float, ...] | None:
@@ -94,6 +116,46 @@ def other_type(asked: Iterable[Any], known: pd.Index) -> Any | None:
     return next((level for level in asked if level not in known and str(level) in texts), None)
 
 
+def positions(known: pd.Index, asked: pd.Index) -> np.ndarray:
+    """Return where each label asked for is among the known ones, -1 for one that is not, (k,)."""
+    if known.dtype != asked.dtype:
+        # In a type that both fit into, whole numbers might be rounded.
+        known, asked = known.astype(object), asked.astype(object)
+    return known.get_indexer(asked)
+
+
+def label_positions(levels: pd.Index, labels: pd.Index, where: str, remedy: str) -> np.ndarray:
+    """Return where each level is among the labels of a frame, (m,).
+
+    Args:
+        levels: the levels, (m,).
+        labels: the labels, which may be more, in any order.
+        where: what the labels are, for messages.
+        remedy: what to do where a level is lacking; may be empty.
+
+    Raises:
+        DataError: for labels that come twice, and levels that are none of them.
+    """
+    repeated = labels[labels.duplicated()].unique()
+    if len(repeated):
+        raise DataError(f"{where} has labels more than once: {listing(map(repr, repeated), 5)}")
+    found = positions(labels, levels)
+    lacking = levels[found < 0]
+    if len(lacking):
+        alike = other_type(labels, levels)
+        hint = f"; {remedy}" if remedy else ""
+        if alike is not None:
+            hint = (
+                f"; its labels are of another type ({alike!r}) than those of the data "
+                f"({next(iter(levels))!r}): convert them"
+            )
+        raise DataError(
+            f"{where} lacks {plural(len(lacking), 'level')} of the data: "
+            f"{listing(map(repr, lacking), 5)}{hint}"
+        )
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class GroupKey:
     """How the labels in one or several columns give a group code, learnt from the data of a fit.
@@ -115,7 +177,7 @@ class GroupKey:
         digits = []
         for column, known in zip(columns, self.levels, strict=True):
             new = as_categories(column)
-            position = known.get_indexer(new.categories)
+            position = positions(known, new.categories)
             if len(position) and (position < 0).all():
                 alike = other_type(new.categories, known)
                 if alike is not None:
@@ -138,21 +200,63 @@ def _cell(digits: Sequence[np.ndarray], levels: Sequence[pd.Index]) -> np.ndarra
     return np.where(known, cell, -1)
 
 
-def group_rows(
-    name: str, columns: Sequence[pd.Series], terms: Iterable[Any] | None
-) -> tuple[Grouping, GroupKey]:
+def _joined(name: str, levels: Sequence[pd.Index], digits: Sequence[np.ndarray]) -> pd.Index:
+    """Labels of combinations, `"A:a"`, no two of them alike.
+
+    Where joining makes `"p:q:r"` both of `p` with `q:r` and of `p:q` with `r`, or `"1:a"` both of
+    the number and of the text 1, parts that are text stand in quotes.
+
+    Args:
+        name: of the grouping factor, for messages.
+        levels: the levels of each part.
+        digits: the level of each part in each combination, (m,).
+
+    Raises:
+        DataError: if two levels are one text even so.
+    """
+    for quoted in (False, True):
+        parts = [
+            _texts(labels, quoted)[digit] for labels, digit in zip(levels, digits, strict=True)
+        ]
+        found = pd.Index([":".join(texts) for texts in zip(*parts, strict=True)], dtype=object)
+        if found.is_unique:
+            return found
+    twice = found[found.duplicated()][0]
+    raise DataError(
+        f"different levels of the grouping factor {name!r} have the same text, {twice!r}: give "
+        "them labels that tell them apart"
+    )
+
+
+def _texts(labels: pd.Index, quoted: bool) -> np.ndarray:
+    """Return the labels as text, (k,); what is text already in quotes, if asked for."""
+    texts = labels.astype(str).to_numpy(dtype=object)
+    if quoted:
+        pairs = zip(labels, texts, strict=True)
+        texts[:] = [repr(text) if isinstance(label, str) else text for label, text in pairs]
+    return texts
+
+
+def group_rows(name: str, columns: Sequence[pd.Series]) -> tuple[Grouping, GroupKey]:
     """Complete columns of labels -> grouping factor, and the key for new rows.
 
     Args:
         name: name of the grouping factor.
         columns: (n,) labels, one column for each part of its name.
-        terms: its random terms, for messages; None to take one group only, too.
 
     Raises:
-        DataError: if there is one group only.
+        DataError: for different levels of a combination that cannot be told apart as text.
     """
     parts = [as_categories(column) for column in columns]
     levels = tuple(part.categories for part in parts)
+    for column, labels in zip(columns, levels, strict=True):
+        if labels.dtype == np.float64 and beyond_integers(labels):
+            warnings.warn(
+                f"the labels of {column.name!r} are floating-point numbers beyond 2**53, which "
+                "cannot tell neighbouring whole numbers apart: if they were whole numbers, read "
+                "them as Int64 or as text",
+                stacklevel=2,
+            )
     if len(parts) == 1:
         codes, names = parts[0].codes, levels[0]
         cells: pd.Index = pd.RangeIndex(len(names))
@@ -160,14 +264,5 @@ def group_rows(
         codes, found = pd.factorize(_cell([part.codes for part in parts], levels), sort=True)
         cells = pd.Index(found)
         digits = np.unravel_index(found, [len(labels) for labels in levels])
-        texts = [
-            labels.astype(str).to_numpy(dtype=object)[digit]
-            for labels, digit in zip(levels, digits, strict=True)
-        ]
-        names = pd.Index([":".join(text) for text in zip(*texts, strict=True)], dtype=object)
-    if len(names) < 2 and terms is not None:
-        raise DataError(
-            f"the grouping factor {name!r} has one level, {str(names[0])!r}: the variance "
-            f"of random effects cannot be estimated from one group; leave out {listing(terms)}"
-        )
+        names = _joined(name, levels, digits)
     return Grouping(name, codes.astype(np.int64), names), GroupKey(levels, cells)

@@ -162,6 +162,35 @@ class Design:
         return f"Design({self.spec.formula!r}: {', '.join(sizes + groups)})"
 
 
+def lone_group(groupings: Sequence[Grouping], blocks: Sequence[RandomBlock]) -> Grouping | None:
+    """The first factor with one level whose terms need several; None if there is no such factor.
+
+    A term with a variance for each effect needs groups to estimate it from. Where effects share
+    one, as those of a time series do, they may be enough by themselves.
+    """
+    for i, grouping in enumerate(groupings):
+        own = [block for block in blocks if block.grouping == i]
+        alone = len(grouping.levels) < 2 or bool((grouping.codes == grouping.codes[0]).all())
+        if alone and any(
+            sum(block.covariance.is_sd(q)) >= q
+            for block, q in zip(own, [block.Z.shape[1] for block in own], strict=True)
+        ):
+            return grouping
+    return None
+
+
+def check_groups(groupings: Sequence[Grouping], blocks: Sequence[RandomBlock]) -> None:
+    """Raise for a factor with one level whose terms need several."""
+    grouping = lone_group(groupings, blocks)
+    if grouping is not None:
+        terms = [block.term for block in blocks if groupings[block.grouping] is grouping]
+        raise DataError(
+            f"the grouping factor {grouping.name!r} has one level, {str(grouping.levels[0])!r}: "
+            "the variance of random effects cannot be estimated from one group; leave out "
+            f"{listing(terms)}"
+        )
+
+
 def check_unique(names: Iterable[str], what: str) -> None:
     """Raise for column names that come twice."""
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)

@@ -66,8 +66,8 @@ def conditional_effects(
     else:
         at: Any = estimates.solution.point.at.effects
         unknown = isinstance(detail, Rows)
-        if isinstance(detail, Skeleton) and _is_singular(layout, estimates):
-            # The last evaluation was a little inside the boundary, the estimates are on it.
+        if isinstance(detail, Skeleton) and _is_moved(compression.problem, estimates):
+            # The last evaluation was a little inside of where the estimates are.
             at = _at_boundary(compression.problem, estimates)
         found = {
             position: (
@@ -95,11 +95,15 @@ def conditional_effects(
 _crossed = Compiled(crossed.conditional_effects)
 
 
-def _is_singular(layout: Layout, estimates: Estimates) -> bool:
-    """Return whether a block of D is singular, estimated or fixed so."""
-    for here in layout.slices:
-        values = np.linalg.eigvalsh(estimates.D[here, here])
-        if values[0] <= 1e-8 * values[-1] or values[-1] == 0.0:
+def _is_moved(problem: crossed.CrossedProblem, estimates: Estimates) -> bool:
+    """Return whether the solver evaluated elsewhere than at the estimates.
+
+    That is, at a singular covariance, estimated or fixed so, or one that is nearly so.
+    """
+    root = estimates.working_root
+    for size, here in zip(problem.precision, problem.slices[1:], strict=True):
+        values = np.linalg.svd(root[here, here], compute_uv=False) ** 2
+        if values[-1] <= crossed.INSIDE / size:
             return True
     return bool(estimates.boundary)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .design import DataError
+from .frames import listing, plural, row_text
 
 if TYPE_CHECKING:
     from .results import Fit
@@ -23,8 +25,12 @@ def predict(
     random_effects: bool | str | Collection[str],
     new_levels: NewLevels,
     offset: Any,
+    depth: int = 3,
 ) -> pd.Series:
-    """Return predictions; see :meth:`lmmax.Fit.predict`."""
+    """Return predictions; see :meth:`lmmax.Fit.predict`.
+
+    A warning points at the caller ``depth`` levels up.
+    """
     if new_levels not in ("error", "population"):
         raise ValueError(f"new_levels={new_levels!r} is unknown; use 'error' or 'population'")
     terms = chosen_terms(fit, random_effects)
@@ -59,8 +65,32 @@ def predict(
             )
     if terms:
         predicted = predicted + fit.contributions(new.Z, new.codes, terms)
-    predicted = np.where(new.missing, np.nan, predicted)
+    lost = new.missing | _not_estimable(fit, new.X, new.missing, new.index, depth + 1)
+    predicted = np.where(lost, np.nan, predicted)
     return pd.Series(predicted, index=new.index, name="predicted")
+
+
+def _not_estimable(
+    fit: Fit, X: np.ndarray, missing: np.ndarray, index: pd.Index, depth: int
+) -> np.ndarray:
+    """Return which rows ask for more than the data tell of the fixed effects, (n,), and warn."""
+    from .fit import RankWarning
+
+    dependent = fit.layout.dependence
+    missed = dependent.missed(X) & ~missing[:, None]
+    rows, columns = missed.any(axis=1), missed.any(axis=0)
+    if rows.any():
+        count = int(rows.sum())
+        names = listing(repr(fit.design.x_names[j]) for j in dependent.aliased[columns])
+        warnings.warn(
+            f"the mean of {plural(count, 'row')} of newdata (the first: "
+            f"{row_text(index, np.argmax(rows))}) cannot be estimated and is NaN: {names} "
+            f"{'is' if columns.sum() == 1 else 'are'} not the linear combination of other columns "
+            "there that it was in the rows of the fit",
+            RankWarning,
+            stacklevel=depth,
+        )
+    return rows
 
 
 def chosen_terms(fit: Fit, random_effects: bool | str | Collection[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Known relationship matrices of the levels of a grouping factor -> their Cholesky factors."""
+"""Known relationship matrices of the levels of a grouping factor -> their triangular roots."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .frames import DataError, listing, plural
-from .levels import Grouping, other_type
+from .frames import DataError, listing
+from .levels import Grouping, label_positions
 
-__all__ = ["with_relationships"]
+__all__ = ["semidefinite_root", "with_relationships"]
 
 # Relative to the largest entry: what rounding leaves in a matrix that is symmetric otherwise.
 _ASYMMETRY = 1e-8
+# Likewise: what a singular matrix may differ from one without negative eigenvalues.
+_ROUNDING = 1e-8
 
 
 def with_relationships(groupings: Sequence[Grouping], relmat: Any) -> tuple[Grouping, ...]:
@@ -27,12 +29,12 @@ def with_relationships(groupings: Sequence[Grouping], relmat: Any) -> tuple[Grou
     Args:
         groupings: the grouping factors of a design.
         relmat: by name of a factor, a DataFrame with the levels as index and as columns: symmetric
-            and positive definite for the levels that occur. It may have more levels than those,
-            and in another order. None for no matrix.
+            and positive semidefinite for the levels that occur. It may have more levels than
+            those, and in another order. None for no matrix.
 
     Returns:
-        The same factors; `root` is the Cholesky factor of the matrix for the levels that occur, in
-        their order. Factors without a matrix are the same objects.
+        The same factors; `root` is the root of the matrix for the levels that occur, in their
+        order, as :func:`semidefinite_root` makes it. Factors without a matrix are the same objects.
 
     Raises:
         DataError: for a matrix that does not fit; the message names the factor.
@@ -67,17 +69,22 @@ def with_relationships(groupings: Sequence[Grouping], relmat: Any) -> tuple[Grou
 
 
 def _root(grouping: Grouping, matrix: Any) -> np.ndarray:
-    """The lower Cholesky factor (m, m) of a matrix for the levels that occur, in their order."""
+    """The root (m, m) of a matrix for the levels that occur, in their order."""
     what = f"the relationship matrix of {grouping.name!r}"
     if not isinstance(matrix, pd.DataFrame):
         raise DataError(
             f"{what} must be a pandas DataFrame whose index and columns are the levels, not "
             f"{type(matrix).__name__}: write pd.DataFrame(A, index=levels, columns=levels)"
         )
-    rows = _positions(grouping.levels, matrix.index, f"the index of {what}")
-    columns = _positions(grouping.levels, matrix.columns, f"the columns of {what}")
+    rows = label_positions(grouping.levels, matrix.index, f"the index of {what}", "")
+    columns = label_positions(grouping.levels, matrix.columns, f"the columns of {what}", "")
+    part = matrix.iloc[rows, columns]
+    if any(pd.api.types.is_complex_dtype(kind) for kind in part.dtypes):
+        raise DataError(
+            f"{what} holds complex numbers: pass the real part, np.real(A), if that is meant"
+        )
     try:
-        A = matrix.iloc[rows, columns].to_numpy(np.float64, na_value=np.nan)
+        A = part.to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError):
         raise DataError(f"{what} must be numeric") from None
     if not np.isfinite(A).all():
@@ -93,41 +100,48 @@ def _root(grouping: Grouping, matrix: Any) -> np.ndarray:
             "the other way round; if only one triangle was filled, copy it to the other"
         )
     A = (A + A.T) / 2.0
-    try:
-        root = np.linalg.cholesky(A)
-    except np.linalg.LinAlgError:
-        root = np.zeros_like(A)
-    # A pivot that is zero to rounding may come out positive.
-    if np.diag(root).min() ** 2 <= len(A) * np.finfo(float).eps * np.abs(A).max():
+    if not A.any():
+        raise DataError(
+            f"{what} is zero for all levels that occur, so their effects would not vary; leave the "
+            "term out, or give another matrix"
+        )
+    root = semidefinite_root(A)
+    if root is None:
         lowest = np.linalg.eigvalsh(A)[0]
         raise DataError(
-            f"{what} is not positive definite: for the levels that occur its smallest eigenvalue "
-            f"is {lowest:.3g}; give levels that are alike, such as identical twins, one label, or "
-            "add a little to the diagonal if the matrix was estimated"
+            f"{what} is not positive semidefinite: for the levels that occur its smallest "
+            f"eigenvalue is {lowest:.3g}, and no effects have such covariances; if the matrix was "
+            f"estimated or rounded, add {-lowest:.2g} to its diagonal, or give the nearest matrix "
+            "without negative eigenvalues"
         )
     return root
 
 
-def _positions(levels: pd.Index, labels: pd.Index, where: str) -> np.ndarray:
-    """Where each level is among the labels, (m,)."""
-    repeated = labels[labels.duplicated()].unique()
-    if len(repeated):
-        raise DataError(f"{where} has labels more than once: {listing(map(repr, repeated), 5)}")
-    positions = labels.get_indexer(levels)
-    lacking = levels[positions < 0]
-    if len(lacking):
-        alike = other_type(labels, levels)
-        hint = (
-            f"; its labels are of another type ({alike!r}) than those of the data "
-            f"({next(iter(levels))!r}): convert them"
-            if alike is not None
-            else ""
-        )
-        raise DataError(
-            f"{where} lacks {plural(len(lacking), 'level')} of the data: "
-            f"{listing(map(repr, lacking), 5)}{hint}"
-        )
-    return positions
+def semidefinite_root(A: np.ndarray) -> np.ndarray | None:
+    """Return a root R of a symmetric matrix, ``A = R R'``, None if it has negative eigenvalues.
+
+    That is the lower Cholesky factor (m, m) if the matrix is positive definite.  If it is singular,
+    as with identical twins or after centring, it is the factor by Cholesky with pivoting: the
+    column of each pivot stands at the place of that level, so that entries are zero between
+    unrelated levels, and columns beyond the rank are zero.
+
+    Source: Higham (2002), Accuracy and Stability of Numerical Algorithms, section 10.3.
+    """
+    size, m = float(np.abs(A).max()), len(A)
+    try:
+        root = np.linalg.cholesky(A)
+        # A pivot that is zero to rounding may come out positive.
+        if np.diag(root).min() ** 2 > m * np.finfo(float).eps * size:
+            return root
+    except np.linalg.LinAlgError:
+        pass
+    from scipy.linalg.lapack import dpstrf
+
+    packed, pivots, rank, _ = dpstrf(A, lower=1, tol=10.0 * m * np.finfo(float).eps * size)
+    pivots = pivots - 1
+    root = np.zeros_like(A)
+    root[np.ix_(pivots, pivots[:rank])] = np.tril(packed)[:, :rank]
+    return root if np.abs(A - root @ root.T).max() <= _ROUNDING * size else None
 
 
 def _pair(grouping: Grouping, i: Any, j: Any) -> str:

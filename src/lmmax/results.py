@@ -16,6 +16,7 @@ from .compress import Compression, Engine, EngineError, Layout
 from .constraints import Settings, TermColumns
 from .design import Design
 from .estimation import Estimates
+from .identifiability import Unidentified
 from .inference import variance, wald
 from .inference.denominator import DEFAULT, Denominator
 from .inference.denominator import denominator as method_of
@@ -27,6 +28,7 @@ from .inference.sensitivity import (
     sensitivity,
 )
 from .modes import Effects, conditional_effects
+from .optima import distinct
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
 from .solve import Status
@@ -67,6 +69,10 @@ class Convergence:
         boundary: terms whose covariance is singular.
         history: per evaluation, criterion, decrement, damping, whether it was accepted, and the
             kind of step that followed (the first 64 evaluations).
+        optima: the criterion at the distinct optima that searches ended at, ascending: the first
+            is that of the fit.  More than one where the likelihood has several maxima.
+        searches: how many searches converged, from one start or several far apart.
+        unidentified: groups of variance parameters that the data do not tell apart.
     """
 
     status: str
@@ -78,15 +84,24 @@ class Convergence:
     hessian_eigenvalues: np.ndarray
     boundary: tuple[str, ...]
     history: pd.DataFrame = field(repr=False)
+    optima: np.ndarray
+    searches: int
+    unidentified: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
-        return (
+        if not len(self.hessian_eigenvalues):
+            return f"{self.message}: nothing was free"
+        text = (
             f"{self.message} after {self.steps} evaluations; Newton decrement "
             f"{self.decrement:.1e}, gradient norm {self.gradient_norm:.1e}, smallest eigenvalue of "
             f"the Hessian {self.hessian_eigenvalues[0]:.3g}"
-            if len(self.hessian_eigenvalues)
-            else f"{self.message}: nothing was free"
         )
+        if len(self.optima) > 1:
+            text += (
+                f"; {self.searches} searches from starts far apart ended at {len(self.optima)} "
+                f"optima, the next one {self.optima[1] - self.optima[0]:.3g} higher"
+            )
+        return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +114,8 @@ class Fit:
         design: matrices, names and groups of the data that were used.
         settings: the options of the fit.
         estimates: the solved model in plain arrays.
+        unidentified: what the data do not tell apart, None if that is nothing: variance parameters
+            that other values fit as well, and the coefficients whose errors depend on them.
 
     Example:
         >>> import lmmax
@@ -115,6 +132,7 @@ class Fit:
     compression: Compression
     terms: tuple[TermColumns, ...]
     notes: tuple[str, ...] = ()
+    unidentified: Unidentified | None = None
 
     # --- model ------------------------------------------------------------------------------
 
@@ -172,11 +190,20 @@ class Fit:
         return pd.Series(values, index=list(self.design.x_names), name="coef")
 
     def cov_params(self) -> pd.DataFrame:
-        """Covariance of the coefficients, ``scale (X' V^-1 X)^-1``; NaN for aliased columns."""
+        """Covariance of the coefficients, ``scale (X' V^-1 X)^-1``.
+
+        NaN for aliased columns, and for coefficients whose error depends on variances that the data
+        do not tell apart.
+        """
         names = list(self.design.x_names)
         values = np.full((len(names), len(names)), np.nan)
         kept = self.layout.fixed.kept
-        values[np.ix_(kept, kept)] = self.scale * self.estimates.beta_unscaled
+        if self.unidentified is None:
+            values[np.ix_(kept, kept)] = self.scale * self.estimates.beta_unscaled
+        else:
+            sure = ~self.unidentified.concerns(np.eye(len(kept)))
+            inside = self.scale * self.estimates.beta_unscaled[np.ix_(sure, sure)]
+            values[np.ix_(kept[sure], kept[sure])] = inside
         return pd.DataFrame(values, index=names, columns=names)
 
     @cached_property
@@ -206,13 +233,14 @@ class Fit:
         Args:
             ddf: the degrees of freedom: "satterthwaite" (None), "kenward-roger" (REML; with the
                 adjusted standard errors), "kenward-roger-linear" (without second derivatives of a
-                covariance structure), "between-within" (nested factors, by counting), "residual"
-                (n - p), or "normal".
+                covariance structure), "between-within" (nested factors, counted as in nlme),
+                "residual" (n - p), or "normal".
             alpha: one minus the level of the confidence limits.
 
         Returns:
             A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``P>|t|`` and the limits
-            (``z`` and no ``df`` with "normal"); NaN for aliased columns.
+            (``z`` and no ``df`` with "normal"); NaN for aliased columns, and, with a warning, where
+            Kenward and Roger's second derivatives of a covariance structure leave no variance.
 
         Raises:
             ValueError: for an unknown method, or one that the fit does not allow.
@@ -230,6 +258,7 @@ class Fit:
         table = wald.coefficient_table(test, L, self.estimates.beta, np.zeros(len(L)), alpha)
         names = list(self.design.x_names)
         table.index = pd.Index([names[j] for j in self.layout.fixed.kept])
+        wald.warn_of_missing(test, table.index, table["std err"])
         return table.reindex(names)
 
     def denominator(self, ddf: str | None = None) -> Denominator:
@@ -260,12 +289,16 @@ class Fit:
     @cached_property
     def natural_parameters(self) -> VarianceParameters:
         """Variances, covariances and scale that were estimated, by name, with derivatives."""
-        return natural_parameters(self.estimates, self.terms, self.effect_names, self.group_names)
+        return natural_parameters(
+            self.estimates, self.terms, self.effect_names, self.group_names, self.design.x_names
+        )
 
     @cached_property
     def theta_parameters(self) -> VarianceParameters:
         """The same for theta and the scale."""
-        return theta_parameters(self.estimates, self.terms, self.effect_names, self.group_names)
+        return theta_parameters(
+            self.estimates, self.terms, self.effect_names, self.group_names, self.design.x_names
+        )
 
     def conf_int(self, alpha: float = 0.05, ddf: str | None = None) -> pd.DataFrame:
         """Wald confidence limits of the coefficients, level ``1 - alpha``.
@@ -350,7 +383,9 @@ class Fit:
 
         Returns:
             A row per parameter: ``term``, ``parameter`` (a standard deviation, a correlation, a
-            rate), ``estimate``, and its ``std err`` by the delta method.  Empty without such terms.
+            rate), ``estimate``, and its ``std err`` by the delta method.  A standard deviation of
+            zero has no error, and a correlation between effects of variance zero no value: NaN.
+            Empty without such terms.
         """
         return self._structures.copy()
 
@@ -521,7 +556,9 @@ class Fit:
             offset: array or column name, needed if the fit had one as an array.
 
         Returns:
-            One prediction per row; NaN where a needed value is missing.
+            One prediction per row; NaN where a needed value is missing, and, with a
+            :class:`lmmax.RankWarning`, where the fixed effects cannot be estimated: a row of the
+            design that is no linear combination of those of the fit, such as an empty cell.
 
         Raises:
             DataError: for an absent column, an unseen level of a factor, or a new group under
@@ -552,7 +589,7 @@ class Fit:
 
         Returns:
             A row per row of newdata: ``predicted``, ``std err``, ``df`` and the limits; NaN where a
-            needed value is missing.
+            needed value is missing or the mean cannot be estimated, as in :meth:`predict`.
 
         Example:
             >>> import lmmax
@@ -618,11 +655,13 @@ class Fit:
 
     @property
     def message(self) -> str:
-        """The status in words, and which terms are singular."""
+        """The status in words, which terms are singular, and what is not identified."""
         text = MESSAGES[self.estimates.status]
         if self.singular:
             terms = ", ".join(self.estimates.boundary)
             text += f"; singular: the covariance of {terms} lies on the boundary"
+        if self.unidentified is not None:
+            text += f"; {self.unidentified}"
         return text
 
     @cached_property
@@ -649,6 +688,9 @@ class Fit:
             hessian_eigenvalues=estimates.hessian_eigenvalues,
             boundary=estimates.boundary,
             history=history,
+            optima=distinct(estimates.ends),
+            searches=len(estimates.ends),
+            unidentified=() if self.unidentified is None else self.unidentified.names,
         )
 
     # --- fitting again ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ minimum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 TRACE_LENGTH, TRACE_COLUMNS = 64, 5
 NEAR = 5.0
 """Newton decrement, about two standard errors squared, below which EM has nothing to add."""
+SAME = 1e-7
+"""Difference of the criterion up to which two ends of a search are the same."""
 NEWTON_LIMIT = 22
 """Most random effects of a group (253 parameters) for which the exact Hessian pays; beyond it
 L-BFGS is the default."""
@@ -562,6 +564,88 @@ def newton(
     )
 
 
+class Starts(NamedTuple):
+    """Where searches begin; as many as count, the others fill up.
+
+    Attributes:
+        D: relative covariances, (K, q, q).
+        s: logarithms of the scale, (K,).
+        theta: parameters of structures, (K, k).
+        em_steps: most EM steps from each, (K,).
+        count: how many count.
+    """
+
+    D: Any
+    s: Any
+    theta: Any
+    em_steps: Any
+    count: Any
+
+
+class Best(NamedTuple):
+    """The best of several searches.
+
+    Attributes:
+        solution: its end.
+        values: the criterion where each search ended, (K,).
+        statuses: a :class:`Status` each, (K,).
+    """
+
+    solution: Solution
+    values: Array
+    statuses: Array
+
+
+def better(value: Any, converged: Any, other_value: Any, other_converged: Any, xp: Any = np) -> Any:
+    """Return whether one end of a search is better than another, converged or not.
+
+    A criterion without a minimum is a result too: a local one above it would hide that.  Of ends
+    that are the same to rounding the first stands.
+    """
+    gain = other_value - value
+    least = xp.where(converged & ~other_converged, -SAME, SAME)
+    return (gain > least) | (xp.isfinite(value) & ~xp.isfinite(other_value))
+
+
+def newton_from_each(
+    problem: Problem, constraints: Constraints, options: Options, starts: Starts
+) -> Best:
+    """Minimise from each of several starts, one after the other, by :func:`newton`.
+
+    The number of starts is data, so one compiled function serves for one as for many.
+    """
+    dtype, most = starts.D.dtype, starts.D.shape[0]
+
+    def body(carry: tuple[Array, Best]) -> tuple[Array, Best]:
+        i, best = carry
+        own = replace(options, em_steps=starts.em_steps[i])
+        new = newton(problem, constraints, own, starts.D[i], starts.s[i], starts.theta[i])
+        old = best.solution
+        wins = (i == 0) | better(
+            new.point.at.value,
+            new.status == Status.CONVERGED,
+            old.point.at.value,
+            old.status == Status.CONVERGED,
+            jnp,
+        )
+        return i + 1, Best(
+            solution=jax.tree.map(lambda a, b: jnp.where(wins, a, b), new, old),
+            values=best.values.at[i].set(new.point.at.value),
+            statuses=best.statuses.at[i].set(new.status),
+        )
+
+    none = Solution(
+        point=point_of(lambda *shape: jnp.zeros(shape, dtype), problem, constraints),
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        steps=jnp.asarray(0, jnp.int32),
+        decrement=jnp.full((), jnp.inf, dtype),
+        trace=jnp.full((TRACE_LENGTH, TRACE_COLUMNS), jnp.nan, dtype),
+    )
+    first = Best(none, jnp.full(most, jnp.nan, dtype), jnp.zeros(most, jnp.int32))
+    _, best = lax.while_loop(lambda carry: carry[0] < starts.count, body, (jnp.int32(0), first))
+    return best
+
+
 def beginning(
     problem: Problem,
     constraints: Constraints,
@@ -612,6 +696,9 @@ def advance(
     old = state.point
     first = state.evaluations == 0
     slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
+    # That of D's entries counts where large ones hide a direction of small variance.
+    whole = unpack_symmetric(old.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
+    slack = slack + eps * jnp.sum(jnp.abs(whole * old.D))
     gain = old.at.value - new.at.value
     finite = jnp.isfinite(new.at.value) & jnp.all(jnp.isfinite(new.hessian))
     columns = root_columns(problem, constraints)
@@ -671,6 +758,14 @@ def advance(
     )
 
 
+def lbfgs_from(
+    problem: Problem, constraints: Constraints, options: Options, starts: Starts
+) -> Best:
+    """Minimise from the only one of the starts by :func:`lbfgs`."""
+    found = lbfgs(problem, constraints, options, starts.D[0], starts.s[0], starts.theta[0])
+    return Best(found, found.point.at.value[None], found.status[None])
+
+
 def lbfgs(
     problem: Problem,
     constraints: Constraints,
@@ -719,11 +814,20 @@ def lbfgs(
         at = jnp.where(constraints.profile, profiled_log_scale(gls(S)[2], d), s)
         return objective(S, logdet, at, d, reml)
 
-    def expected(_: Array, D: Array) -> Array:
+    def expected(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        D, last = carry
         gradient = symmetrize(jax.grad(value_of)(D))
-        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks)
+        # With effects far apart, rounding may leave D's small variances negative.
+        D, gradient = jax.tree.map(
+            lambda x, y: jnp.where(jnp.all(jnp.isfinite(gradient)), x, y),
+            (D, gradient),
+            (last, jnp.zeros_like(gradient)),
+        )
+        return em_step(D, gradient, jnp.asarray(problem.n_groups), constraints.blocks), D
 
-    D = lax.fori_loop(0, options.em_steps, expected, D * jnp.outer(rooted, rooted))
+    D = D * jnp.outer(rooted, rooted)
+    D, last = lax.fori_loop(0, options.em_steps, expected, (D, D))
+    D = jnp.where(jnp.isfinite(value_of(D)), D, last)
     L, pivots = ldl(D)
     start = jnp.concatenate([s[None], pack_triangle(L * jnp.sqrt(pivots)[None, :]), theta])
     method = optax.lbfgs(memory_size=20)

@@ -149,6 +149,18 @@ class ModelSpec:
             found.setdefault(frozenset(term.group_names), term.group_names)
         return tuple(found.values())
 
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """Names of the grouping factors, `"batch:cask"` for combinations, no two of them alike."""
+        names = tuple(":".join(columns) for columns in self.group_columns)
+        if len(set(names)) == len(names):
+            return names
+        # A column may have a colon in its own name.
+        return tuple(
+            ":".join(f"`{name}`" if ":" in name else name for name in columns)
+            for columns in self.group_columns
+        )
+
     def grouping_of(self, term: RandomTerm) -> int:
         """Position in `group_columns` of a term's grouping factor: `b:a` is `a:b`."""
         return [*map(set, self.group_columns)].index(set(term.group_names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from .constraints import TermColumns
-from .inference.denominator import DEFAULT
+from .inference.denominator import DEFAULT, AdjustmentWarning
+from .inference.wald import missing
 from .rendering import html, text
 from .results import MESSAGES, Fit
 
@@ -100,10 +102,13 @@ def summarize(fit: Fit, alpha: float = 0.05, ddf: str | None = None) -> Summary:
         >>> summarize(fitted, alpha=0.1).tables[2].columns[-2:].tolist()
         ['[0.05', '0.95]']
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdjustmentWarning)  # a note says so
+        coefficients = fit.coefficients(ddf, alpha)
     return Summary(
         title=f"Linear mixed model fit by {'REML' if fit.reml else 'maximum likelihood'}",
         formula=fit.formula,
-        tables=(_header(fit), _random_effects(fit), fit.coefficients(ddf, alpha)),
+        tables=(_header(fit), _random_effects(fit), coefficients),
         residuals=_residual_quantiles(fit),
         warnings=_warnings(fit),
         notes=_notes(fit, ddf or DEFAULT),
@@ -222,6 +227,11 @@ def _notes(fit: Fit, ddf: str) -> tuple[str, ...]:
             f"Not converged (status {record.status}): Newton decrement {record.decrement:.3g}, "
             f"gradient norm {record.gradient_norm:.3g}; see fit.convergence."
         )
+    if fit.unidentified is not None:
+        notes.append(
+            f"{_sentence(str(fit.unidentified))} Other values fit as well, so they have no "
+            "standard errors, nor do coefficients that depend on them; all other tests are right."
+        )
     notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
     notes += _structure_notes(fit)
     if fit.settings.fix:
@@ -245,6 +255,11 @@ def _notes(fit: Fit, ddf: str) -> tuple[str, ...]:
     if fit.reml:
         notes.append("Under REML, AIC and BIC compare only models with the same fixed effects.")
     notes.append(DDF_NOTES[ddf])
+    test, kept = fit.denominator(ddf), fit.layout.fixed.kept
+    names = [fit.design.x_names[j] for j in kept]
+    lost = missing(test, names, test.errors(np.eye(len(kept))))
+    if lost:
+        notes.append(_sentence(lost))
     return tuple(notes)
 
 

@@ -182,6 +182,47 @@ def test_type_three_does_not_depend_on_how_cells_are_written() -> None:
     close(anova(nested).table.loc["Cu"], anova(crossed).table.loc["Cu"], 1e-8)
 
 
+def test_terms_are_tested_alike_without_an_intercept() -> None:
+    rng = np.random.default_rng(0)
+    n = 60
+    data = pd.DataFrame(
+        {
+            name: rng.choice(list(v), n)
+            for name, v in {"f": "abc", "h": "pqr", "g": "ABCDEF"}.items()
+        }
+    )
+    data["y"] = rng.normal(size=n) + (data["f"] == "b") * 0.5 + 2.0 + (data["h"] == "q")
+    base = anova(lmmax.fit("y ~ f + h + (1 | g)", data)).table.loc[["f", "h"]]
+    assert base["df_num"].to_list() == [2, 2]
+    cases = [("0 + f + h", None), ("0 + h + f", {"f": "sum", "h": "poly"})]
+    for formula, contrasts in cases:
+        fit = lmmax.fit(f"y ~ {formula} + (1 | g)", data, contrasts=contrasts)
+        for kind in (2, 3):
+            found = anova(fit, type=kind)
+            close(found.table.loc[["f", "h"]], base, 1e-6)
+            (note,) = found.notes
+            first = formula.split(" + ")[1]
+            assert note.startswith(f"Estimable functions, as in SAS: {first}. lmerTest tests all")
+        assert anova(fit, type=1).table["df_num"].to_list() == [3, 2]
+        assert anova(fit, type=1).notes == ()
+        # Leaving out a term is leaving out what it adds to the others.
+        assert lmmax.drop1(fit).table["df_num"].to_list() == [2, 2]
+
+
+def test_terms_that_hold_each_other_have_no_test() -> None:
+    rng = np.random.default_rng(3)
+    data = pd.DataFrame({"x": rng.normal(size=40), "g": np.arange(40) % 6})
+    data["z"], data["y"] = 1e-9 * (2.0 * data["x"] + 1.0), rng.normal(size=40)
+    with pytest.warns(lmmax.RankWarning):
+        fit = lmmax.fit("y ~ x + z + (1 | g)", data)
+    assert anova(fit, type=1).table["df_num"].to_list() == [1, 0]
+    found = anova(fit)
+    assert found.table["df_num"].to_list() == [0, 0]
+    assert found.notes[0] == "Not estimable, because the other terms hold all of it: x, z."
+    assert lmmax.drop1(fit).table["df_num"].to_list() == [0, 0]
+    assert lmmax.drop1(fit, test="chisq").table["df"].to_list()[1:] == [0, 0]
+
+
 def test_balanced_blocks_are_the_classical_analysis() -> None:
     # Randomised blocks: F is the mean square of types over that of types by subjects.
     stool = load_data("ergostool")

@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 
 import lmmax
+from lmmax.design import build_design
+from lmmax.fit import prepare
+from lmmax.inference import between_within
 from lmmax.inference.denominator import METHODS
-from lmmax.likelihood import user_entries
 from tests.oracles.dense import Factor, Model
 from tests.oracles.designs import Problem, simulate
 from tests.oracles.problems import simulate as simulate_one
@@ -239,8 +241,6 @@ def test_iterative_engine_uses_the_average_information() -> None:
         fix={"cov_re": iterative.cov_re.to_numpy(), "scale": iterative.scale},
     )
     target = exact.sensitivity
-    to = user_entries(iterative.compression.problem)
-    P = np.concatenate([np.tensordot(to.T, P[:-1], 1), P[-1:]])
     np.testing.assert_allclose(to_x @ Phi @ to_x.T, exact.cov_params(), rtol=1e-7)
     moved = np.einsum("ax,cxy,by->cab", to_x @ Phi, P, to_x @ Phi)
     expected = np.einsum(
@@ -306,3 +306,32 @@ def test_degrees_of_freedom_do_not_depend_on_the_origin_of_a_covariate(own_slope
         found.append(fit.denominator().degrees(np.array([[1.0, origin], [0.0, 1.0]])))
     # The search ends within 1e-8 standard errors of the optimum.
     np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
+
+
+# nlme 3.1: lme(y ~ ..., random = ~ 1 | g) or ~ 1 | g/s, and its fixDF$X.
+NLME = [
+    ("x", "g", [24, 24]),
+    ("x", "g/s", [15, 9]),
+    ("0 + f", "g", [23, 23, 23]),
+    ("0 + f", "g/s", [8, 8, 8]),
+    ("0 + t + x", "g", [3, 3, 25]),
+    ("0 + t + x", "g/s", [3, 3, 10]),
+    ("1", "g", [25]),
+    ("1", "g/s", [15]),
+    ("x + z + w", "g/s", [15, 7, 7, 7]),
+    ("0 + t", "g/s", [3, 3]),
+    ("t + f", "g", [23, 3, 23, 23]),
+    ("t + f", "g/s", [15, 3, 8, 8]),
+]
+
+
+@pytest.mark.parametrize(("fixed", "groups", "df"), NLME)
+def test_between_within_counts_as_nlme(fixed: str, groups: str, df: list[float]) -> None:
+    i = np.arange(30)
+    data = pd.DataFrame({"g": i // 6, "x": i * 7 % 11, "z": i * 5 % 7, "w": i * 3 % 13})
+    data["s"] = np.array([0, 0, 1, 1, 2, 3])[i % 6]
+    data["f"], data["t"] = np.array(list("abc"))[i % 3], np.array(list("AB"))[i // 6 % 2]
+    data["y"] = i * i % 17 / 5.0
+    # What a fit is before it is solved has all that is counted.
+    prepared = prepare(build_design(f"y ~ {fixed} + (1 | {groups})", data))
+    assert between_within.degrees(prepared).tolist() == df  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from lmmax.compress.columns import Dependence
 from lmmax.inference import wald
 from lmmax.inference.denominator import Fixed
 
@@ -97,13 +98,16 @@ def test_hypotheses_that_cannot_be_read(hypothesis: Any, message: str) -> None:
 
 def fit_of(params: pd.Series = PARAMS, cov: pd.DataFrame = COV, df: float = np.inf) -> Any:
     """What the tests need of a fit: coefficients, their covariance, and degrees of freedom."""
-    kept = np.flatnonzero(params.notna())
+    kept, aliased = np.flatnonzero(params.notna()), np.flatnonzero(params.isna())
     beta = params.to_numpy()[kept]
     name = "normal" if np.isinf(df) else "residual"
     test = Fixed(name, cov.to_numpy()[np.ix_(kept, kept)], np.full(len(kept), df))
     return SimpleNamespace(
         params=params,
-        layout=SimpleNamespace(fixed=SimpleNamespace(kept=kept)),
+        layout=SimpleNamespace(
+            fixed=SimpleNamespace(kept=kept),
+            dependence=Dependence(kept, aliased, np.zeros((len(kept), len(aliased))), aliased),
+        ),
         estimates=SimpleNamespace(beta=beta),
         denominator=lambda ddf: test,
     )

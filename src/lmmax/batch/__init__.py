@@ -7,15 +7,16 @@ grouping factor, :mod:`lmmax.batch.factors` for several) and run through one sol
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..compress import EngineError, compress
-from ..constraints import read_constraints
-from ..estimation import Estimates, estimate, group_noise
+from ..constraints import Settings, read_constraints
+from ..estimation import Estimates, group_noise
+from ..far_apart import estimate_closely, is_far, is_off_center, needs_rows
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
 from ..solve import NEWTON_LIMIT, Constraints, Status, narrow
@@ -165,6 +166,17 @@ class Solved(NamedTuple):
         inner = np.linalg.norm((G @ self.ends.root).reshape(len(packed), -1), axis=1)
         return np.hypot(inner, packed[:, -1])
 
+    def replaced(self, lanes: np.ndarray, new: Solved) -> None:
+        """Put what another solve found for some lanes in the place of what this one did."""
+        for mine, other in zip(self.ends, new.ends, strict=True):
+            mine[lanes] = other
+        for mine, other in zip(
+            vars(self.estimates).values(), vars(new.estimates).values(), strict=True
+        ):
+            mine[lanes] = other
+        for name in ("y_scale", "D"):
+            getattr(self, name)[lanes] = getattr(new, name)
+
     def parameter_covariance(self, lanes: np.ndarray) -> np.ndarray:
         """Return the covariance of the free entries of D and s of some lanes, (n, k, k)."""
         own, k = np.ix_(lanes, self.free, self.free), int(self.free.sum())
@@ -217,11 +229,37 @@ def solve_responses(
         moved: coefficients, working coordinates, that were taken out of them before, (n, p).
         effort: counts the work, if given.
     """
+    solved = _solve_around(fit, shared, y, moved, effort=effort)
+    far = _unclear(fit, shared, solved)
+    if far.size:
+        y_far, moved = y[far], np.broadcast_to(moved, (len(y), len(fit.layout.fixed.kept)))[far]
+        closer = shared.closer if isinstance(shared, SharedFactors) else shared
+        found = solved.estimates.params[far][:, fit.layout.fixed.kept] @ fit.layout.fixed.R.T
+        start = solved.ends.take(far), solved.y_scale[far]
+        again = _solve_around(fit, closer, y_far, moved, found - moved, start, effort)
+        solved.replaced(far, again)
+    return solved
+
+
+def _solve_around(
+    fit: Fit,
+    shared: SharedDesigns | SharedFactors,
+    y: np.ndarray,
+    moved: np.ndarray | float,
+    center: np.ndarray | None = None,
+    ends: tuple[Ends, np.ndarray] | None = None,
+    effort: Effort | None = None,
+) -> Solved:
+    """Do what :func:`solve_responses` does, once.
+
+    Around ``center``, coefficients in working coordinates (n, p), or those of least squares; from
+    ``ends``, where earlier searches ended, with the units of their responses, (n,).
+    """
     if isinstance(shared, SharedDesigns):
-        responses = project(shared, y)
+        responses = project(shared, y, center)
         responses = responses._replace(origin=responses.origin + moved)
-        return solve_statistics(fit, shared, responses, effort)
-    found = factors.project(shared, y)
+        return solve_statistics(fit, shared, responses, effort, ends)
+    found = factors.project(shared, y, center)
     constraints, _ = read_constraints(shared.problem, fit.terms, fit.settings)
     unit = (float(shared.problem.y_scale) / found.y_scale) ** 2
     natural = np.asarray(constraints.natural) * unit[:, None, None]
@@ -230,14 +268,39 @@ def solve_responses(
     def others(which: np.ndarray) -> list[Start]:
         return starts_from(lanes, constraints, which, factors.rough(shared, y, found, which))
 
-    start = start_at(fit, constraints, unit)
-    ends = solve(lanes, constraints, fit.settings, fit.terms, start, effort, others)
+    start = start_at(fit, constraints, unit) if ends is None else _onward(*ends, found.y_scale)
+    ended = solve(lanes, constraints, fit.settings, fit.terms, start, effort, others)
     origin = found.origin + moved
-    return with_inference(fit, lanes, constraints, ends, origin, found.y_scale, found.total)
+    return with_inference(fit, lanes, constraints, ended, origin, found.y_scale, found.total)
+
+
+def _unclear(fit: Fit, shared: SharedDesigns | SharedFactors, solved: Solved) -> np.ndarray:
+    """Return the lanes of which other statistics would show more digits."""
+    ends, n_obs = solved.ends, float(fit.layout.n_obs)
+    far = np.flatnonzero(is_far(ends.s, n_obs))
+    if isinstance(shared, SharedFactors) and needs_rows(shared.layout, shared.compression):
+        return far
+    bounded = far[solved.estimates.status[far] != Status.UNBOUNDED]
+    off = [is_off_center(*lane, n_obs) for lane in _centers(ends, bounded)]
+    return bounded[np.array(off, dtype=bool)]
+
+
+def _centers(ends: Ends, lanes: np.ndarray) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield ``s``, coefficients and their covariance of some lanes."""
+    return zip(ends.s[lanes], ends.beta[lanes], ends.beta_inverse[lanes], strict=True)
+
+
+def _onward(ends: Ends, before: np.ndarray, y_scale: np.ndarray) -> Start:
+    """Return where searches ended as starts of others, in other units of the responses."""
+    return Start(ends.D, ends.s + 2.0 * np.log(before / y_scale), ends.theta)
 
 
 def solve_statistics(
-    fit: Fit, shared: SharedDesigns, responses: Responses, effort: Effort | None = None
+    fit: Fit,
+    shared: SharedDesigns,
+    responses: Responses,
+    effort: Effort | None = None,
+    earlier: tuple[Ends, np.ndarray] | None = None,
 ) -> Solved:
     """Fit a one-factor model to the statistics of many responses, with what inference needs.
 
@@ -246,13 +309,16 @@ def solve_statistics(
         shared: what the responses share.
         responses: their statistics.
         effort: counts the work, if given.
+        earlier: where earlier searches ended, with the units of their responses, (n,).
     """
     (problem, varying), y_scale = lanes_of(shared, responses), responses.y_scale
     constraints, _ = read_constraints(shared.problem, fit.terms, fit.settings)
     unit = (float(shared.problem.y_scale) / y_scale) ** 2
     lanes = Lanes(problem, np.asarray(constraints.natural) * unit[:, None, None], varying)
     start = start_at(fit, constraints, unit)
-    moves = constraints.profile and not np.any(constraints.held)
+    if earlier is not None:
+        start = _onward(*earlier, y_scale)
+    moves = earlier is None and constraints.profile and not np.any(constraints.held)
     if start is not None and isinstance(problem, SharedProblem) and moves:
         D, s = scored(
             problem, shared.problem, start.D[0], np.asarray(constraints.blocks), lanes.noise[0]
@@ -302,12 +368,17 @@ def with_inference(
     free = np.append(free, constraints.scale_free)
     enough = free.sum() <= lanes.values("n_obs") - fit.settings.reml * len(kept)
     plain = not constraints.structures and not np.any(constraints.held)
+    plain = plain & enough
+    if fit.unidentified is not None:
+        # With as many parameters held as there are flat directions, the others tell as much.
+        free[fit.unidentified.redundant] = False
+        plain = plain & ~estimates.singular
     return Solved(
         estimates,
         ends,
         free,
         np.asarray(lanes.problem.x_inverse)[..., : len(kept), : len(kept)],
-        plain & enough,
+        plain,
         y_scale,
         snapped(ends, constraints, fit.terms, lanes.noise)[0],
         lanes.noise,
@@ -352,15 +423,16 @@ def _lifted(fit: Fit) -> np.ndarray:
 def _one(fit: Fit, y: np.ndarray) -> Estimates:
     """Fit another response, its offset removed, from the estimates of a fit."""
     compressed = compress(y, fit.layout, earlier=fit.compression)
+
+    def solved(settings: Settings) -> Estimates:
+        return estimate_closely(y, fit.layout, compressed, fit.terms, settings).estimates
+
     if fit.estimates.constraints.structures:  # which may have several optima
-        return estimate(compressed, fit.terms, fit.settings)
+        return solved(fit.settings)
     D = fit.estimates.z_inverse @ _lifted(fit) @ fit.estimates.z_inverse.T
     start = {"cov_re": fit.scale * D, "scale": fit.scale}
-    warm = replace(fit.settings, start=start, em_steps=0)
-    estimates = estimate(compressed, fit.terms, warm)
-    if estimates.status is not Status.CONVERGED:
-        estimates = estimate(compressed, fit.terms, fit.settings)
-    return estimates
+    estimates = solved(replace(fit.settings, start=start, em_steps=0))
+    return estimates if estimates.status is Status.CONVERGED else solved(fit.settings)
 
 
 def estimates_of(fit: Fit, estimates: Estimates | None = None) -> BatchEstimates:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..levels import Grouping
 from ..matrices import Design, NewDesign, RandomBlock
 from ..spec import ModelSpec, RandomTerm
 from ..terms import CodedTerms, Coding, Element, Term
+from .files import whole
 from .selection import structure_of
 
 FORMAT, VERSION = "lmmax sufficient statistics", 1
@@ -69,12 +69,8 @@ def write(path: str | Path, about: Mapping[str, Any], arrays: Mapping[str, np.nd
     about = {"format": FORMAT, "version": VERSION, **about}
     text = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
     content = {DESCRIPTION: np.frombuffer(text, dtype=np.uint8), **arrays}
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    with open(partial, "wb") as file:
+    with whole(Path(path)) as file:
         np.savez(file, **content, hash=_digest(content))  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

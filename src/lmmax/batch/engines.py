@@ -16,8 +16,17 @@ import numpy as np
 
 from ..constraints import Settings
 from ..design import DataError
-from ..fit import ConvergenceWarning, Prepared, RankWarning, fit_prepared, prepare
-from ..inference.denominator import combined
+from ..fit import (
+    ConvergenceWarning,
+    IdentifiabilityWarning,
+    Prepared,
+    RankWarning,
+    fit_prepared,
+    prepare,
+    unidentified_by_design,
+)
+from ..identifiability import Unidentified
+from ..inference.denominator import combined, matched_degrees
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
@@ -25,6 +34,9 @@ from . import Solved, line_fits, line_statistics, shared_by_responses, solve_res
 from .factors import SharedFactors
 from .one_variance import OneVariance, one_variance, suits
 from .statistics import SharedDesigns
+
+FLAT = 1e-10
+"""Curvature of the criterion in the logarithm of a variance that is rounding."""
 
 
 class Hypothesis(NamedTuple):
@@ -120,10 +132,7 @@ def satterthwaite(V: np.ndarray, slopes: np.ndarray, C: np.ndarray) -> np.ndarra
         slopes: derivatives of these in the variance parameters, (n, k, r).
         C: covariance of the parameters, (n, k, k).
     """
-    variance = np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # What is not known, of fits that stopped before they converged, stays NaN.
-        return np.asarray(np.where(variance <= 0.0, np.inf, 2.0 * V**2 / variance))
+    return matched_degrees(V, np.einsum("nkr,nkl,nlr->nr", slopes, C, slopes, optimize=True))
 
 
 def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -139,10 +148,15 @@ def joint(of: Uncertainty, difference: np.ndarray) -> tuple[np.ndarray, np.ndarr
     r = difference.shape[1]
     sound = np.isfinite(of.V).all(axis=(1, 2))
     values, vectors = np.linalg.eigh(np.where(sound[:, None, None], of.V, np.eye(r)))
-    along = np.einsum("nrj,nr->nj", vectors, difference)
     turned = np.einsum("nrj,nkrs,nsl->nkjl", vectors, of.slopes, vectors, optimize=True)
     own = degrees(Uncertainty(values[:, :, None] * np.eye(r), turned, of.C))
     with np.errstate(divide="ignore", invalid="ignore"):
+        # In the combinations' own units, which may be far apart.
+        unit = np.sqrt(np.einsum("nrr->nr", of.V))
+        scaled = of.V / (unit[:, :, None] * unit[:, None, :])
+        scaled = np.where(np.isfinite(scaled), scaled, np.eye(r))
+        values, vectors = np.linalg.eigh(scaled)
+        along = np.einsum("nrj,nr->nj", vectors, difference / unit)
         F = np.sum(along**2 / values, axis=1) / r
     return np.where(sound, F, np.nan), np.where(sound, combined(own), np.nan)
 
@@ -165,6 +179,54 @@ def engine_of(prepared: Prepared, settings: Settings, tests: Sequence[Hypothesis
         if found is not None:
             return LineEngine(prepared, found, settings, tuple(tests))
     return GeneralEngine(prepared, settings, tuple(tests))
+
+
+@dataclass(frozen=True, eq=False)
+class PartialEngine:
+    """An engine for designs that do not tell some variance parameters apart.
+
+    Errors and tests that depend on them are NaN, as those of a single fit are.
+
+    Attributes:
+        inner: what fits the responses.
+        unidentified: what is not told apart.
+        kept: positions of the columns of X that were kept.
+        tests: hypotheses on the coefficients.
+    """
+
+    inner: Engine
+    unidentified: Unidentified
+    kept: np.ndarray
+    tests: tuple[Hypothesis, ...]
+
+    @property
+    def name(self) -> str:
+        """See `Engine`."""
+        return self.inner.name
+
+    def fit(self, y: np.ndarray, origin: np.ndarray | None = None) -> Record:
+        """See `Engine`."""
+        found = self.inner.fit(y, origin)
+        hidden = self.kept[self.unidentified.concerns(np.eye(len(self.kept)))]
+        found.bse[:, hidden] = found.df[:, hidden] = np.nan
+        for h, asked in enumerate(self.tests):
+            if not estimable(asked, self.kept):
+                continue
+            L = asked.L[:, self.kept]
+            if self.unidentified.concerns_jointly(L):
+                found.statistic[:, h] = found.df_den[:, h] = np.nan
+            if self.unidentified.concerns(L[:1])[0]:
+                found.error[:, h] = np.nan
+        return found
+
+
+def as_identified(
+    engine: Engine, prepared: Prepared, settings: Settings, tests: Sequence[Hypothesis]
+) -> Engine:
+    """Return an engine that leaves out what the design does not identify."""
+    found = unidentified_by_design(prepared.design, prepared.layout, prepared.terms, settings)
+    kept = prepared.layout.fixed.kept
+    return engine if found is None else PartialEngine(engine, found, kept, tuple(tests))
 
 
 def _without_offset(design: Design, y: np.ndarray) -> np.ndarray:
@@ -344,10 +406,13 @@ def record_on_line(
     record = empty(n, p, 1, len(tests))
     singular = found.variance == 0.0
     usable = found.status == Status.CONVERGED
+    # Where the criterion is flat in the variance, the scale alone is estimated.
+    with np.errstate(invalid="ignore"):
+        flat = found.information[:, 0, 0] * found.variance**2 <= FLAT
     # The parameters are the relative variance and the log of the scale.
     C = np.full((n, 2, 2), np.nan)
     C[usable] = 0.0
-    inside, at_zero = usable & ~singular, usable & singular
+    inside, at_zero = usable & ~(singular | flat), usable & (singular | flat)
     C[inside] = np.linalg.inv(found.information[inside])
     C[at_zero, 1, 1] = 1.0 / found.information[at_zero, 1, 1]
     record.params[:, kept] = found.beta
@@ -442,6 +507,7 @@ def record_of_lanes(
         by_itself = alone(int(lane))
         for name in ("df", "statistic", "df_den", "estimate", "error"):
             getattr(found, name)[lane] = getattr(by_itself, name)[0]
+        found.bse[lane, np.isnan(by_itself.bse[0])] = np.nan  # not identified
     return found
 
 
@@ -451,6 +517,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", RankWarning)
+        warnings.simplefilter("ignore", IdentifiabilityWarning)
         yield
 
 

@@ -8,16 +8,18 @@ is centred, scaled and projected as one of its own would be.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..compress import Compression
-from ..compress.crossed import Skeleton
+from ..compress import Compression, compress
+from ..compress.crossed import Outside, Skeleton
 from ..compress.layout import Layout
 from ..compress.nested import Tree
 from ..compress.rows import orthonormalise, project_out
 from ..compress.scaling import Scaling, rough_variances
+from ..far_apart import needs_rows
 from ..likelihood.cells import DenseCells
 from ..likelihood.crossed import CrossedProblem
 from ..likelihood.nested import NestedProblem
@@ -60,6 +62,7 @@ class SharedFactors:
             front of them, in nested models, of the coarser levels, (w, n).
         outer: first row of each group of the next level, and their places, of a nested model.
         tail: transposed columns of the tail, a sparse matrix (N, n), of a crossed model.
+        compression: what the designs were compressed to with some response.
     """
 
     problem: NestedProblem | CrossedProblem
@@ -73,6 +76,22 @@ class SharedFactors:
     columns: np.ndarray
     outer: tuple[np.ndarray, np.ndarray] | None
     tail: Any
+    compression: Compression
+
+    @property
+    def outside(self) -> Outside | None:
+        """Rows of what the head leaves of tail and X, where a crossed model holds them."""
+        detail = self.compression.detail
+        return detail.outside if isinstance(detail, Skeleton) else None
+
+    @cached_property
+    def closer(self) -> SharedFactors:
+        """The same for responses whose effects are far larger than the residual."""
+        if not needs_rows(self.layout, self.compression):
+            return self
+        y = np.zeros(len(self.layout.X))
+        known = compress(y, self.layout, earlier=self.compression, far_apart=True)
+        return shared_factors(self.layout, known)
 
     @property
     def n_fixed(self) -> int:
@@ -82,7 +101,9 @@ class SharedFactors:
     @property
     def varying(self) -> tuple[str, ...]:
         """Names of the fields in which the problems of responses differ."""
-        return ("Y", "C") if isinstance(self.problem, NestedProblem) else ("Y", "C_cross", "C")
+        if isinstance(self.problem, NestedProblem):
+            return ("Y", "C")
+        return ("Y", "C_cross", "C") if self.outside is None else ("Y", "outside_y")
 
     @property
     def numbers(self) -> int:
@@ -129,7 +150,7 @@ def shared_factors(layout: Layout, compression: Compression) -> SharedFactors:
         orthonormalise(Q, starts, sizes)
         project_out(Q, columns, starts, sizes)
     return SharedFactors(
-        problem, layout, order, root, Q, starts, sizes, place, columns, outer, tail
+        problem, layout, order, root, Q, starts, sizes, place, columns, outer, tail, compression
     )
 
 
@@ -203,12 +224,23 @@ def _rounded(groups: int) -> int:
     return -(-groups // step) * step
 
 
-def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
-    """Compress responses given by row, their offset removed, (n, nobs)."""
+def project(
+    shared: SharedFactors, y: np.ndarray, center: np.ndarray | None = None
+) -> FactorResponses:
+    """Compress responses given by row, their offset removed, (n, nobs).
+
+    Args:
+        shared: what they share.
+        y: the responses.
+        center: coefficients (working coordinates) to take out of them, (n, p); None for those of
+            least squares.
+    """
     layout, p = shared.layout, shared.n_fixed
     problem: Any = shared.problem
     weighted = y if layout.weights is None else y * layout.weights
-    origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
+    origin = center
+    if origin is None:
+        origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
     squares = np.maximum(np.einsum("ni,ni->n", weighted, y), np.finfo(float).tiny)
     n = len(y)
     nested = isinstance(problem, NestedProblem)
@@ -226,6 +258,9 @@ def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
         parts["Y"][lanes, :, -1][:, :, shared.place] = inside
         if nested:
             _fill_nested(shared, parts["C"][lanes], data)
+        elif shared.outside is not None:
+            found, k = shared.outside.of(data), len(shared.outside.R)
+            parts["outside_y"][lanes, : k + 1] = found
         else:
             parts["C_cross"][lanes, :, -1] = (shared.tail @ data.T).T
             C = parts["C"][lanes]
@@ -233,6 +268,9 @@ def project(shared: SharedFactors, y: np.ndarray) -> FactorResponses:
             C[:, -1, -1] = np.einsum("ni,ni->n", data, data)
     y_scale = np.sqrt(np.where(total > 0.0, total, 1.0))
     for name, part in parts.items():
+        if name == "outside_y":
+            part /= y_scale[:, None]
+            continue
         unit = y_scale.reshape(-1, *[1] * (part.ndim - 2))
         part[:, :, -1] /= unit
         if name == "C":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -14,19 +16,20 @@ import numpy as np
 import pandas as pd
 
 from ..constraints import Settings
-from ..fit import check_reml
+from ..fit import IdentifiabilityWarning, check_reml
 from ..spec import ModelSpec
 from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
 from .progress import progress_bar
 from .reading import begin, block_size, check_chunk
 from .result import BatchFit, hypotheses, read_again
+from .seals import fingerprint, parts_of
 from .sources import Chunks, Columns, identity, total
-from .store import Store, StoredRecord, StoreError, fields_of, fingerprint, store_at
+from .store import FORMAT, Store, StoredRecord, StoreError, fields_of, store_at
 from .stream import stream
 from .subsets import SUBSETS, Subsets, SubsetWork, read_subsets
 from .varied import Varied
-from .work import Done, Work, arrays
+from .work import Done, Work
 
 Source = Columns | Chunks | Varied | Subsets
 """Where models come from."""
@@ -108,8 +111,11 @@ def fit_many(
             if its name ends in ``.zarr`` (needs zarr), else Parquet files (needs pyarrow).  They
             are then not held in memory, but read, field by field, when the batch is asked for them,
             in another process too: :meth:`lmmax.BatchFit.open`.
-        resume: go on with what is in `out`, if that is the same work; chunks that are there are
-            not fitted again.
+        resume: go on with what is in `out`, if that is the same work by the same version of lmmax;
+            chunks that are there are not fitted again.  Their responses are read, and compared with
+            those that the chunk was fitted to by a hash of all of them: where they differ, or where
+            files were moved or copied, it is fitted again.  If another run still writes to the
+            directory, this one waits up to a minute for it to end.
         executor: a `concurrent.futures` executor, or one that acts like it (Dask's
             ``client.get_executor()``), that fits the chunks.  Results are the same without it.
         progress: show a progress bar with rate and remaining time (needs tqdm).
@@ -123,10 +129,12 @@ def fit_many(
         ValueError: unless one of `responses` and `by` is given.
         DataError: if the responses have another number of rows than the data, and as for
             :func:`lmmax.fit`.
-        StoreError: if `out` holds other results.
+        StoreError: if `out` holds other results, or another run writes to it.
 
     Warns:
         LostWorkerWarning: if a worker of the executor is lost; its responses are fitted here.
+        StoreWarning: if chunks in `out` are of other responses, or were copied there or moved, and
+            are fitted again.
 
     Example:
         >>> import lmmax, numpy as np, pandas as pd
@@ -186,20 +194,27 @@ def fit_many(
         work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
         size = chunk or SUBSETS
     engine = work.name
+    if isinstance(work, Work) and work.not_identified:
+        warnings.warn(
+            f"{work.not_identified[0]}; errors of coefficients that depend on them are NaN",
+            IdentifiabilityWarning,
+            stacklevel=2,
+        )
     store = None if out is None else _store(Path(out), work, source, size, resume)
-    record, n_obs = _fitted(work, source, size, store, executor, progress)
-    batch = BatchFit(
-        names=source.names,
-        record=record,
-        design=design,
-        settings=settings,
-        hypotheses=work.tests,
-        n_obs=n_obs,
-        engine=engine,
-        notes=work.notes(n_obs),
-        source=source,
-    )
-    return batch if store is None else _finished(batch, store)
+    with nullcontext() if store is None else store:
+        record, n_obs = _fitted(work, source, size, store, executor, progress)
+        batch = BatchFit(
+            names=source.names,
+            record=record,
+            design=design,
+            settings=settings,
+            hypotheses=work.tests,
+            n_obs=n_obs,
+            engine=engine,
+            notes=work.notes(n_obs),
+            source=source,
+        )
+        return batch if store is None else _finished(batch, store)
 
 
 def _check_where(out: Any, resume: bool, executor: Any) -> None:
@@ -228,14 +243,15 @@ def _fitted(
     done: list[Done] = []
     known, mine = total(source), share()
     with progress_bar(known and len(range(mine[0], known, mine[1])), progress) as bar:
-        for record, n_obs in stream(work, source, size, store, executor, mine):
-            bar.update(len(n_obs))
+        for found in stream(work, source, size, store, executor, mine):
+            bar.update(len(found[1]))
             if store is None:
-                done.append((record, n_obs))
+                done.append(found)
     k = len(source.names)
     if store is not None:
         wait()
-        return StoredRecord(store, k, size), store.field("n_obs", k, size)
+        record = StoredRecord(store, k, size, store.contents(k, size))
+        return record, store.field("n_obs", k, size, record.contents)
     if not alone():
         done = put_together(done, -(-k // size))
     return stacked([record for record, _ in done]), np.concatenate([n_obs for _, n_obs in done])
@@ -261,20 +277,34 @@ def _store(
     size: int,
     resume: bool,
 ) -> Store:
+    from .. import __version__
+
     design = work.design
     store = store_at(path, fields_of(design.x_names, work.width, [t.name for t in work.tests]))
+    # The response that lends the others a start, or that of all subsets; and the last, if it is
+    # there to be seen.
+    seen = [design.y]
+    if isinstance(source, Columns | Varied):
+        seen.append(source.column(len(source.names) - 1))
     description = {
-        "format": 2,
+        "format": FORMAT,
+        "lmmax": __version__,
         "formula": str(design.spec),
-        "design": fingerprint(*arrays(design)),
+        "design": fingerprint(*parts_of(design)),
         "rows": fingerprint(source.rows),
         "settings": repr(work.settings),
         "tests": fingerprint(*(part for test in work.tests for part in test)),
-        **identity(source, design.y),
+        **identity(source, *seen),
         **(source.identity() if isinstance(source, Varied) else {}),
         "chunk": size,
     }
     check_same(fingerprint(json.dumps(description)), "work, or other responses")
-    # One process makes it, and the others find it made.
-    first_of_all(lambda: store.begin(description, resume or share()[0] > 0), StoreError)
+
+    def begin_or_join() -> None:
+        if share()[0] == 0:
+            store.begin(description, resume)
+        else:
+            store.join(description)
+
+    first_of_all(begin_or_join, StoreError)
     return store

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..compress.columns import column_factor, constant, to_first
 from ..compress.rows import bucket, orthonormalise, project_out
 from ..compress.scaling import padding
 from ..fit import ROUNDING
@@ -85,7 +86,12 @@ def pooled(rows: Rows, mixed: Sequence[tuple[slice, bool]]) -> list[Pooled]:
         part = Z[:, here]
         gram = sums((w[:, None] * part)[:, :, None] * part[:, None, :]) / sizes[:, None, None]
         if mix and gram.shape[1] > 1:
-            A[:, here, here], independent = _factors(gram)
+            factors, independent = _factors(gram)
+            factor = column_factor(part, weights)
+            ones = constant(part, factor, weights) if len(factor.kept) == part.shape[1] else None
+            if ones is not None:
+                factors = to_first(factors @ ones) @ factors
+            A[:, here, here] = factors
         else:
             squares = np.einsum("sii->si", gram)
             independent = (squares > 0.0).all(axis=1)

@@ -11,8 +11,9 @@ import pandas as pd
 
 from ..constraints import Settings
 from ..design import DataError, Design, build_design
-from ..formula import parse_formula
-from ..frames import as_table, listing, n_rows
+from ..encoding import Factor, factor_names
+from ..formula import FormulaError, parse_formula, parse_response
+from ..frames import as_table, in_rows_of, listing, n_rows
 from ..simulate import check_count
 from ..spec import ModelSpec
 from .changing import changing, scanned_design, with_column
@@ -52,7 +53,7 @@ def begin(
         names: names of the responses.
         scan: a column of the design that changes from model to model, by name.
     """
-    spec, label = _specification(formula)
+    spec, label = _specification(formula, data)
     table = _placed(data)
     varying, options = varying_options(options, as_table(data))
     columns_changed: tuple[int, ...] = ()
@@ -113,7 +114,7 @@ def lent(design: Design, source: Columns | Chunks | Varied) -> Design:
     return design
 
 
-def _specification(formula: Any) -> tuple[ModelSpec, str]:
+def _specification(formula: Any, data: Any) -> tuple[ModelSpec, str]:
     """Return the model with a placeholder for its response, and the label of that."""
     if isinstance(formula, str):
         label, tilde, rest = formula.partition("~")
@@ -124,12 +125,17 @@ def _specification(formula: Any) -> tuple[ModelSpec, str]:
         spec, label = formula, formula.response
     else:
         raise TypeError(f"formula must be text or a ModelSpec, not {type(formula).__name__}")
+    _check_label(label, data)
     return replace(spec, response=f"`{PLACEHOLDER}`"), label
 
 
 def _placed(data: Any) -> Any:
     """Return the data with a response that no design explains; positions are the rows' labels."""
     table = as_table(data)
+    if PLACEHOLDER in table:
+        raise DataError(
+            f"data has a column named {PLACEHOLDER!r}, which stands for responses: rename it"
+        )
     if isinstance(table, pd.DataFrame):
         table = table.reset_index(drop=True)
     return with_column(table, PLACEHOLDER, np.random.default_rng(0).normal(size=n_rows(table)))
@@ -140,8 +146,24 @@ def _labelled(design: Design, label: str) -> Design:
     return replace(design, response_name=label, spec=replace(design.spec, response="response"))
 
 
+def _check_label(label: str, data: Any) -> None:
+    """Raise for a label that is an expression in columns of the data: nothing would evaluate it."""
+    try:
+        factor = parse_response(label)
+    except FormulaError:
+        return
+    columns = [name for name in factor_names(factor)[0] if name in as_table(data)]
+    if columns and factor.eval_method is not Factor.EvalMethod.LOOKUP:
+        raise FormulaError(
+            f"the responses are those of responses=, as they are, and not `{label}`: make columns "
+            "of what is meant, and leave the left of `~` empty"
+        )
+
+
 def read_design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.ndarray]:
     """Return the design, its response a placeholder, and the positions of its rows in the data."""
-    spec, label = _specification(formula)
+    spec, label = _specification(formula, data)
+    for name in ("weights", "offset"):
+        options[name] = in_rows_of(options.get(name), name, as_table(data))
     design = build_design(spec, _placed(data), **options)
     return _labelled(design, label), np.asarray(design.index, dtype=np.int64)

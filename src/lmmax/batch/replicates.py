@@ -21,7 +21,7 @@ import numpy as np
 
 from ..constraints import Settings
 from ..design import DataError
-from ..fit import ConvergenceWarning, Prepared, prepare
+from ..fit import ConvergenceWarning, IdentifiabilityWarning, Prepared, prepare
 from ..matrices import Design
 from ..results import Fit
 from ..solve import Status
@@ -163,6 +163,7 @@ class FitTester:
     def _alone(self, errors: np.ndarray) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.simplefilter("ignore", IdentifiabilityWarning)
             try:
                 found = self.template.refit(np.ascontiguousarray(errors)).estimates
             except DataError:

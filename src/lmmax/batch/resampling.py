@@ -9,6 +9,7 @@ each response, and one maximum for each replicate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..design import DataError
 from ..inference.denominator import HypothesisError
 from ..matrices import Design
 from ..simulate import check_count, check_seed, generator
+from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Hypothesis
 from .exchange import (
     Exchange,
@@ -31,14 +33,15 @@ from .exchange import (
     exchange_of,
     independent_blocks,
 )
+from .files import whole
 from .progress import progress_bar
 from .reading import CANDIDATES, block_size, check_chunk, lent
 from .replicates import BLOCK, Model, Tester, drawer
 from .resampled import TIES, Resampled, score
 from .result import BatchFit, hypotheses
 from .rows import subset
+from .seals import content_of, fingerprint, parts_of
 from .sources import Columns
-from .store import fingerprint
 from .subsets import Subsets
 from .varied import Varied
 
@@ -113,7 +116,8 @@ def resample(
         seed: of the random numbers.
         chunk: responses worked on at once.  Results do not depend on it.
         out: a file, ``.npz``, that is brought up to date after every chunk.
-        resume: go on with what is in `out`.
+        resume: go on with what is in `out`, if that is the same work on the same responses by the
+            same version of lmmax; all responses are compared.
         progress: show a progress bar (needs tqdm).
 
     Returns:
@@ -126,7 +130,8 @@ def resample(
         ValueError: for an unknown method or option, or one of another method.
         HypothesisError: for a hypothesis that cannot be tested.
         ExchangeError: if the model leaves nothing to be exchanged.
-        DataError: if the responses of the batch are not at hand by row.
+        DataError: if the responses of the batch are not at hand by row, if `out` holds other work,
+            or if another run writes to it.
 
     Example:
         >>> import lmmax, numpy as np
@@ -178,29 +183,24 @@ def resample(
     run = Run(model, batch.design.offset, plans, alternative, seed)
     size = chunk or min(CHUNK, block_size(None, len(design.y)))
     state = State.empty(len(batch), [plan.n for plan in plans])
-    key = fingerprint(
-        *(part for test in asked for part in test),
-        *(batch.design.X, *(block.Z for block in batch.design.blocks)),
-        *((source.rows, batch.design.y) if isinstance(source, Subsets) else (design.y,)),
-        *(() if isinstance(source, Subsets) else (source.column(len(batch) - 1),)),
-        repr(source.identity() if isinstance(source, Varied) else None),
-        repr((batch.settings, method, n, exchange, multipliers, alternative, seed)),
-    )
-    if path is not None:
-        state = state.resumed(path, key, resume)
-    total = sum(plan.n + 1 for plan in plans) * (len(batch) - state.done)
-    with progress_bar(total, progress) as bar:
-        while state.done < len(batch):
-            last = min(state.done + size, len(batch))
-            if own is None:
-                block = source.block(state.done, last)
-                assert isinstance(block, np.ndarray)
-                run.add(state, run.of_block(block), bar.update)
-            else:
-                run.add(state, run.of_models(own, range(state.done, last)), bar.update)
-            state.done = last
-            if path is not None:
-                state.save(path, key)
+    with _claimed(path, resume):
+        key = ""
+        if path is not None:
+            key = _key(batch, asked, method, n, exchange, multipliers, alternative, seed)
+            state = state.resumed(path, key, resume)
+        total = sum(plan.n + 1 for plan in plans) * (len(batch) - state.done)
+        with progress_bar(total, progress) as bar:
+            while state.done < len(batch):
+                last = min(state.done + size, len(batch))
+                if own is None:
+                    block = source.block(state.done, last)
+                    assert isinstance(block, np.ndarray)
+                    run.add(state, run.of_block(block), bar.update)
+                else:
+                    run.add(state, run.of_models(own, range(state.done, last)), bar.update)
+                state.done = last
+                if path is not None:
+                    state.save(path, key)
     failed = int(state.failed.sum())
     notes = [plan.note for plan in plans]
     if failed:
@@ -218,6 +218,53 @@ def resample(
         alternative=alternative,
         notes=tuple(notes),
     )
+
+
+def _key(batch: BatchFit, asked: Sequence[Hypothesis], *options: Any) -> str:
+    """Return a hash of all that the replicates depend on, every response included.
+
+    Args:
+        batch: the fits.
+        asked: what is tested.
+        options: of the resampling.
+    """
+    source, design = batch.source, batch.design
+    contents = []
+    if isinstance(source, Columns | Varied):
+        # In blocks that do not depend on how many are worked on at once.
+        size = block_size(None, len(design.y))
+        for first in range(0, len(batch), size):
+            last = min(first + size, len(batch))
+            contents.append(content_of(batch.names[first:last], source.block(first, last)))
+    return fingerprint(
+        *parts_of(design),
+        design.y,
+        getattr(source, "rows", None),
+        getattr(source, "columns", None),
+        contents,
+        *(part for test in asked for part in test),
+        repr((batch.settings, *options)),
+    )
+
+
+@contextmanager
+def _claimed(path: Path | None, resume: bool) -> Iterator[None]:
+    """Let no other run write to a file meanwhile."""
+    if path is None:
+        yield
+        return
+    claim = Claim(path.with_name(path.name + ".claim.partial"))
+    try:
+        claim.take(PATIENCE if resume else 0.0)
+    except ClaimedError as error:
+        raise DataError(
+            f"out={str(path)!r} is being written to by {error}: wait for it to end, or end it; if "
+            f"there is no such run, delete {str(claim.path)!r}"
+        ) from None
+    try:
+        yield
+    finally:
+        claim.release()
 
 
 def _check(method: str, alternative: str, exchange: str, multipliers: str) -> None:
@@ -401,19 +448,20 @@ class State:
 
     def save(self, path: Path, key: str) -> None:
         """Write to a file that is whole at any time."""
-        part = path.with_name(path.name + ".part")
-        with open(part, "wb") as file:
-            maxima = {f"maxima{h}": values for h, values in enumerate(self.maxima)}
-            arrays: dict[str, Any] = {
-                "key": np.array(key),
-                "done": np.array(self.done),
-                "statistic": self.statistic,
-                "exceeded": self.exceeded,
-                "failed": self.failed,
-                **maxima,
-            }
+        from .. import __version__
+
+        maxima = {f"maxima{h}": values for h, values in enumerate(self.maxima)}
+        arrays: dict[str, Any] = {
+            "lmmax": np.array(__version__),
+            "key": np.array(key),
+            "done": np.array(self.done),
+            "statistic": self.statistic,
+            "exceeded": self.exceeded,
+            "failed": self.failed,
+            **maxima,
+        }
+        with whole(path) as file:
             np.savez(file, **arrays)
-        part.replace(path)
 
     def resumed(self, path: Path, key: str, resume: bool) -> State:
         """Return what a file holds of the same work; this if there is none.
@@ -425,12 +473,20 @@ class State:
             return self
         if not resume:
             raise DataError(f"out={str(path)!r} exists; pass resume=True to go on with it")
+        from .. import __version__
+
         try:
             file = np.load(path)
-            known = str(file["key"])
+            known, version = str(file["key"]), str(file.get("lmmax", "an earlier version"))
         except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
             raise DataError(f"out={str(path)!r} holds no replicates, or is damaged") from error
         with file:
+            if version != __version__:
+                raise DataError(
+                    f"out={str(path)!r} was begun by lmmax {version}, and this is {__version__}: "
+                    "replicates of two versions are not mixed; go on with that version, or use "
+                    "another file"
+                )
             if known != key:
                 raise DataError(f"out={str(path)!r} holds replicates of other work")
             return State(

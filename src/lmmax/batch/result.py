@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,13 @@ from .store import StoredRecord, StoreError, store_at
 from .subsets import Subsets
 from .varied import Varied
 
+CHANGED = (1e-3, 1e-6)
+"""Difference of log-likelihoods, absolute and relative, that rounding does not make."""
+
+
+class ChangedWarning(UserWarning):
+    """A response that was fitted again gives another fit than the one in the batch."""
+
 
 class Source(Protocol):
     """Where a response is read again, for a fit of its own."""
@@ -42,7 +50,8 @@ class BatchFit:
     """Fits of one model to many responses; made by :func:`lmmax.fit_many`.
 
     ``batch[i]``, or ``batch[name]``, is the ordinary :class:`lmmax.Fit` of a response, fitted
-    again; iteration goes over all of them in turn.
+    again, with a :class:`ChangedWarning` if it is another one; iteration goes over all of them in
+    turn.
 
     Attributes:
         names: names of the responses.
@@ -281,7 +290,25 @@ class BatchFit:
         if isinstance(self.source, Columns) and not isinstance(self.names, pd.RangeIndex):
             design = replace(design, response_name=str(self.names[number]))
         check_finite(str(self.names[number]), design.y, design.index)
-        return fit_prepared(prepare(design, self.settings.engine), self.settings)
+        found = fit_prepared(prepare(design, self.settings.engine), self.settings)
+        self._compare(number, found)
+        return found
+
+    def _compare(self, number: int, found: Fit) -> None:
+        """Warn if a fit is not the one that the batch has: the responses may be others by now."""
+        stored = isinstance(self.record, StoredRecord)
+        here: Any = self.record.around(number) if stored else self.record
+        at = number % self.record.size if stored else number
+        before, now = float(here.llf[at]), found.llf
+        comparable = here.status[at] == Status.CONVERGED and found.converged
+        if comparable and not abs(now - before) <= CHANGED[0] + CHANGED[1] * abs(before):
+            warnings.warn(
+                f"the fit of response {self.names[number]!r} is not the one in the batch: its "
+                f"log-likelihood is {now:.6g}, and was {before:.6g}. The responses, or the file "
+                "that they are in, have changed since; or its likelihood has several maxima",
+                ChangedWarning,
+                stacklevel=4,
+            )
 
     def _number(self, which: Any) -> int:
         if not isinstance(which, Hashable) or isinstance(which, slice):
@@ -367,13 +394,20 @@ class BatchFit:
                Intercept    Days
             0    251.405  10.467
         """
-        found = store_at(Path(path)).opened()
+        store = store_at(Path(path))
+        found = store.opened()
         if not isinstance(found, BatchFit):
             raise StoreError(f"{str(path)!r} holds no results of fit_many")
-        assert isinstance(found.record, StoredRecord)
-        fields = found.record.store.fields  # the directory may have been moved since
-        record = StoredRecord(store_at(Path(path), fields), len(found), found.record.size)
-        return replace(found, record=record)
+        kept = found.record
+        assert isinstance(kept, StoredRecord)
+        if kept.store.work != store.work:
+            raise StoreError(
+                f"{str(path)!r} holds results of two works: files were copied into it; "
+                "fit_many(..., out=, resume=True) fits them again"
+            )
+        # The directory may have been moved since.
+        there = store_at(Path(path), kept.store.fields, store.work)
+        return replace(found, record=StoredRecord(there, len(found), kept.size, kept.contents))
 
 
 @dataclass(frozen=True)

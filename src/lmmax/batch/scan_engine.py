@@ -16,17 +16,15 @@ from ..compress import layout
 from ..compress.columns import ALIAS_TOLERANCE
 from ..constraints import Settings
 from ..design import DataError, Design
-from ..fit import (
-    arrange,
-    check_enough,
-    without_offset,
-)
+from ..fit import arrange, check_enough, unidentified_by_design, without_offset
+from ..identifiability import Unidentified
 from ..likelihood.shared import MOST_EFFECTS
 from ..results import Fit
 from ..solve import Status
 from ..threads import NUMPY, n_cores, one_blas_thread
 from . import line_fits, line_statistics, scan, scan_lanes
 from .engines import (
+    FLAT,
     Hypothesis,
     Record,
     empty,
@@ -233,7 +231,9 @@ class LineScan(ScanEngine):
             fitted.unscaled_covariance,
         )
         far = fitted.found.variance > line_fits.FAR_APART * self.line.unit
-        return record, np.concatenate(closer) | far
+        # A column may take all that the groups differ in.
+        flat = fitted.found.information[:, 0, 0] * fitted.found.variance**2 <= FLAT
+        return record, np.concatenate(closer) | far | flat & ~record.singular
 
     def _without(self, y: np.ndarray, lanes: np.ndarray) -> Record:
         """See `ScanEngine`."""
@@ -376,11 +376,23 @@ def scan_engine(
         arranged = layout(design.X[:, others], factors, design.weights, settings.engine)
         if suits(arranged, terms, settings):
             check_enough(design, arranged, terms, settings)
+            if unidentified_by_design(design, arranged, terms, settings) is not None:
+                return None
             line = one_variance(arranged)
             if line is not None:
                 kept = np.concatenate([others[arranged.fixed.kept], columns]).astype(int)
                 return LineScan(design, columns, settings, tests, kept, line)
     return lane_scan(design, columns, settings, tests)
+
+
+def apart_without(
+    design: Design, columns: tuple[int, ...], settings: Settings
+) -> Unidentified | None:
+    """Return what models do not tell apart without their changing columns, nor with them."""
+    others = np.setdiff1d(np.arange(design.X.shape[1]), columns)
+    factors, terms = arrange(design)
+    arranged = layout(design.X[:, others], factors, design.weights, settings.engine)
+    return unidentified_by_design(design, arranged, terms, settings)
 
 
 def lane_scan(
@@ -402,6 +414,8 @@ def lane_scan(
     except DataError:
         return None  # what is wrong with the response is found out model by model
     kept = np.concatenate([others[template.layout.fixed.kept], columns]).astype(int)
+    if template.unidentified is not None:
+        return None
     found = LaneScan(design, columns, settings, tests, kept, template)
     return found if found.serves else None
 

@@ -39,6 +39,7 @@ from ..estimation import (
 from ..likelihood.crossed import CrossedProblem
 from ..likelihood.nested import NestedProblem
 from ..likelihood.shared import SharedProblem, derivatives_of_lanes
+from ..optima import ROWS_PER_EFFECT, is_balanced, looks_again, spread_starts, work
 from ..solve import (
     TRACE_COLUMNS,
     Constraints,
@@ -47,6 +48,7 @@ from ..solve import (
     State,
     Status,
     advance,
+    better,
     chart,
     evaluate,
     point_of,
@@ -149,6 +151,10 @@ class Ends(NamedTuple):
     x_slope: Any
     status: Any
     steps: Any
+
+    def take(self, lanes: np.ndarray) -> Ends:
+        """Return some of the ends."""
+        return Ends(*(part[lanes] for part in self))
 
     def replaced(self, lanes: np.ndarray, new: Ends) -> None:
         """Put the ends of some lanes, of another solve, in their place."""
@@ -274,8 +280,45 @@ def solve(
         again = starts_from(lanes, constraints, lost, squares) if start is None else others(lost)
         for other in again:
             _keep_better(ends, lost, run(other, lost, usual_em))
-    _leave_boundary(lanes, constraints, terms, ends, run)
+    _leave_boundary(lanes, constraints, terms, ends, run, everyone)
+    if settings.start is None:
+        improved = _search_further(lanes, constraints, terms, ends, run)
+        _leave_boundary(lanes, constraints, terms, ends, run, improved)
     return ends
+
+
+def _search_further(
+    lanes: Lanes,
+    constraints: Constraints,
+    terms: Sequence[TermColumns],
+    ends: Ends,
+    run: Callable[[Start, np.ndarray, int], Ends],
+) -> np.ndarray:
+    """Solve again, from elsewhere, lanes that may have another optimum; return which had one."""
+    noise, cost = lanes.noise, work(lanes.one(0))
+    inside = (ends.status == Status.CONVERGED) & _interior(ends.D, noise)
+    again = looks_again(ends.root, ends.hessian, inside, cost, constraints)
+    effects = np.broadcast_to(np.sum(lanes.problem.n_groups, axis=-1), inside.shape)
+    left = np.flatnonzero(again & (lanes.values("n_obs") < ROWS_PER_EFFECT * effects))
+    if left.size:
+        # Responses of one design are balanced together; models with designs of their own are not.
+        own = left if "U" in lanes.varying else left[:1]
+        balanced = np.array([is_balanced(lanes.one(lane), constraints) for lane in own])
+        left = left[~np.broadcast_to(balanced, left.shape)]
+    units = [block for _, blocks in free_terms(terms, constraints) for block in blocks]
+    sizes = spread_starts(constraints, units, cost)
+    if not left.size or not sizes:
+        return left[:0]
+    before = ends.value[left].copy()
+    # All together, the starts one after the other: a step of many lanes takes as long as of few.
+    many = np.tile(left, len(sizes))
+    variances = noise[many] ** 2 * np.repeat(sizes, len(left), axis=0)
+    D = variances[:, :, None] * np.eye(variances.shape[1])
+    found = run(Start(D, np.log(0.5 / lanes.values("n_obs")[many]), ends.theta[many]), many, 0)
+    for first in range(0, len(many), len(left)):
+        own_ends = Ends(*(part[first : first + len(left)] for part in found))
+        _keep_better(ends, left, own_ends)
+    return left[ends.value[left] != before]
 
 
 def _leave_boundary(
@@ -284,19 +327,20 @@ def _leave_boundary(
     terms: Sequence[TermColumns],
     ends: Ends,
     run: Callable[[Start, np.ndarray, int], Ends],
+    which: np.ndarray,
 ) -> None:
-    """Solve the lanes again that stopped at a boundary where the criterion falls inwards."""
+    """Solve lanes again that stopped at a boundary where the criterion falls inwards."""
     noise = lanes.noise
-    left = np.flatnonzero(ends.status == Status.CONVERGED)
+    left = which[ends.status[which] == Status.CONVERGED]
     for _ in range(RESTARTS):
         inside = _interior(ends.D[left], noise[left])
         left = left[~inside & (ends.status[left] == Status.CONVERGED)]
         if not left.size:
             break
-        moved, better = _step_off(lanes, constraints, terms, ends, left, noise[left])
-        left, better = left[moved], better.take(moved)
+        moved, start = _step_off(lanes, constraints, terms, ends, left, noise[left])
+        left, start = left[moved], start.take(moved)
         if left.size:
-            ends.replaced(left, run(better, left, 0))
+            ends.replaced(left, run(start, left, 0))
 
 
 def _interior(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -336,12 +380,9 @@ def starts_from(
 
 def _keep_better(ends: Ends, which: np.ndarray, new: Ends) -> None:
     """Replace the ends of lanes whose new end is better, as for a single fit."""
-    gain = ends.value[which] - new.value
     mine, yours = ends.status[which] == Status.CONVERGED, new.status == Status.CONVERGED
-    slack = np.where(yours & ~mine, -1e-6, np.where(mine & ~yours, 1e-6, 0.0))
-    first = ~np.isfinite(ends.value[which]) & np.isfinite(new.value)
-    better = np.flatnonzero((gain > slack) | first)
-    ends.replaced(which[better], Ends(*(part[better] for part in new)))
+    won = np.flatnonzero(better(new.value, yours, ends.value[which], mine))
+    ends.replaced(which[won], Ends(*(part[won] for part in new)))
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -470,7 +511,7 @@ def chunk_size(lanes: Lanes) -> int:
         numbers *= 1 + k * (k + 1) // 2
     elif isinstance(problem, CrossedProblem):
         # One at a time: only what goes back and forth counts.
-        numbers = math.prod(problem.Y.shape[1:]) + math.prod(problem.C_cross.shape[1:])
+        numbers = sum(math.prod(getattr(problem, name).shape[1:]) for name in lanes.varying)
     else:
         q, width, m = np.shape(problem.Y)[-3:]
         numbers = q * (q + width) * m
@@ -580,9 +621,9 @@ def _step_off(
         if term.pattern is None:
             for i in np.flatnonzero(~moved):
                 problem = lanes.one(which[i])
-                better = grown(_record(ends, which[i]), constraints, term, problem, noise[i])
-                if better is not None:
-                    theta[i], moved[i] = better, True
+                larger = grown(_record(ends, which[i]), constraints, term, problem, noise[i])
+                if larger is not None:
+                    theta[i], moved[i] = larger, True
             continue
         for block in blocks:
             rows_in, columns_in = np.ix_(block, block)

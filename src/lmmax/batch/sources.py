@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..design import DataError
-from ..frames import Table, as_numbers, n_rows, read_columns
-from .store import fingerprint, fingerprint_names
+from ..frames import Table, as_numbers, n_rows, read_columns, real_numbers
+from .seals import fingerprint, fingerprint_names
 
 TILE_BYTES = 1 << 19
 """Bytes that are laid out anew together: they stay in cache while their order changes."""
@@ -106,12 +106,14 @@ class Chunks:
         n_data: rows of each.
         rows: rows of the design.
         given: names of all responses, if they are known.
+        table: the data, with whose rows those of a data frame must agree.
     """
 
     coming: Iterator[Any] | None
     n_data: int
     rows: np.ndarray
     given: pd.Index | None = None
+    table: Table | None = None
     path: None = None
     _waiting: list[tuple[np.ndarray, pd.Index]] = field(default_factory=list, repr=False)
     _names: list[pd.Index] = field(default_factory=list, repr=False)
@@ -167,10 +169,13 @@ class Chunks:
         except StopIteration:
             self.coming = None
             return False
-        values, names = _read_chunk(chunk, f"chunk {len(self._names) + 1} of responses")
+        which = f"chunk {len(self._names) + 1} of responses"
+        if isinstance(chunk, pd.DataFrame | pd.Series) and self.table is not None:
+            _check_labels(which, chunk.index, self.table)
+        values, names = _read_chunk(chunk, which)
         values = dense(values)
         at, c = sum(map(len, self._names)), values.shape[1]
-        where = f"chunk {len(self._names) + 1} of responses (from response {at})"
+        where = f"{which} (from response {at})"
         if values.shape[0] != self.n_data:
             raise DataError(f"{where} has {values.shape[0]} rows, data has {self.n_data}")
         if self.given is not None:
@@ -250,19 +255,17 @@ def total(source: Indexed | Chunks) -> int | None:
     return len(source.names)
 
 
-def identity(source: Indexed | Chunks, first: np.ndarray) -> dict[str, str | int | None]:
-    """Return what tells whether a source has the same responses as one before.
+def identity(source: Indexed | Chunks, *seen: np.ndarray) -> dict[str, str | int | None]:
+    """Return what tells at a glance whether a source has other responses than one before.
 
     Args:
         source: the responses.
-        first: the first response that varies; compared with it is the last, where that can be seen.
+        seen: some of them; all others are compared when they are read.
     """
-    compared, names = [first], source.given if isinstance(source, Chunks) else source.names
-    if not isinstance(source, Chunks):
-        compared.append(source.column(len(source.names) - 1))
+    names = source.given if isinstance(source, Chunks) else source.names
     return {
         "responses": total(source),
-        "values": fingerprint(*compared),
+        "values": fingerprint(*seen),
         "names": None if names is None else fingerprint_names(names),
     }
 
@@ -369,6 +372,9 @@ def columns(responses: Any, table: Table, rows: np.ndarray, names: Any = None) -
         if _annotated(responses):
             responses, given = _annotations(responses, table, given)
         elif isinstance(responses, Mapping):
+            for name, column in responses.items():
+                if isinstance(column, pd.Series):
+                    _check_labels(f"responses[{name!r}]", column.index, table)
             responses = read_columns(responses, responses)
             if isinstance(table, pd.DataFrame) and len(responses) == n:
                 responses.index = table.index
@@ -378,13 +384,13 @@ def columns(responses: Any, table: Table, rows: np.ndarray, names: Any = None) -
             coming = iter(responses)
             first = next(coming, None)
             if first is not None and hasattr(first, "shape") and len(first.shape):
-                return Chunks(chain([first], coming), n, rows, given)
+                return Chunks(chain([first], coming), n, rows, given, table)
             if first is None and isinstance(responses, Iterator):
-                return Chunks(coming, n, rows, given)
+                return Chunks(coming, n, rows, given, table)
             responses = _listed([] if first is None else [first, *coming], table)
     elif _annotated(responses):
         responses, given = _annotations(responses, table, given)
-    if isinstance(responses, pd.DataFrame) and isinstance(table, pd.DataFrame):
+    if isinstance(responses, pd.DataFrame | pd.Series):
         _check_labels("responses", responses.index, table)
     values, own = _read_chunk(responses, "responses", n)
     if values.shape[0] != n:
@@ -469,16 +475,17 @@ def _annotations(responses: Any, table: Table, names: pd.Index | None) -> tuple[
     whole, layer = responses if isinstance(responses, tuple) else (responses, None)
     if layer is not None and layer not in whole.layers:
         raise DataError(f"responses has no layer {layer!r}; it has {', '.join(whole.layers)}")
-    if isinstance(table, pd.DataFrame):
-        _check_labels("the AnnData object", pd.Index(whole.obs_names), table)
+    _check_labels("the AnnData object", pd.Index(whole.obs_names), table)
     values = whole.X if layer is None else whole.layers[layer]
     if values is None:
         raise DataError("responses has no X: pass one of its layers, responses=(adata, 'counts')")
     return values, pd.Index(whole.var_names) if names is None else names
 
 
-def _check_labels(what: str, index: pd.Index, table: pd.DataFrame) -> None:
+def _check_labels(what: str, index: pd.Index, table: Table) -> None:
     """Raise if rows of the responses have other labels than those of the data."""
+    if not isinstance(table, pd.DataFrame):
+        return
     if len(index) == len(table) and not index.equals(table.index):
         raise DataError(
             f"{what} and data differ in the labels of their rows: reorder one of them, or if their "
@@ -499,7 +506,9 @@ def _listed(found: list[Any], table: Table) -> Any:
             raise DataError(f"responses names {twice!r} more than once")
         return read_columns(table, found).apply(as_numbers)
     try:
-        return np.asarray(found, dtype=float)
+        return real_numbers(found, "responses")
+    except DataError:
+        raise
     except (TypeError, ValueError):
         raise DataError(
             "responses must be an array, a data frame, column names, a file, or an iterator of "

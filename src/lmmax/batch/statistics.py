@@ -263,18 +263,20 @@ def lanes_of(shared: SharedDesigns, responses: Responses) -> tuple[Problem, tupl
     return replace(shared.by_pattern, y=y, cross=cross), ("y", "cross")
 
 
-def project(shared: SharedDesigns, y: np.ndarray) -> Responses:
+def project(shared: SharedDesigns, y: np.ndarray, center: np.ndarray | None = None) -> Responses:
     """Compress responses given by row, their offset removed, (n, nobs).
 
-    Each is centred at its least-squares fit, or with groups far apart at the fit within them, and
-    scaled to residuals of unit length.
+    Each is centred, at its least-squares fit, or with groups far apart at the fit within them,
+    where no center is given (working coefficients, (n, p)), and scaled to residuals of unit length.
     """
     layout, p, weights = shared.layout, shared.n_fixed, shared.layout.weights
     weighted = y if weights is None else y * weights
-    origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
+    origin = center
+    if origin is None:
+        origin = (weighted @ layout.X)[:, layout.fixed.kept] @ layout.fixed.inverse
     parts, C, total = _projected(shared, y, origin)
     shift, far_apart = within_groups(shared.problem.C[:p, :p], C[:, :p], C[:, p])
-    far = np.flatnonzero(far_apart)
+    far = np.flatnonzero(far_apart & (center is None))
     if far.size:
         origin[far] += shift[far]
         parts[far], C[far], total[far] = _projected(shared, y[far], origin[far])

@@ -1,16 +1,16 @@
 """Results on disk, chunk by chunk of responses, so that work that stopped goes on.
 
 A chunk is complete or absent: its hashes, one for each field, come last or with it, and what does
-not agree with them counts as absent.  The store begins with a description of the work, so that it
-never mixes two.  Two formats share all of that: a directory of Parquet files, and a Zarr group of
+not agree with them counts as absent.  They say as well of which work, which responses and which
+place the chunk is (:mod:`lmmax.batch.seals`): what is of others is never read as if it were asked
+for.  The store begins with a description of the work, so that it never mixes two, and one run at a
+time writes to it.  Two formats share all of that: a directory of Parquet files, and a Zarr group of
 arrays.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -22,24 +22,52 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
+from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Record
+from .files import partial_beside, whole
+from .seals import DIGEST, NAMES, Names, fingerprint_names, seal_of, sealed, work_of
 
-DIGEST = 32
-"""Bytes of a hash."""
+FORMAT = 3
+"""Number of the way in which results are laid out."""
 WRITING = "cannot be written to; resume=True goes on with what is there"
-NAMES = 4096
-"""Names that are made text at once."""
+CONTENT, SEAL = "content", "seal"
+"""Hashes of a chunk besides those of its fields: of the responses, and what binds all to them."""
 
-Names = Sequence[Any] | pd.Index
-"""Names of responses."""
 Parts = dict[str, np.ndarray]
 """Arrays of a chunk by field."""
 
 
 class StoreError(ValueError):
     """A directory of results that is not, or no longer, what is asked for."""
+
+
+class StoreWarning(UserWarning):
+    """A directory of results holds some that are of something else."""
+
+
+class Stored(NamedTuple):
+    """Results of a chunk, which agree with the hashes that they carry.
+
+    Attributes:
+        parts: arrays by field.
+        content: hash of the responses that they say they are of.
+        seal: what they say they are bound to.
+    """
+
+    parts: Parts
+    content: bytes
+    seal: bytes
+
+    @property
+    def record(self) -> Record:
+        """All but the numbers of rows."""
+        return Record(**{name: part for name, part in self.parts.items() if name != "n_obs"})
+
+    @property
+    def n_obs(self) -> np.ndarray:
+        """Number of rows of each response."""
+        return self.parts["n_obs"]
 
 
 class Field(NamedTuple):
@@ -95,52 +123,126 @@ def fields_of(coefficients: Sequence[str], q: int, tests: Sequence[str]) -> tupl
 class Store:
     """A directory of results; :func:`store_at` chooses the format.
 
+    In a ``with`` statement, what :meth:`begin` claimed is free again at its end.
+
     Attributes:
         path: the directory.
         fields: arrays of results.
+        work: hash of the work that they are of.
     """
 
-    def __init__(self, path: Path, fields: tuple[Field, ...]) -> None:
-        self.path, self.fields = path, fields
+    def __init__(self, path: Path, fields: tuple[Field, ...], work: bytes = b"") -> None:
+        self.path, self.fields, self.work = path, fields, work
+        self._claim = Claim(self._claim_path())
+        self._contents: dict[int, bytes] = {}
 
     def __reduce__(self) -> Any:
-        return type(self), (self.path, self.fields)
+        return type(self), (self.path, self.fields, self.work)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._claim.release()
 
     def begin(self, description: dict[str, Any], resume: bool) -> None:
-        """Make the directory, or check that it holds the same work.
+        """Claim the directory, and make it or check that it holds the same work.
 
         Args:
-            description: of the work; ``chunk`` is the number of responses in one, and
-                ``responses`` the number of all, None if that is not known.
+            description: of the work; ``chunk`` is the number of responses in one, ``responses`` the
+                number of all, None if that is not known, and ``lmmax`` the version.
             resume: whether there may be results already.
 
         Raises:
-            StoreError: if it holds results already and `resume` is false, or of other work.
+            StoreError: if it holds results already and `resume` is false, or of other work, or if
+                another run writes to it.
+
+        Warns:
+            StoreWarning: if there are results without a description of their work.
         """
+        self._check(description, resume)  # before a run is waited for
+        try:
+            with self._written("cannot be made a directory of results; use another"):
+                self._take_claim(PATIENCE if resume else 0.0)
+                if not self._check(description, resume):
+                    self._make(description)
+            if self._claim.exclusive:  # or another run may be writing them
+                self._clear()
+        except BaseException:
+            self._claim.release()
+            raise
+
+    def join(self, description: dict[str, Any]) -> None:
+        """Take part in work that another process of the same job has begun; see `begin`."""
+        if not self._check(description, resume=True):
+            raise StoreError(
+                f"out={str(self.path)!r} holds nothing here: it must be a directory that all "
+                "processes of the job see"
+            )
+
+    def _check(self, description: dict[str, Any], resume: bool) -> bool:
+        """Return whether the directory holds this work; raise if it holds what it should not."""
+        self.work = work_of(description)
         before = self._described()
         if before is None:
-            with self._written("cannot be made a directory of results; use another"):
-                self._make(description)
-            return
+            return False
+        here = f"out={str(self.path)!r}"
         if not resume:
             raise StoreError(
-                f"out={str(self.path)!r} holds results already: pass resume=True to go on with "
-                "them, or another directory"
+                f"{here} holds results already: pass resume=True to go on with them, or another "
+                "directory"
+            )
+        _check_format(here, before)
+        if before["lmmax"] != description["lmmax"]:
+            raise StoreError(
+                f"{here} was begun by lmmax {before['lmmax']}, and this is {description['lmmax']}: "
+                "results of two versions are not mixed; go on with that version, or use another "
+                "directory"
             )
         differs = [key for key in description if before.get(key) != description[key]]
         if differs:
             raise StoreError(
-                f"out={str(self.path)!r} holds results of other work: {', '.join(differs)} "
-                "differ; use another directory"
+                f"{here} holds results of other work: {', '.join(differs)} differ; use another "
+                "directory"
             )
+        try:
+            self._look()
+        except Exception as error:  # as in `_checked`
+            raise StoreError(
+                f"{here} is damaged: what says how its arrays are laid out cannot be read "
+                f"({type(error).__name__}); use another directory"
+            ) from error
+        return True
 
-    def write(self, first: int, names: Names, record: Record, n_obs: np.ndarray) -> None:
-        """Write the results of a chunk that begins with response `first`."""
+    def _take_claim(self, patience: float) -> None:
+        self._claim.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._claim.take(patience)
+        except ClaimedError as error:
+            raise StoreError(
+                f"out={str(self.path)!r} is being written to by {error}: wait for it to end, or "
+                f"end it; if there is no such run, delete {str(self._claim.path)!r}"
+            ) from None
+
+    def write(
+        self, first: int, names: Names, record: Record, n_obs: np.ndarray, content: bytes
+    ) -> None:
+        """Write the results of a chunk.
+
+        Args:
+            first: number of its first response.
+            names: of its responses.
+            record: the results.
+            n_obs: number of rows of each response.
+            content: hash of the responses.
+        """
         values = {**record._asdict(), "n_obs": n_obs}
         parts = {f.name: np.ascontiguousarray(values[f.name], dtype=f.kind) for f in self.fields}
-        digests = {name: _digest(part) for name, part in parts.items()}
+        seal = seal_of(self.work, first, content)
+        digests = {name: sealed(seal, name, part) for name, part in parts.items()}
         with self._written(WRITING):
-            self._put(first, names, parts, digests)
+            self._put(first, names, parts, {**digests, CONTENT: content, SEAL: seal})
+        self._contents[first] = content
 
     @contextmanager
     def _written(self, trouble: str) -> Iterator[None]:
@@ -151,48 +253,116 @@ class Store:
             why = error.strerror or str(error)
             raise StoreError(f"out={str(self.path)!r} {trouble} ({why})") from error
 
-    def read(self, first: int) -> tuple[Record, np.ndarray] | None:
-        """Return the results of a chunk; None if there is no such chunk, or it is damaged."""
-        found = self._checked(first, self.fields)
-        if found is None:
-            return None
-        n_obs = found.pop("n_obs")
-        return Record(**found), n_obs
+    def read(self, first: int) -> Stored | None:
+        """Return the results of a chunk; None if there is no such chunk, or it is damaged.
 
-    def field(self, name: str, total: int, size: int) -> np.ndarray:
+        What they are of is for the caller to compare, by :meth:`keeps`.
+        """
+        return self._checked(first, self.fields)
+
+    def keeps(self, first: int, stored: Stored, content: bytes) -> bool:
+        """Return whether results are of this work, this place, and these responses."""
+        same = stored.seal == seal_of(self.work, first, content)
+        if same:
+            self._contents[first] = content
+        return same
+
+    def contents(self, total: int, size: int) -> np.ndarray:
+        """Return the hashes of the responses of all chunks, (chunks, bytes).
+
+        Those of chunks which other processes of the job wrote are as the directory has them.
+
+        Args:
+            total: number of responses.
+            size: responses in a chunk.
+        """
+        found = np.zeros((-(-total // size), DIGEST), dtype=np.uint8)
+        (rows,) = (field for field in self.fields if field.name == "n_obs")
+        for number, first in enumerate(range(0, total, size)):
+            content = self._contents.get(first)
+            if content is None:
+                stored = self._checked(first, (rows,), total)
+                content = self._there(first, stored, None).content
+            found[number] = np.frombuffer(content, dtype=np.uint8)
+        return found
+
+    def field(self, name: str, total: int, size: int, contents: np.ndarray) -> np.ndarray:
         """Return one array of results, of all responses.
 
         Args:
             name: of the field.
             total: number of responses.
             size: responses in a chunk.
+            contents: hashes of the responses of all chunks.
 
         Raises:
-            StoreError: if a chunk is absent or damaged.
+            StoreError: if a chunk is absent or damaged, or is of something else.
         """
         (field,) = (field for field in self.fields if field.name == name)
         values = np.empty((total, *field.shape), dtype=field.kind)
-        for first in range(0, total, size):
-            found = self._checked(first, (field,))
-            if found is None:
-                raise StoreError(
-                    f"{str(self.path)!r} lacks the results of the responses from {first} on, or "
-                    "they are damaged; fit_many(..., out=, resume=True) fits them again"
-                )
-            values[first : first + size] = found[name]
+        for number, first in enumerate(range(0, total, size)):
+            stored = self._checked(first, (field,), total)
+            content = contents[number].tobytes()
+            values[first : first + size] = self._there(first, stored, content).parts[name]
         return values
 
-    def _checked(self, first: int, fields: Sequence[Field]) -> Parts | None:
-        """Return some arrays of a chunk, if they are what was written."""
+    def chunk(self, first: int, total: int, content: bytes) -> Record:
+        """Return the results of a chunk.
+
+        Args:
+            first: number of its first response.
+            total: number of all responses.
+            content: hash of its responses.
+
+        Raises:
+            StoreError: as `field` does.
+        """
+        return self._there(first, self._checked(first, self.fields, total), content).record
+
+    def _there(self, first: int, stored: Stored | None, content: bytes | None) -> Stored:
+        """Return the results of a chunk if they are what they must be.
+
+        Args:
+            first: number of its first response.
+            stored: what was read.
+            content: hash of the responses; None if that is not known.
+        """
+        again = "fit_many(..., out=, resume=True) fits them again"
+        lead = f"the results of the responses from {first} on"
+        if stored is None:
+            raise StoreError(f"{str(self.path)!r} lacks {lead}, or they are damaged; {again}")
+        if stored.seal != seal_of(self.work, first, stored.content):
+            raise StoreError(
+                f"{lead} in {str(self.path)!r} are of other work, or of another place in it: their "
+                f"files were copied, moved or renamed; {again}"
+            )
+        if content not in (None, stored.content):
+            raise StoreError(
+                f"{lead} in {str(self.path)!r} are of other responses than these results: the "
+                f"directory was gone on with, or files were copied into it; {again}"
+            )
+        return stored
+
+    def _checked(self, first: int, fields: Sequence[Field], total: int = -1) -> Stored | None:
+        """Return some arrays of a chunk, if they are what was written.
+
+        Args:
+            first: number of its first response.
+            fields: which arrays.
+            total: number of all responses, if that is known.
+        """
         try:
-            found = self._get(first, fields)
+            found = self._get(first, fields, total)
         except Exception:  # whatever damaged files make the formats' libraries raise
             return None
         if found is None:
             return None
         parts, digests = found
-        sound = all(digests.get(name) == _digest(part) for name, part in parts.items())
-        return parts if sound else None
+        if not {CONTENT, SEAL} <= set(digests):
+            return None
+        seal = digests[SEAL]
+        sound = all(digests.get(name) == sealed(seal, name, part) for name, part in parts.items())
+        return Stored(parts, digests[CONTENT], seal) if sound else None
 
     def finish(self, names: Names, batch: Any) -> str:
         """Keep what reads the results back without the data; return why not if that fails."""
@@ -205,25 +375,39 @@ class Store:
         return ""
 
     def opened(self) -> Any:
-        """Return what `finish` kept.
+        """Return what `finish` kept; its work is that of this store from then on.
 
         Raises:
             StoreError: if the work is not finished, or there is none.
         """
-        if self._described() is None:
-            raise StoreError(f"{str(self.path)!r} holds no results of fit_many")
-        content = self._kept()
+        here = repr(str(self.path))
+        description = self._described()
+        if description is None:
+            raise StoreError(
+                f"{here} holds no results of fit_many, or what says of which work they are is "
+                "damaged"
+            )
+        _check_format(here, description)
+        try:
+            content = self._kept()
+            found = None if content is None else pickle.loads(content)
+        except Exception as error:  # whatever damaged files make the formats' libraries raise
+            raise StoreError(
+                f"what reads the results in {here} back is damaged ({type(error).__name__}); "
+                "fit_many(..., out=, resume=True) makes it again"
+            ) from error
         if content is None:
             raise StoreError(
-                f"the work in {str(self.path)!r} is not finished: fit_many(..., out=, "
-                "resume=True) goes on with it"
+                f"the work in {here} is not finished: fit_many(..., out=, resume=True) goes on "
+                "with it"
             )
-        return pickle.loads(content)
+        self.work = work_of(description)
+        return found
 
     # What a format does.
 
     def _described(self) -> dict[str, Any] | None:
-        """Return the description of the work; None if there is none."""
+        """Return the description of the work; None if there is none that can be read."""
         raise NotImplementedError
 
     def _make(self, description: dict[str, Any]) -> None:
@@ -234,9 +418,21 @@ class Store:
         """Write a chunk."""
         raise NotImplementedError
 
-    def _get(self, first: int, fields: Sequence[Field]) -> tuple[Parts, dict[str, bytes]] | None:
-        """Read some arrays of a chunk, and their hashes."""
+    def _get(
+        self, first: int, fields: Sequence[Field], total: int
+    ) -> tuple[Parts, dict[str, bytes]] | None:
+        """Read some arrays of a chunk, and its hashes."""
         raise NotImplementedError
+
+    def _look(self) -> None:
+        """Raise, whatever it is, if chunks cannot be read or written at all."""
+
+    def _claim_path(self) -> Path:
+        """Return the file that is there while a run writes."""
+        raise NotImplementedError
+
+    def _clear(self) -> None:
+        """Remove what runs that were killed left half written."""
 
     def _keep(self, content: bytes, names: Names) -> None:
         raise NotImplementedError
@@ -245,17 +441,53 @@ class Store:
         raise NotImplementedError
 
 
+_NOTE = "sha256 of "
+
+
 class ParquetStore(Store):
     """A directory with a Parquet file for each chunk, a column for each number of a response."""
 
+    _CHUNKS, _ASIDE = "chunk-*.parquet", ".unknown"
+
     def _described(self) -> dict[str, Any] | None:
-        about = self.path / "work.json"
-        return json.loads(about.read_text()) if about.exists() else None
+        return _json(self.path / "work.json")
 
     def _make(self, description: dict[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._set_aside()
         text = json.dumps(description, indent=1, sort_keys=True)
-        _write(self.path / "work.json", text.encode())
+        about = self.path / "work.json"
+        # One that cannot be read is replaced.
+        with whole(about, replace=about.exists()) as file:
+            file.write(text.encode())
+
+    def _set_aside(self) -> None:
+        """Rename chunks that are there without a description, but for those of this work."""
+        strange = []
+        for path in sorted(self.path.glob(self._CHUNKS)):
+            number = path.stem.removeprefix("chunk-")
+            first = int(number) if number.isdecimal() else -1
+            stored = self.read(first) if self._chunk(first) == path else None
+            if stored is None or not self.keeps(first, stored, stored.content):
+                strange.append(path)
+        self._contents.clear()
+        if not strange:
+            return
+        for path in strange:
+            path.replace(path.with_name(path.name + self._ASIDE))
+        warnings.warn(
+            f"out={str(self.path)!r} holds results without work.json, which says of which work "
+            f"they are: {len(strange)} files are now called *{self._ASIDE}, and are not used",
+            StoreWarning,
+            stacklevel=2,
+        )
+
+    def _claim_path(self) -> Path:
+        return self.path / "claim.partial"
+
+    def _clear(self) -> None:
+        for name in ("chunk-*", "work.json*", "batch.pickle*"):
+            for left in self.path.glob(f"{name}.partial"):
+                left.unlink(missing_ok=True)
 
     def _chunk(self, first: int) -> Path:
         return self.path / f"chunk-{first:012d}.parquet"
@@ -266,42 +498,44 @@ class ParquetStore(Store):
         for field in self.fields:
             flat = parts[field.name].reshape(len(names), -1)
             columns |= {label: pa.array(flat[:, j]) for j, label in enumerate(field.labels)}
-        notes = {f"sha256 of {name}": digest.hex() for name, digest in digests.items()}
-        notes["sha256 of response"] = fingerprint_names(names)
+        notes = {_NOTE + name: digest.hex() for name, digest in digests.items()}
+        notes[_NOTE + "response"] = fingerprint_names(names)
         table = pa.table(columns).replace_schema_metadata(notes)
-        buffer = pa.BufferOutputStream()
-        parquet.write_table(table, buffer, compression="zstd")
-        _write(self._chunk(first), buffer.getvalue().to_pybytes())
+        with whole(self._chunk(first)) as file:
+            parquet.write_table(table, file, compression="zstd")
 
-    def _get(self, first: int, fields: Sequence[Field]) -> tuple[Parts, dict[str, bytes]] | None:
+    def _get(
+        self, first: int, fields: Sequence[Field], total: int
+    ) -> tuple[Parts, dict[str, bytes]] | None:
         _, parquet = _parquet()
         path = self._chunk(first)
         if not path.exists():
             return None
         labels = [label for field in fields for label in field.labels]
-        whole = len(fields) == len(self.fields)
-        labels += ["response"] if whole else []
+        every = len(fields) == len(self.fields)
+        labels += ["response"] if every else []
         with parquet.ParquetFile(path) as file:
             table, notes = file.read(columns=labels), file.schema_arrow.metadata
             n = file.metadata.num_rows
-        if whole and notes[b"sha256 of response"].decode() != fingerprint_names(
-            table.column("response").to_pylist()
-        ):
+        noted = {
+            name.decode().removeprefix(_NOTE): note.decode()
+            for name, note in notes.items()
+            if name.decode().startswith(_NOTE)
+        }
+        named = noted.pop("response")
+        if every and named != fingerprint_names(table.column("response").to_pylist()):
             return None
-        parts, digests = {}, {}
+        parts = {}
         for field in fields:
             values = np.empty((n, len(field.labels)), dtype=field.kind)
             for j, label in enumerate(field.labels):
                 values[:, j] = table.column(label).to_numpy()
             parts[field.name] = values.reshape(n, *field.shape)
-            note = notes[f"sha256 of {field.name}".encode()]
-            digests[field.name] = bytes.fromhex(note.decode())
-        return parts, digests
+        return parts, {name: bytes.fromhex(note) for name, note in noted.items()}
 
     def _keep(self, content: bytes, names: Names) -> None:
-        _write(self.path / "batch.pickle", content)
-        for left in self.path.glob("*.partial"):  # by processes that were killed
-            left.unlink(missing_ok=True)
+        with whole(self.path / "batch.pickle") as file:
+            file.write(content)
 
     def _kept(self) -> bytes | None:
         about = self.path / "batch.pickle"
@@ -311,11 +545,16 @@ class ParquetStore(Store):
 class ZarrStore(Store):
     """A Zarr group of arrays, whose chunks along the responses are the chunks of the work.
 
-    The array ``sha256`` holds the hashes of each chunk, in the order of the fields; the chunk is
-    there once they are.
+    The array ``sha256`` holds the hashes of each chunk, in the order of the fields, and then those
+    of the responses and the seal; the chunk is there once they are.
     """
 
     _SHA, _BATCH = "sha256", "batch_pickle"
+
+    @property
+    def _hashed(self) -> tuple[str, ...]:
+        """What there is a hash of, in order."""
+        return (*(field.name for field in self.fields), CONTENT, SEAL)
 
     @cached_property
     def _growing(self) -> Lock:
@@ -341,17 +580,22 @@ class ZarrStore(Store):
         return {name: group[name] for name in (*(f.name for f in self.fields), self._SHA)}
 
     def _described(self) -> dict[str, Any] | None:
-        about = self.path / "zarr.json"  # of a group, or of something that is none of ours
-        found = json.loads(about.read_text()) if about.exists() else {}
-        description: dict[str, Any] | None = found.get("attributes", {}).get("lmmax")
+        # Of a group, or of something that is none of ours.
+        attributes = (_json(self.path / "zarr.json") or {}).get("attributes") or {}
+        description: dict[str, Any] | None = attributes.get("lmmax")
         return description
+
+    def _look(self) -> None:
+        assert self._arrays
+
+    def _claim_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".claim.partial")  # beside what is Zarr's
 
     def _make(self, description: dict[str, Any]) -> None:
         # Whole at once, and never over something else, which opening it for writing would delete.
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.is_dir():
             self.path.rmdir()
-        begun = _partial(self.path)
+        begun = partial_beside(self.path)
         try:
             self._begin(begun, description)
             begun.rename(self.path)
@@ -374,7 +618,7 @@ class ZarrStore(Store):
                 dimension_names=("response", *field.axes),
                 attributes={"labels": list(field.labels)},
             )
-        shape = (-(-total // size), len(self.fields), DIGEST)
+        shape = (-(-total // size), len(self._hashed), DIGEST)
         group.create_array(self._SHA, shape=shape, chunks=(1, *shape[1:]), dtype="u1", fill_value=0)
         group.attrs["lmmax"] = description
 
@@ -393,23 +637,25 @@ class ZarrStore(Store):
         for name, part in parts.items():
             if part.size:
                 arrays[name][first : first + len(part)] = part
-        digest = b"".join(digests[field.name] for field in self.fields)
+        digest = b"".join(digests[name] for name in self._hashed)
         arrays[self._SHA][number] = np.frombuffer(digest, dtype="u1").reshape(-1, DIGEST)
 
-    def _get(self, first: int, fields: Sequence[Field]) -> tuple[Parts, dict[str, bytes]] | None:
+    def _get(
+        self, first: int, fields: Sequence[Field], total: int
+    ) -> tuple[Parts, dict[str, bytes]] | None:
         size = self._size
         if first >= self._arrays["n_obs"].shape[0]:
             return None
         digest = self._arrays[self._SHA][first // size]
         if not digest.any():
             return None
-        parts, digests = {}, {}
-        for number, field in enumerate(self.fields):
-            if field in fields:
-                values = np.asarray(self._arrays[field.name][first : first + size])
-                parts[field.name] = np.ascontiguousarray(values)
-                digests[field.name] = digest[number].tobytes()
-        return parts, digests
+        last = first + size if total < 0 else min(first + size, total)
+        parts = {
+            field.name: np.ascontiguousarray(self._arrays[field.name][first:last])
+            for field in fields
+        }
+        digests = [each.tobytes() for each in digest]
+        return parts, dict(zip(self._hashed, digests, strict=True))
 
     def _keep(self, content: bytes, names: Names) -> None:
         values = np.frombuffer(content, dtype="u1")
@@ -436,9 +682,9 @@ class ZarrStore(Store):
         return group[self._BATCH][:].tobytes() if self._BATCH in group else None
 
 
-def store_at(path: Path, fields: tuple[Field, ...] = ()) -> Store:
+def store_at(path: Path, fields: tuple[Field, ...] = (), work: bytes = b"") -> Store:
     """Return the store at a path: Zarr's if its name ends in ``.zarr``, else Parquet's."""
-    return (ZarrStore if path.suffix == ".zarr" else ParquetStore)(path, fields)
+    return (ZarrStore if path.suffix == ".zarr" else ParquetStore)(path, fields, work)
 
 
 class StoredRecord:
@@ -450,48 +696,47 @@ class StoredRecord:
         store: where they are.
         total: number of responses.
         size: responses in a chunk.
+        contents: hashes of the responses of all chunks, (chunks, bytes).
     """
 
-    def __init__(self, store: Store, total: int, size: int) -> None:
-        self.store, self.total, self.size = store, total, size
+    def __init__(self, store: Store, total: int, size: int, contents: np.ndarray) -> None:
+        self.store, self.total, self.size, self.contents = store, total, size, contents
 
     def __getattr__(self, name: str) -> np.ndarray:
         if name not in Record._fields:
             raise AttributeError(name)
-        return self.store.field(name, self.total, self.size)
+        return self.store.field(name, self.total, self.size, self.contents)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (getattr(self, name) for name in Record._fields)
+
+    def around(self, number: int) -> Record:
+        """Return the results of the chunk that a response is in."""
+        first = number - number % self.size
+        content = self.contents[number // self.size].tobytes()
+        return self.store.chunk(first, self.total, content)
 
     def load(self) -> Record:
         """Return the results, read into memory."""
         return Record(*self)
 
 
-def fingerprint(*parts: Any) -> str:
-    """Return a hash of arrays and settings: the same for the same work."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            digest.update(str((part.dtype, part.shape)).encode())
-            digest.update(np.ascontiguousarray(part).tobytes())
-        else:
-            digest.update(pickle.dumps(part))
-    return digest.hexdigest()
+def _check_format(here: str, description: dict[str, Any]) -> None:
+    """Raise for a directory that another version laid out in its own way."""
+    if description.get("format") != FORMAT:
+        raise StoreError(
+            f"{here} was written by another version of lmmax, in a format in which results do not "
+            "say of which responses they are: use another directory; other programs read the "
+            "numbers"
+        )
 
 
-def fingerprint_names(names: Names) -> str:
-    """Return a hash of names, some of which at a time are made text."""
-    digest = hashlib.sha256()
-    for first in range(0, len(names), NAMES):
-        digest.update("\0".join(map(str, names[first : first + NAMES])).encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _digest(part: np.ndarray) -> bytes:
-    digest = hashlib.sha256(str((part.dtype.str, part.shape)).encode())
-    digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.digest()
+def _json(path: Path) -> Any:
+    """Return what a file holds; None if there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def _parquet() -> tuple[Any, Any]:
@@ -503,21 +748,3 @@ def _parquet() -> tuple[Any, Any]:
             "results in Parquet files need pyarrow: pip install 'lmmax[parquet]'"
         ) from error
     return pyarrow, parquet
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete or absent, whatever happens."""
-    partial = _partial(path)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    """Return where this process alone makes what is to stand at a path."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -1,7 +1,7 @@
 """Blocks of responses on their way from a source through workers to a store, in bounded memory.
 
-Reading runs ahead of fitting in a thread of its own.  Results are stored as they come, and handed
-on in the order of the responses.
+Reading runs ahead of fitting in a thread of its own, and hashing beside it in another.  Results are
+stored as they come, and handed on in the order of the responses.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from .seals import content_of
 from .sources import Chunks, Indexed, Piece, pieces
-from .store import Store
+from .store import Store, StoreWarning
 from .subsets import SubsetWork
 from .work import Done, Work
 
@@ -24,6 +25,25 @@ WINDOW = 8
 """Most blocks that are handed to workers before the first of them is waited for."""
 
 T = TypeVar("T")
+
+
+class Loaded(NamedTuple):
+    """A block that was read.
+
+    Attributes:
+        piece: which.
+        y: the responses, with what goes with them.
+        content: returns the hash of that, which is made meanwhile.
+        known: its results, if the store has them.
+        strange: whether the store has some of other responses, or else of other work or another
+            place; None if it has neither.
+    """
+
+    piece: Piece
+    y: Any
+    content: Callable[[], bytes] = bytes
+    known: Done | None = None
+    strange: bool | None = None
 
 
 class LostWorkerWarning(UserWarning):
@@ -41,6 +61,7 @@ def stream(
     """Yield the results of the blocks in order; what is in the store is not fitted again.
 
     With workers, a block is written to the store when it is done, whatever those before it do.
+    What the store has of a block counts if it is of the very responses that are read here.
 
     Args:
         work: fits a block.
@@ -52,33 +73,53 @@ def stream(
 
     Warns:
         LostWorkerWarning: if workers are lost.
+        StoreWarning: if the store has results of other responses, work, or places.
     """
     blocks = islice(pieces(source, size), share[0], None, share[1])
 
-    def load() -> tuple[Piece, Done | np.ndarray] | None:
+    def load() -> Loaded | None:
         piece = next(blocks, None)
         if piece is None:
             return None
-        known = None if store is None else store.read(piece.first)
-        if known is not None and len(known[1]) != len(piece.names):
-            known = None  # an iterator ended there before
-        return piece, piece.read() if known is None else known
+        known, y = None if store is None else store.read(piece.first), piece.read()
+        if store is None:
+            return Loaded(piece, y)
+        content = hasher.submit(content_of, piece.names, y).result
+        if known is None or len(known.n_obs) != len(piece.names):
+            return Loaded(piece, y, content)  # an iterator may have ended there before
+        if store.keeps(piece.first, known, content()):
+            return Loaded(piece, y, content, known=(known.record, known.n_obs))
+        return Loaded(piece, y, content, strange=known.content != content())
 
-    def begun(piece: Piece, loaded: Done | np.ndarray) -> Callable[[], Done]:
-        if isinstance(loaded, tuple):
-            return lambda: loaded
+    warned = False
+
+    def begun(loaded: Loaded) -> Callable[[], Done]:
+        nonlocal warned
+        piece, y, content = loaded[:3]
+        if loaded.known is not None:
+            found = loaded.known
+            return lambda: found
+        if store is not None and loaded.strange is not None and not warned:
+            warned = True
+            of = "other responses" if loaded.strange else "other work, or of another place in it"
+            warnings.warn(
+                f"out={str(store.path)!r}: what is there for the responses from {piece.first} on "
+                f"is of {of}; they are fitted again, and so is whatever else is not of this work",
+                StoreWarning,
+                stacklevel=2,
+            )
 
         def kept(done: Done) -> Done:
             if store is not None:
-                store.write(piece.first, list(piece.names), *done)
+                store.write(piece.first, list(piece.names), *done, content())
             return done
 
         if executor is None:
-            return lambda: kept(work.done(loaded))
-        return _there(executor, work, loaded, kept)
+            return lambda: kept(work.done(y))
+        return _there(executor, work, y, kept)
 
-    with ThreadPoolExecutor(1) as reader:
-        fitting = (begun(*loaded) for loaded in _one_ahead(reader, load))
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as reader:
+        fitting = (begun(loaded) for loaded in _one_ahead(reader, load))
         for finished in _ahead(fitting, 0 if executor is None else WINDOW):
             yield finished()
 

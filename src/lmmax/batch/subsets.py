@@ -19,14 +19,16 @@ from ..compress import compress, layout
 from ..compress.rows import SMALLEST_BUCKET
 from ..constraints import Settings, TermColumns, read_constraints
 from ..design import DataError, Design, build_design
+from ..far_apart import unclear_lanes
 from ..fit import (
     arrange,
     check_identified,
     without_offset,
 )
 from ..formula import parse_formula
-from ..frames import Table, as_table, plural, read_columns, unknown_column
+from ..frames import Table, as_table, in_rows_of, plural, read_columns, unknown_column
 from ..levels import as_categories
+from ..matrices import lone_group
 from ..parameters import pack_triangle
 from ..results import Fit
 from ..solve import NEWTON_LIMIT, Status
@@ -36,9 +38,9 @@ from .engines import Hypothesis, Record, empty, fitted_alone, put, record_of, re
 from .pooled import FIELDS, Pooled, Rows, alone, joined, pooled
 from .reasons import failed, reasons
 from .rows import subset
+from .seals import fingerprint, parts_of
 from .solve import Ends, Lanes, in_user_units, snapped, solve
-from .store import fingerprint
-from .work import arrays, remembered
+from .work import remembered
 
 SUBSETS = 4096
 """Most subsets that are worked on at once."""
@@ -48,6 +50,8 @@ LARGE = 2048
 """Subsets of more groups gain nothing from company."""
 CURVED = 1e-8
 """Smallest curvature, in units of the diagonal, that is no rounding error."""
+STEADY = 1e-4
+"""Smallest root of a curvature in natural units, in which a real one is about one, that is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +111,14 @@ def read_subsets(
             )
         if lacking.all():
             raise DataError(f"by={by!r} has missing values only")
+    for name in ("weights", "offset"):
+        options[name] = in_rows_of(options.get(name), name, table)
     # Rows keep their positions as labels, and get their own back.
     if isinstance(table, pd.DataFrame):
         labels: pd.Index = table.index
         table = table.reset_index(drop=True)
     else:
         labels = pd.RangeIndex(len(codes))
-    for name in ("weights", "offset"):
-        values = options.get(name)
-        if isinstance(values, pd.Series) and values.index.equals(labels):
-            options[name] = values.to_numpy()
     table, infinite = _made_finite(table, spec.response)
     design = build_design(spec, table, missing=missing, **options)
     design.y[np.isin(design.index, infinite)] = np.inf
@@ -190,12 +192,12 @@ def check_groups(design: Design) -> None:
     """Raise if a subset has no rows, or a grouping factor of it one level only."""
     if not len(design.y):
         raise DataError("this subset has no rows, or all of them have missing values")
-    for grouping in design.groupings:
-        if len(np.unique(grouping.codes)) < 2:
-            raise DataError(
-                f"the grouping factor {grouping.name!r} has one level in this subset, from which "
-                "no variance can be estimated"
-            )
+    grouping = lone_group(design.groupings, design.blocks)
+    if grouping is not None:
+        raise DataError(
+            f"the grouping factor {grouping.name!r} has one level in this subset, from which "
+            "no variance can be estimated"
+        )
 
 
 @dataclass(eq=False)
@@ -244,9 +246,7 @@ class SubsetWork:
     def key(self) -> str:
         """The same for the same work, wherever it is done."""
         design, subsets = self.design, self.subsets
-        return fingerprint(
-            *arrays(design), design.y, subsets.rows, str(design.spec), self.settings, self.tests
-        )
+        return fingerprint(*parts_of(design), design.y, subsets.rows, self.settings, self.tests)
 
     def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
         """Return what a reader of the results should know.
@@ -314,9 +314,11 @@ class SubsetWork:
         if self.together:
             parts, single = self._compressed(numbers)
             for part in joined(parts):
-                for at, record in self._solved(part):
+                records, unclear = self._solved(part)
+                for at, record in records:
                     where = [place[int(number)] for number in part.numbers[at]]
                     put(found, where, record)
+                single += part.numbers[unclear].tolist()
         else:
             single = [int(number) for number in numbers]
         for number in single:
@@ -439,12 +441,16 @@ class SubsetWork:
         """Columns of X that were kept, of subsets that were looked at closely."""
         return {}
 
-    def _solved(self, part: Pooled) -> list[tuple[np.ndarray, Record]]:
-        """Solve subsets of one shape; return records with their positions among them."""
+    def _solved(self, part: Pooled) -> tuple[list[tuple[np.ndarray, Record]], np.ndarray]:
+        """Solve subsets of one shape; return records with their positions among them.
+
+        And the positions of those that other coordinates would show more digits of.
+        """
         n, q, every = len(part.numbers), self.width, np.arange(self.design.X.shape[1])
         lanes = Lanes(part.problem, np.zeros((n, q, q)), FIELDS)
         constraints, _ = read_constraints(lanes.one(0), self._terms, self.settings)
         ends = solve(lanes, constraints, self.settings, self._terms, None)
+        unclear = unclear_lanes(ends, constraints, self._terms, part.problem.n_obs)
         free = np.append(pack_triangle(np.asarray(constraints.blocks)) > 0.0, True)
         by_columns: dict[tuple[int, ...], list[int]] = {}
         for lane, number in enumerate(part.numbers.tolist()):
@@ -471,7 +477,8 @@ class SubsetWork:
             )
             contrasts = own.values("n_obs") - self.settings.reml * p
             enough = np.sum(free) <= contrasts
-            certain = enough & _curved(mine.hessian[:, free][:, :, free])
+            natural = _natural_units(mine.D, own.noise)[:, free]
+            certain = enough & _curved(mine.hessian[:, free][:, :, free], natural)
             to_user = own.problem.x_inverse[:, :p, :p]
             solved = Solved(
                 estimates,
@@ -486,7 +493,7 @@ class SubsetWork:
             )
             own_record = partial(self._own_record, part.numbers[at])
             found.append((at, record_of_lanes(solved, kept_columns, self.tests, own_record)))
-        return found
+        return found, unclear
 
     def _own_record(self, numbers: np.ndarray, lane: int) -> Record:
         return record_of(self._fit(int(numbers[lane])), self.tests)
@@ -496,10 +503,22 @@ class SubsetWork:
         return remembered, (self.key, SubsetWork, *parts)
 
 
-def _curved(hessian: np.ndarray) -> np.ndarray:
-    """Return where the criterion is curved in all directions, (n,)."""
+def _natural_units(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return a natural size of each entry of D's lower triangle, and of s, (n, k + 1)."""
+    sd = np.sqrt(np.maximum(np.einsum("nii->ni", D), noise**2))
+    rows, columns = np.tril_indices(D.shape[1])
+    return np.concatenate([sd[:, rows] * sd[:, columns], np.ones((len(D), 1))], axis=1)
+
+
+def _curved(hessian: np.ndarray, natural: np.ndarray) -> np.ndarray:
+    """Return where the criterion is curved in all directions, (n,).
+
+    Args:
+        hessian: its second derivatives, (n, k, k).
+        natural: a natural size of each parameter, (n, k), in which rounding is no curvature.
+    """
     size = np.sqrt(np.abs(np.einsum("nii->ni", hessian)))
-    usable = np.isfinite(hessian).all(axis=(1, 2)) & (size > 0.0).all(axis=1)
+    usable = np.isfinite(hessian).all(axis=(1, 2)) & (size * natural > STEADY).all(axis=1)
     size = np.where(usable[:, None], size, 1.0)
     unit = hessian / (size[:, :, None] * size[:, None, :])
     unit = np.where(usable[:, None, None], unit, np.eye(hessian.shape[1]))

@@ -17,12 +17,13 @@ import pandas as pd
 
 from ..constraints import Settings
 from ..design import DataError, Design
-from ..fit import check_enough, check_reml, prepare
+from ..fit import check_reml, prepare
 from ..frames import as_table, plural
+from ..matrices import lone_group
 from ..solve import Status
 from ..spec import ModelSpec
 from . import artifact
-from .engines import Engine, Hypothesis, Record, empty, engine_of, stacked
+from .engines import Engine, Hypothesis, Record, as_identified, empty, engine_of, stacked
 from .merging import check_alike, joined, merged
 from .parts import Part
 from .progress import progress_bar
@@ -32,7 +33,7 @@ from .result import BatchFit, hypotheses
 from .rotation import ROUNDING, Rotated, Rotation, rotate, rotation
 from .selection import selected
 from .sources import Chunks, columns, pieces
-from .work import PATTERNS, left_out
+from .work import PATTERNS, left_out, not_identified
 
 
 class NoRows:
@@ -159,12 +160,13 @@ class SufficientStatistics:
         width = sum(len(block.names) for block in model.blocks)
         kept = [self.design.x_names.index(name) for name in model.x_names]
         rest = np.setdiff1d(np.arange(len(self.design.x_names)), kept)
-        records, lanes, names = [], [], []
+        records, lanes, names, apart = [], [], [], ()
         with progress_bar(len(self), progress) as bar:
             for part in self.parts:
                 whole = part.rows(self.design)
                 own = self._engine(selected(whole, formula, columns), part, rest, settings, asked)
                 names.append("nothing can be fitted" if own is None else own.name)
+                apart += not_identified(own)
                 size = block_size(None, max(len(part.X), 1))
                 for first in range(0, len(part.lanes), size):
                     here = slice(first, first + size)
@@ -187,7 +189,7 @@ class SufficientStatistics:
             hypotheses=asked,
             n_obs=self.n_obs,
             engine=names[largest],
-            notes=(*self.notes, "fitted from sufficient statistics"),
+            notes=(*self.notes, *dict.fromkeys(apart), "fitted from sufficient statistics"),
             source=NoRows(),
         )
 
@@ -218,15 +220,14 @@ class SufficientStatistics:
         asked: tuple[Hypothesis, ...],
     ) -> Engine | None:
         """Return what fits the responses of a part; None if nothing can."""
-        if not part.n_obs or any(len(np.unique(g.codes)) < 2 for g in design.groupings):
+        if not part.n_obs or lone_group(design.groupings, design.blocks) is not None:
             return None
         lead = _lead(part)
         y = _around(part, slice(lead, lead + 1), rest)[0]
         y = y + part.X @ np.where(np.isin(np.arange(part.X.shape[1]), rest), 0, part.origin[lead])
         try:
-            prepared = prepare(replace(design, y=y), settings.engine)
-            check_enough(design, prepared.layout, prepared.terms, settings)
-            return engine_of(prepared, settings, asked)
+            prepared = prepare(replace(design, y=y), settings.engine, settings)
+            return as_identified(engine_of(prepared, settings, asked), prepared, settings, asked)
         except DataError:
             if len(self.parts) == 1:
                 raise

@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 
 from ..design import DataError, Design
-from ..frames import Table, n_rows
+from ..frames import Table, in_rows_of, n_rows
+from .seals import fingerprint
 from .sources import Columns, columns
-from .store import fingerprint
 
 STACKED_NUMBERS = 1 << 22
 """Most numbers in the models that are stacked, or looked at at once."""
@@ -227,6 +227,13 @@ def read_varied(parts: Mapping[str, Columns], columns: tuple[int, ...]) -> Varie
             f"as many, or one that all models share; for every pair, call fit_many for each column "
             f"of {one}"
         )
+    for name, part in parts.items():
+        own, others = part.names, parts["responses"].names
+        if set(own) == set(others) and not own.equals(others):
+            raise DataError(
+                f"the columns of {name} have the names of the responses in another order: model i "
+                "takes column i of each, so reorder them"
+            )
     # The responses name the models, unless there is one for all of them.
     named = next(iter(several), "scan" if "scan" in parts else "responses")
     names = parts["responses" if "responses" in several else named].names
@@ -254,7 +261,7 @@ def varying_options(
     varying, others = {}, dict(options)
     every = np.arange(n_rows(table))
     for name in ("weights", "offset"):
-        value = others.get(name)
+        value = others[name] = in_rows_of(others.get(name), name, table)
         listed = isinstance(value, list) and bool(value) and isinstance(value[0], str)
         if len(getattr(value, "shape", ())) != 2 and not listed and not isinstance(value, Path):
             continue

@@ -18,11 +18,11 @@ from ..fit import arrange, prepare
 from ..solve import Status
 from .engines import Hypothesis, Record, empty, put, stacked
 from .rows import levels_left, subset
-from .scan_engine import LaneScan, ScanEngine, lane_scan, scan_engine
-from .store import fingerprint
+from .scan_engine import LaneScan, ScanEngine, apart_without, lane_scan, scan_engine
+from .seals import fingerprint, parts_of
 from .subsets import LARGE, Subsets, SubsetWork
 from .varied import STACKED_NUMBERS, Block
-from .work import PATTERNS, Done, Work, arrays, by_pattern, remembered
+from .work import PATTERNS, Done, Work, by_pattern, remembered
 
 COMPANY = 16
 """Models that lack the same rows, from which on a design of their own pays."""
@@ -63,10 +63,16 @@ class VariedWork(Work):
         return f"designs that differ, {how}"
 
     @cached_property
+    def not_identified(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See `Work`; what no model tells apart."""
+        found = apart_without(self.design, self.columns, self.settings)
+        return () if found is None else (str(found),)
+
+    @cached_property
     def key(self) -> str:
         """See `Work`."""
-        own = [str(self.design.spec), self.settings, self.tests, self.columns, self.weighted]
-        return fingerprint(*arrays(self.design), self.design.y, *own)
+        own = [self.settings, self.tests, self.columns, self.weighted]
+        return fingerprint(*parts_of(self.design), self.design.y, *own)
 
     def __reduce__(self) -> Any:
         parts = (self.design, self.settings, self.tests, self.columns, self.weighted)

@@ -12,14 +12,14 @@ import numpy as np
 
 from ..constraints import Settings
 from ..design import DataError
-from ..fit import check_enough, prepare
+from ..fit import prepare
 from ..frames import plural
-from ..matrices import Design
+from ..matrices import Design, lone_group
 from ..solve import Status
-from .engines import Engine, Record, empty, engine_of, stacked
+from .engines import Engine, PartialEngine, Record, as_identified, empty, engine_of, stacked
 from .reasons import failed, with_reasons
 from .rows import subset
-from .store import fingerprint
+from .seals import fingerprint, parts_of
 
 PATTERNS = 64
 """Most designs on some of the rows that are kept for responses with the same missing values."""
@@ -63,14 +63,17 @@ class Work:
         Args:
             n_obs: number of rows that each response has.
         """
-        return left_out(self.design, n_obs, self.unit)
+        return left_out(self.design, n_obs, self.unit) + self.not_identified
+
+    @property
+    def not_identified(self) -> tuple[str, ...]:
+        """What complete responses do not tell apart, in words."""
+        return not_identified(self._engine_of(b"", np.arange(len(self.design.y))))
 
     @cached_property
     def key(self) -> str:
         """The same for the same work, wherever it is done."""
-        return fingerprint(
-            *arrays(self.design), self.design.y, str(self.design.spec), self.settings, self.tests
-        )
+        return fingerprint(*parts_of(self.design), self.design.y, self.settings, self.tests)
 
     def __reduce__(self) -> Any:
         return remembered, (self.key, Work, self.design, self.settings, self.tests)
@@ -121,12 +124,12 @@ class Work:
         if len(rows) == 0:
             return None
         design = subset(self.design, rows, self.design.y[rows])
-        if any(len(np.unique(g.codes)) < 2 for g in design.groupings):
+        if lone_group(design.groupings, design.blocks) is not None:
             return None
         try:
-            prepared = prepare(design, self.settings.engine)
-            check_enough(design, prepared.layout, prepared.terms, self.settings)
-            return engine_of(prepared, self.settings, self.tests)
+            prepared = prepare(design, self.settings.engine, self.settings)
+            engine = engine_of(prepared, self.settings, self.tests)
+            return as_identified(engine, prepared, self.settings, self.tests)
         except DataError:
             if len(rows) == len(self.design.y):
                 raise
@@ -178,6 +181,11 @@ def left_out(design: Design, n_obs: np.ndarray, unit: str) -> tuple[str, ...]:
             f"{plural(gaps, unit)} {verb} missing values; each is fitted to the rows that it has"
         )
     return tuple(found)
+
+
+def not_identified(engine: Engine | None) -> tuple[str, ...]:
+    """Return a note on what a design does not tell apart."""
+    return (str(engine.unidentified),) if isinstance(engine, PartialEngine) else ()
 
 
 def remembered(key: str, make: Callable[..., Any], *parts: Any) -> Any:

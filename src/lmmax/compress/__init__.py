@@ -57,7 +57,13 @@ class Compression:
 
 
 def compress(
-    y: np.ndarray, layout: Layout, *, pad: bool = True, earlier: Compression | None = None
+    y: np.ndarray,
+    layout: Layout,
+    *,
+    pad: bool = True,
+    earlier: Compression | None = None,
+    center: np.ndarray | None = None,
+    far_apart: bool = False,
 ) -> Compression:
     """Compress a response (n,), its offset removed, with the designs of ``layout``.
 
@@ -66,18 +72,23 @@ def compress(
         layout: the designs.
         pad: round the sizes up to a few values, so that data of similar size share compiled code.
         earlier: the compression of another response, whose work on the designs is used again.
+        center: coefficients (working coordinates, units of y) to take out of y first, (p,); None
+            for those of least squares.
+        far_apart: keep the digits of crossed effects that are far larger than the residual.
     """
     problem: Problem
     detail: Statistics | Tree | Skeleton | Rows
     if layout.engine.name == "grouped":
-        problem, detail, scaling = grouped.compress(y, layout, pad=pad)
+        problem, detail, scaling = grouped.compress(y, layout, pad=pad, center=center)
         return Compression(problem, scaling.total, np.diag(moment_start(problem)), detail)
     if layout.engine.name == "nested":
-        problem, detail, scaling = nested.compress(y, layout, pad=pad)
+        problem, detail, scaling = nested.compress(y, layout, pad=pad, center=center)
     elif layout.engine.name == "iterative":
         problem, detail, scaling = iterative.compress(y, layout)
     else:
         known = earlier.detail if earlier is not None else None
         detail = known if isinstance(known, Skeleton) else crossed.skeleton(layout, pad=pad)
-        problem, scaling = crossed.compress(y, layout, detail, pad=pad)
+        if far_apart and detail.outside is None and crossed.rotates(layout, detail):
+            detail = crossed.rotated(layout, detail)
+        problem, scaling = crossed.compress(y, layout, detail, pad=pad, center=center)
     return Compression(problem, scaling.total, rough_variances(y, layout, scaling), detail)

@@ -18,6 +18,8 @@ REPEATED = 0.1
 coordinates found: its squares cost digits, which come back so (Yamamoto et al., 2015, ETNA 44)."""
 CHUNK_ROWS = 1 << 15
 """Rows of these coordinates that are made at a time."""
+IN_SPAN = 1e-8
+"""Fraction of its parts by which a new row may miss what the kept columns say of the others."""
 SPANNED = 1e-9
 """The constant is in the span of columns if they leave no more of it than this."""
 
@@ -33,6 +35,67 @@ class Factor:
     def inverse(self) -> np.ndarray:
         """``R^-1``."""
         return np.linalg.inv(self.R)
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """The aliased columns by those that were kept, ``columns[:, aliased] = columns[:, kept] A``.
+
+    Attributes:
+        kept: positions of the columns kept, (p,).
+        aliased: positions of the others, (r,).
+        A: (p, r).
+        off: how far the rows are off that, at most, (r,).
+    """
+
+    kept: np.ndarray
+    aliased: np.ndarray
+    A: np.ndarray
+    off: np.ndarray
+
+    def missed(self, rows: np.ndarray, exact: bool = False) -> np.ndarray:
+        """Return which aliased columns are not what the others say they are, (n, r).
+
+        Only where all are, a row is a combination of those factored, and ``row @ beta`` can be
+        estimated: else it depends on which columns were dropped.
+
+        Args:
+            rows: all columns, (n, p_all).
+            exact: whether to allow for rounding alone, not for rows as far off as those factored;
+                for combinations of coefficients, whose units are others.
+        """
+        off = 0.0 if exact else 10.0 * self.off
+        own, others = rows[:, self.aliased], rows[:, self.kept]
+        whole = np.abs(own) + np.abs(others) @ np.abs(self.A)
+        return np.asarray(np.abs(own - others @ self.A) > off + IN_SPAN * whole)
+
+
+def dependence(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) -> Dependence:
+    """Return how columns that were not kept follow from those that were.
+
+    Args:
+        columns: those that were factored, (n, p_all).
+        factor: their factor.
+        weights: prior weights of the rows, or None.
+    """
+    kept = factor.kept
+    aliased = np.setdiff1d(np.arange(columns.shape[1]), kept)
+    A, off = np.zeros((len(kept), len(aliased))), np.zeros(len(aliased))
+    if not len(aliased):
+        return Dependence(kept, aliased, A, off)
+    chunks = [slice(at, at + CHUNK_ROWS) for at in range(0, len(columns), CHUNK_ROWS)]
+    for _ in range(2):  # the second time for the digits that ill-conditioned columns cost
+        products = np.zeros_like(A)
+        for here in chunks:
+            own = columns[here, kept]
+            left = columns[here, aliased] - own @ A
+            left = left if weights is None else left * weights[here, None]
+            products += factor.inverse.T @ (own.T @ left)
+        A = A + factor.inverse @ products
+    for here in chunks:
+        left = columns[here, aliased] - columns[here, kept] @ A
+        off = np.maximum(off, np.abs(left).max(axis=0))
+    return Dependence(kept, aliased, A, off)
 
 
 def column_factor(columns: np.ndarray, weights: np.ndarray | None) -> Factor:
@@ -107,6 +170,18 @@ def constant(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) ->
     return None if np.max(np.abs(left), initial=0.0) > SPANNED else found
 
 
+def to_first(direction: np.ndarray) -> np.ndarray:
+    """Return orthogonal matrices (..., q, q) that take directions (..., q) to the first axis."""
+    unit = direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+    # Householder's reflection, the one that does not cancel, and a sign.
+    sign = np.where(unit[..., :1] >= 0.0, 1.0, -1.0)
+    v = unit + sign * np.eye(unit.shape[-1])[0]
+    size = np.sum(v * v, axis=-1)[..., None, None]
+    reflected = np.eye(unit.shape[-1]) - 2.0 * v[..., :, None] * v[..., None, :] / size
+    there = np.all(np.abs(unit[..., 1:]) < 1e-8, axis=-1)[..., None, None]
+    return np.asarray(np.where(there, np.eye(unit.shape[-1]), -sign[..., None] * reflected))
+
+
 def triangle(columns: np.ndarray) -> np.ndarray:
     """Return the triangular factor of Householder's QR."""
     return np.asarray(np.linalg.qr(columns, mode="r"))
@@ -122,7 +197,8 @@ def random_factor(
 
     The working columns have mean square one over n observations and, within a correlated term, are
     orthogonal over all rows; uncorrelated terms are only scaled, since mixing columns would break
-    the structure.
+    the structure.  The first is the constant where the columns have it, as those of ``0 + f`` do:
+    levels of groups that are far apart then have a variance of their own, not a share of all.
     """
     q = sum(block.shape[1] for block in blocks)
     A = np.zeros((q, q))
@@ -132,7 +208,9 @@ def random_factor(
         at = here.stop
         factor = column_factor(block, weights) if mix and block.shape[1] > 1 else None
         if factor is not None and len(factor.kept) == block.shape[1]:
-            A[here, here] = factor.R / np.sqrt(n)
+            ones = constant(block, factor, weights)
+            first = np.eye(block.shape[1]) if ones is None else to_first(factor.R @ ones)
+            A[here, here] = first @ factor.R / np.sqrt(n)
         else:
             squares = block * block if weights is None else block * block * weights[:, None]
             A[here, here] = np.diag(np.sqrt(squares.sum(axis=0) / n))

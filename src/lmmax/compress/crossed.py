@@ -5,7 +5,7 @@ See :mod:`lmmax.likelihood.crossed`.  What depends on the designs only is made o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,6 +24,30 @@ PAIR_SECONDS, FLOP_SECONDS = 6e-9, 1e-11
 """Rough cost of a pair of cells and of a multiplication in a dense product, for choosing."""
 DENSE_CELLS_LIMIT = 1 << 27
 """Most entries of a dense array of cells (1 GB)."""
+ROTATED_LIMIT, ROTATED_FLOPS = 1 << 24, 2e11
+"""Most entries of dense columns of the tail by row, and multiplications, for which they are made
+orthonormal."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What the head leaves of ``[Z_t X]``, as ``Q R``.
+
+    Attributes:
+        Q: orthonormal columns, rows in the order of the head's groups, (n, k).
+        R: triangular factor, (k, N + p).
+    """
+
+    Q: np.ndarray
+    R: np.ndarray
+
+    def of(self, left: np.ndarray) -> np.ndarray:
+        """Return ``Q'y`` and the norm of what remains, for what the head leaves of y, (..., n)."""
+        inside = left @ self.Q
+        rest = left - inside @ self.Q.T
+        again = rest @ self.Q  # for the digits that large effects cost
+        norm = np.linalg.norm(rest - again @ self.Q.T, axis=-1, keepdims=True)
+        return np.concatenate([inside + again, norm], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,7 @@ class Skeleton:
         tails: the factors of the tail with padding.
         positions: their places in the layout.
         head: that of the head, None without one.
+        outside: rows for ``C_tail``, where effects are far larger than the residual.
     """
 
     order: np.ndarray
@@ -52,6 +77,43 @@ class Skeleton:
     tails: tuple[Tail, ...]
     positions: tuple[int, ...]
     head: int | None
+    outside: Outside | None = None
+
+
+def rotates(layout: Layout, frame: Skeleton) -> bool:
+    """Return whether the rows are few enough to be kept in place of cross-products."""
+    width = len(frame.C_tail) + len(layout.fixed.kept)
+    q1, _, m = frame.U.shape
+    tall = max(len(frame.order), q1 * m) + width
+    return tall * width <= ROTATED_LIMIT and 4.0 * tall * width**2 <= ROTATED_FLOPS
+
+
+def rotated(layout: Layout, frame: Skeleton) -> Skeleton:
+    """Return the skeleton with rows in place of cross-products."""
+    n, n_tail, p = len(frame.order), len(frame.C_tail), len(layout.fixed.kept)
+    root = None if layout.weights is None else np.sqrt(layout.weights[frame.order])
+    data = np.zeros((n_tail + p, n))
+    for tail, position in zip(frame.tails, frame.positions, strict=True):
+        codes = layout.factors[position].codes[frame.order]
+        for effect, z in enumerate(layout.random_columns(position, frame.order)):
+            data[tail.start + effect * tail.levels + codes, np.arange(n)] = z
+    data[n_tail:] = layout.response(np.zeros(n), np.zeros(p), frame.order)[:-1]
+    if root is not None:
+        data *= root
+    if frame.head is not None:
+        project_out(_head_columns(layout, frame, root), data, frame.starts, frame.sizes)
+    Q, R = np.linalg.qr(data.T)
+    return replace(frame, outside=Outside(Q, R))
+
+
+def _head_columns(layout: Layout, frame: Skeleton, root: np.ndarray | None) -> np.ndarray:
+    """Return orthonormal columns of the head, rows in the order of its groups, (q1, n)."""
+    assert frame.head is not None
+    Q = layout.random_columns(frame.head, frame.order)
+    if root is not None:
+        Q *= root
+    orthonormalise(Q, frame.starts, frame.sizes)
+    return Q
 
 
 def fine_bucket(size: int) -> int:
@@ -137,10 +199,15 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
 
 
 def compress(
-    y: np.ndarray, layout: Layout, frame: Skeleton, *, pad: bool = True
+    y: np.ndarray,
+    layout: Layout,
+    frame: Skeleton,
+    *,
+    pad: bool = True,
+    center: np.ndarray | None = None,
 ) -> tuple[CrossedProblem, Scaling]:
-    """Compress a response (n,), its offset removed."""
-    beta = layout.least_squares(y)
+    """Compress a response (n,), its offset removed, around coefficients in working coordinates."""
+    beta = layout.least_squares(y) if center is None else center
     p = len(beta)
     data = layout.response(y, beta, frame.order)
     root = None if layout.weights is None else np.sqrt(layout.weights[frame.order])
@@ -151,21 +218,8 @@ def compress(
     q1, size = frame.U.shape[0], frame.U.shape[2]
     Y = np.zeros((q1, p + 1, size))
     if frame.head is not None:
-        Q = layout.random_columns(frame.head, frame.order)
-        if root is not None:
-            Q *= root
-        orthonormalise(Q, frame.starts, frame.sizes)
+        Q = _head_columns(layout, frame, root)
         Y[:, :, : len(frame.sizes)] = project_out(Q, data, frame.starts, frame.sizes)
-    n_tail = len(frame.C_tail)
-    C_cross = np.zeros((n_tail, p + 1))
-    for tail, position in zip(frame.tails, frame.positions, strict=True):
-        Z = layout.random_columns(position, frame.order)
-        codes = layout.factors[position].codes[frame.order]
-        for effect, z in enumerate(Z if root is None else Z * root):
-            at = tail.start + effect * tail.levels
-            for j, column in enumerate(data):
-                sums = np.bincount(codes, weights=z * column, minlength=tail.levels)
-                C_cross[at : at + tail.levels, j] = sums
     extra = padding(p) if pad else 0
     blocks = [(0, 0)] if frame.head is None else []
     for position in layout.chain:
@@ -175,9 +229,7 @@ def compress(
         U=frame.U,
         cells=frame.cells,
         Y=pad_columns(Y, extra, 1),
-        C_tail=frame.C_tail,
-        C_cross=pad_columns(C_cross, extra, 1),
-        C=pad_fixed(data @ data.T, extra),
+        **_products(layout, frame, data, root, extra),
         roots=tuple(
             _pad_root(layout.factors[position], tail)
             for position, tail in zip(frame.positions, frame.tails, strict=True)
@@ -188,6 +240,37 @@ def compress(
         **scaling.coordinates(layout, extra),
     )
     return problem, scaling
+
+
+def _products(
+    layout: Layout, frame: Skeleton, data: np.ndarray, root: np.ndarray | None, extra: int
+) -> dict[str, Any]:
+    """Return the cross-products of what the head leaves of ``[X y]`` (p + 1, n), or its rows."""
+    n_tail, p = len(frame.C_tail), len(data) - 1
+    if frame.outside is not None:
+        k, width = frame.outside.R.shape
+        return {
+            "C_tail": np.zeros((0, 0)),
+            "C_cross": np.zeros((0, p + 1 + extra)),
+            "C": pad_fixed(np.zeros((p + 1, p + 1)), extra),
+            # As many rows as columns, however many the data have.
+            "outside": np.pad(frame.outside.R, ((0, width - k), (0, extra))),
+            "outside_y": np.pad(frame.outside.of(data[-1]), (0, width - k)),
+        }
+    C_cross = np.zeros((n_tail, p + 1))
+    for tail, position in zip(frame.tails, frame.positions, strict=True):
+        Z = layout.random_columns(position, frame.order)
+        codes = layout.factors[position].codes[frame.order]
+        for effect, z in enumerate(Z if root is None else Z * root):
+            at = tail.start + effect * tail.levels
+            for j, column in enumerate(data):
+                sums = np.bincount(codes, weights=z * column, minlength=tail.levels)
+                C_cross[at : at + tail.levels, j] = sums
+    return {
+        "C_tail": frame.C_tail,
+        "C_cross": pad_columns(C_cross, extra, 1),
+        "C": pad_fixed(data @ data.T, extra),
+    }
 
 
 def _outside_head(cells: SparseCells, place: Any, value: Any) -> jax.Array:

@@ -35,11 +35,11 @@ class Statistics:
 
 
 def compress(
-    y: np.ndarray, layout: Layout, *, pad: bool = True
+    y: np.ndarray, layout: Layout, *, pad: bool = True, center: np.ndarray | None = None
 ) -> tuple[GroupedProblem, Statistics, Scaling]:
-    """Compress a response (n,), its offset removed, with the designs of ``layout``."""
+    """Compress a response (n,), its offset removed, around coefficients in working coordinates."""
     p = len(layout.fixed.kept)
-    beta = layout.least_squares(y)
+    beta = layout.least_squares(y) if center is None else center
     U, Y, C, total = _sums(y, layout, beta)
     shift, far_apart = within_groups(C[:p, :p], C[None, p, :p], C[None, p, p])
     if far_apart[0]:

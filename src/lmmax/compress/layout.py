@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from .columns import Factor, column_factor, random_factor
+from .columns import Dependence, Factor, column_factor, dependence, random_factor
 from .rows import SMALLEST_BUCKET
 
 ENGINES = ("auto", "grouped", "nested", "crossed", "iterative")
@@ -102,6 +102,11 @@ class Layout:
         return self.log_rooted + own
 
     @cached_property
+    def dependence(self) -> Dependence:
+        """How the aliased columns of X follow from those that were kept."""
+        return dependence(self.X, self.fixed, self.weights)
+
+    @cached_property
     def A_inverse(self) -> np.ndarray:
         """``A^-1``."""
         return np.linalg.inv(self.A)
@@ -187,6 +192,11 @@ def layout(
         at = here.stop
     fixed = column_factor(X, weights)
     return Layout(X, factors, fixed, A, weights, chosen, chain, n_zero, log_rooted)
+
+
+def turned(layout: Layout, turn: np.ndarray) -> Layout:
+    """Return the layout with working columns ``Z_working turn``, turn orthogonal, (q, q)."""
+    return replace(layout, A=turn.T @ layout.A)
 
 
 def choose_engine(

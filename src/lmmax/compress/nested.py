@@ -46,9 +46,9 @@ def tree(layout: Layout) -> Tree:
 
 
 def compress(
-    y: np.ndarray, layout: Layout, *, pad: bool = True
+    y: np.ndarray, layout: Layout, *, pad: bool = True, center: np.ndarray | None = None
 ) -> tuple[NestedProblem, Tree, Scaling]:
-    """Compress a response (n,), its offset removed, with the designs of ``layout``."""
+    """Compress a response (n,), its offset removed, around coefficients in working coordinates."""
     shape = tree(layout)
     chain = layout.chain
     counts = [layout.sizes[at][level] for at, level in zip(chain, shape.levels, strict=True)]
@@ -56,7 +56,7 @@ def compress(
     rank[shape.levels[0]] = np.arange(len(rank))
     order = np.argsort(rank[layout.factors[chain[0]].codes], kind="stable")
 
-    beta = layout.least_squares(y)
+    beta = layout.least_squares(y) if center is None else center
     p = len(beta)
     others = chain[1:]
     extra_width = sum(layout.factors[at].n_effects for at in others)

@@ -15,6 +15,7 @@ from .tables import TestTable
 if TYPE_CHECKING:
     from ..results import Fit
     from .denominator import Denominator
+from .wald import warn_of_missing
 
 TITLES = {
     "satterthwaite": "Satterthwaite's degrees of freedom",
@@ -44,8 +45,14 @@ def anova(
     * type "II" adjusts each for all terms that do not contain it (a term is contained in one with
       the same numeric and more categorical factors);
     * type "III" tests the marginal means of a term's factors averaged with equal weights over
-      all others, whatever contrasts the fit used: hypotheses in the cells' means, orthogonal to
-      those of the terms that contain it.
+      all others: hypotheses in the cells' means, orthogonal to those of the terms that contain it.
+
+    These are estimable functions as SAS defines them, with as many degrees of freedom as the term
+    adds to the rank of those it is adjusted for, whatever contrasts the fit used, with an intercept
+    or without, and whichever columns were dropped as aliased.  Where lmerTest tests another
+    hypothesis, on the coefficients that were kept, a note in the table says so.  (Satterthwaite's
+    degrees of freedom of a joint test depend on the rows that stand for it; they are those of
+    treatment coding, as in lmerTest, or orthonormal ones where these are no basis.)
 
     For several fits, each row tests the fit against the next smaller one.  Fits by REML whose fixed
     effects differ are fitted again by maximum likelihood, as a note in the table says.
@@ -64,7 +71,7 @@ def anova(
         ``table`` has a row per term, with columns ``sum_sq``, ``mean_sq``, ``df_num``, ``df_den``,
         ``F``, ``p`` (``chisq``, ``df``, ``p`` for chi-square tests).  Sums of squares are those
         that give F over the residual variance, ``mean_sq = F * scale`` (with Kenward and Roger's
-        method, F before it is scaled).  A term without estimable effect is NaN.  For several
+        method, F before it is scaled).  A term of which the others hold all is NaN.  For several
         fits a row per fit: ``npar``, ``AIC``, ``BIC``, ``llf``, ``deviance``, ``chisq``, ``df``,
         ``p``.
 
@@ -97,6 +104,8 @@ def anova(
     terms = fixed_terms(fit)
     table, title = term_table(fit, terms.test(kind), ddf, test)
     notes = _notes(terms, table, kind)
+    if fit.unidentified is not None:
+        notes += (f"{fit.unidentified}; tests that depend on it are left out.",)
     return TestTable(f"Type {kind} analysis of variance, {title}\n{fit.formula}", table, notes)
 
 
@@ -146,6 +155,8 @@ def term_table(
     rows = [_f_row(fit, denominator, L) for L in hypotheses.values()]
     columns = ["sum_sq", "mean_sq", "df_num", "df_den", "F", "p"]
     table = pd.DataFrame(rows, columns=columns, index=index).astype({"df_num": int})
+    tested = table["df_num"] > 0
+    warn_of_missing(denominator, table.index[tested], table["F"][tested])
     return table, TITLES.get(denominator.method, denominator.method)
 
 
@@ -156,8 +167,7 @@ def _f_row(fit: Fit, denominator: Denominator, L: np.ndarray) -> tuple[float, ..
     difference = L @ fit.estimates.beta
     found = denominator.joint(L, difference)
     # Without the factor by which Kenward and Roger scale F.
-    wald = float(difference @ np.linalg.solve(L @ denominator.cov @ L.T, difference))
-    square = wald * fit.scale
+    square = denominator.wald(L, difference) * fit.scale
     return (square, square / r, r, found.df_den, found.statistic, found.pvalue)
 
 
@@ -167,8 +177,17 @@ def _notes(terms: FixedTerms, table: pd.DataFrame, kind: SumsOfSquares) -> tuple
     if empty:
         shown = ", ".join(empty[:MANY]) + (", ..." if len(empty) > MANY else "")
         notes.append(
-            f"No data in {shown}. Type III hypotheses then depend on which cells are empty, and on "
-            "the order of the levels: interpret them with care."
+            f"No data in {shown}. Type III hypotheses then depend on which cells are empty: "
+            "interpret them with care."
+        )
+    elsewhere = (
+        [] if kind == "I" else [t.label for t in terms.coded.named if not terms.by_coefficients(t)]
+    )
+    if elsewhere:
+        notes.append(
+            f"Estimable functions, as in SAS: {', '.join(elsewhere)}. lmerTest tests all "
+            "coefficients of the columns that were kept, another hypothesis there, which depends "
+            "on the order of the terms and levels."
         )
     return tuple(notes)
 

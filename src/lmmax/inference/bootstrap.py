@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from ..batch import BatchEstimates, check_engine, estimates_of, join
+from ..parameters import unpack_symmetric
 from ..rendering import Cells, format_block, fragment, table_lines
 from ..simulate import check_count, check_seed
 from ..solve import Status
 from .arguments import as_fit
 from .jackknife import JackknifeError, leave_out_groups
+from .parameters import apart
 from .resampling import parametric, residual
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ Kind = Literal["percentile", "basic", "bca", "normal"]
 KINDS: tuple[Kind, ...] = ("percentile", "basic", "bca", "normal")
 METHODS = {"parametric": parametric, "residual": residual}
 Statistic = Callable[[BatchEstimates], Any]
+MOVED = 1e-3
+"""Part of the residual variance by which covariances are moved along what is not identified."""
 
 
 class BootstrapError(ValueError):
@@ -42,6 +46,7 @@ class Bootstrap:
         method: "parametric" or "residual".
         fit: the fit.
         statistic: the function of the estimates.
+        hidden: values that depend on what the data do not identify: NaN in all replicates.
     """
 
     observed: pd.Series
@@ -50,6 +55,7 @@ class Bootstrap:
     method: str
     fit: Fit = field(repr=False)
     statistic: Statistic = field(repr=False)
+    hidden: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -124,7 +130,7 @@ class Bootstrap:
             )
         elif kind == "bca":
             lower, upper = self._quantiles(self._corrected(levels))
-            beyond = self.observed.index[np.isnan(lower + upper)]
+            beyond = self.observed.index[np.isnan(lower + upper)].difference(self.hidden)
             if len(beyond):
                 warnings.warn(
                     f"the BCa limits of {', '.join(map(repr, beyond))} lie beyond the replicates, "
@@ -208,7 +214,12 @@ class Bootstrap:
                 if name not in ("converged", "singular")
             )
             notes.append(f"{_count(failed)} did not converge and are left out ({ways}).")
-        defined = self.observed.index[self.observed.notna()]  # not aliased
+        if self.hidden:
+            notes.append(
+                f"{_sentence(str(self.fit.unidentified))} So {', '.join(self.hidden)} "
+                f"{'have' if len(self.hidden) > 1 else 'has'} no bootstrap distribution."
+            )
+        defined = self.observed.index[self.observed.notna()].difference(self.hidden)  # not aliased
         undefined = self.replicates.loc[self.estimates.converged, defined].isna().sum()
         for name, count in undefined[undefined > 0].items():
             notes.append(f"{name} is undefined in {_count(int(count))}, left out there.")
@@ -306,26 +317,58 @@ def bootstrap(
             "b.cov_re[..., 0, 0], not b.cov_re[0, 0]"
         )
     replicates.loc[~estimates.converged] = np.nan
-    return Bootstrap(observed.rename("observed"), replicates, estimates, method, fit, chosen)
+    hidden = _not_identified(fit, chosen, observed)
+    if hidden:
+        replicates[list(hidden)] = np.nan
+    return Bootstrap(
+        observed.rename("observed"), replicates, estimates, method, fit, chosen, hidden
+    )
+
+
+def _not_identified(fit: Fit, statistic: Statistic, observed: pd.Series) -> tuple[str, ...]:
+    """Return the values that are others at estimates that fit as well: those that then change."""
+    if fit.unidentified is None:
+        return ()
+    estimates = estimates_of(fit)
+    null, size = fit.estimates.flat_in_user_units, fit.estimates.sizes[:, None]
+    null = null / np.max(size * np.abs(null), axis=0)
+    mixed = null @ np.random.default_rng(0).uniform(0.5, 1.0, null.shape[1])
+    k = len(fit.cov_re) * (len(fit.cov_re) + 1) // 2
+    params = np.array(estimates.params)
+    kept = fit.layout.fixed.kept
+    params[..., kept[fit.unidentified.concerns(np.eye(len(kept)))]] = np.nan
+    moved = replace(
+        estimates,
+        params=params,
+        cov_re=estimates.cov_re + MOVED * fit.scale * unpack_symmetric(mixed[:k]),
+    )
+    there = _table(statistic(moved), None, statistic).iloc[0]
+    with np.errstate(invalid="ignore"):
+        same = np.abs(there - observed) <= 1e-3 * MOVED * np.abs(observed)
+    return tuple(observed.index[~same & observed.notna()])
 
 
 def all_parameters(fit: Fit) -> Statistic:
     """Return the default statistic: coefficients, standard deviations, correlations, sigma."""
     names, effects = list(fit.design.x_names), fit.effect_names
+    places: list[tuple[int, int]] = []
+    own: list[str] = []
+    owners: list[str] = []
+    for term in fit.terms:
+        group = fit.group_names[term.factor]
+        columns = range(term.columns.start, term.columns.stop)
+        pairs = [(columns[i], columns[j]) for i, j in term.pairs]
+        places += [*((i, i) for i in columns), *pairs]
+        own += [f"{group}: sd({effects[i]})" for i in columns]
+        own += [f"{group}: cor({effects[j]}, {effects[i]})" for i, j in pairs]
+        owners += [term.label] * (len(columns) + len(pairs))
+    own = apart([*own, "sigma"], names, owners)
 
     def parameters(b: BatchEstimates) -> dict[str, np.ndarray]:
-        found = {name: b.params[..., j] for j, name in enumerate(names)}
         sd, corr = b.sd, b.corr
-        for term in fit.terms:
-            group = fit.group_names[term.factor]
-            columns = range(term.columns.start, term.columns.stop)
-            for i in columns:
-                found[f"{group}: sd({effects[i]})"] = sd[..., i]
-            for i, j in term.pairs:
-                i, j = columns[i], columns[j]
-                found[f"{group}: cor({effects[j]}, {effects[i]})"] = corr[..., i, j]
-        found["sigma"] = b.sigma
-        return found
+        found = [sd[..., i] if i == j else corr[..., i, j] for i, j in places]
+        values = [b.params[..., j] for j in range(len(names))] + [*found, b.sigma]
+        return dict(zip([*names, *own], values, strict=True))
 
     return parameters
 
@@ -362,6 +405,10 @@ def _reaches(values: np.ndarray, level: float) -> bool:
 def _finite(values: pd.Series) -> np.ndarray:
     array = values.to_numpy(float)
     return array[np.isfinite(array)]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _count(n: int) -> str:

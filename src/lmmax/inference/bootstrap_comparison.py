@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,13 +15,12 @@ from .arguments import as_fit
 from .comparison import ComparisonError, check_same_data
 from .nesting import RandomNesting, fixed_nesting, random_nesting
 from .resampling import by_rows
+from .restarts import TIE, below, fitted_from, restart_note
+from .submodels import Submodel
 from .wald import format_pvalue
 
 if TYPE_CHECKING:
     from ..results import Fit
-
-TIE = 1e-6
-"""Statistics that differ by less are equal: both fits may be the same, on a boundary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +95,13 @@ def bootstrap_test(small: Fit, large: Fit, n: int = 1000, seed: int = 0) -> Boot
         seed: of the random numbers.
 
     Returns:
-        The test.
+        The test.  Where the larger model ends below the smaller one it is fitted again from that
+        one's optimum, for the data and for each replicate, and a note says so; a replicate that
+        stays below counts as failed.
 
     Raises:
-        ComparisonError: if the models were fitted to different data, or are not nested.
+        ComparisonError: if the models were fitted to different data, are not nested, or the larger
+            one stays below the smaller one.
         EngineError: if a fit is by the iterative engine.
 
     Example:
@@ -125,15 +128,34 @@ def bootstrap_test(small: Fit, large: Fit, n: int = 1000, seed: int = 0) -> Boot
         check_engine(fit)
     small, large = small.refit_ml(), large.refit_ml()
     df = large.n_params - small.n_params
+    null = Submodel.of(small)
+    if below(null, Submodel.of(large)):
+        again = fitted_from(large, null)
+        if again is not large:
+            notes = (*notes, restart_note("The large model", large, again, "the small one"))
+        # Replicates start as they would have, or at the estimates.
+        large = replace(again, settings=large.settings)
     statistic = 2.0 * (large.llf - small.llf)
-    if statistic < -TIE:
+    if below(null, Submodel.of(large)):
         raise ComparisonError(
             f"the large model has a lower log-likelihood ({large.llf:.4f}) than the small one "
-            f"({small.llf:.4f}): they are not nested, or a fit has not found its optimum"
+            f"({small.llf:.4f}), also when fitted again from there: they are not nested, or the "
+            "large one has not found its optimum"
         )
-    below, above = (join(list(by_rows(fit, draws(small, 0, n, seed), n))) for fit in (small, large))
-    drawn = 2.0 * (above.llf - below.llf)
-    drawn = np.where(above.converged & below.converged, drawn, np.nan)
+    ends = [join(list(by_rows(fit, draws(small, 0, n, seed), n))) for fit in (small, large)]
+    drawn = 2.0 * (ends[1].llf - ends[0].llf)
+    drawn = np.where(ends[0].converged & ends[1].converged, drawn, np.nan)
+    lost = _below(drawn)
+    if random_nesting(small, large) is RandomNesting.UNKNOWN:
+        lost = lost[:0]  # which may be right
+    for number in lost:
+        drawn[number] = _replicated(small, large, number, seed)
+    if len(lost):
+        notes = (
+            *notes,
+            f"in {len(lost)} of {n} replicates the larger model ended below the smaller one and "
+            "was fitted again from there.",
+        )
     used = drawn[np.isfinite(drawn)]
     mean = float(np.mean(used)) if used.size else np.nan
     corrected = max(statistic, 0.0) * df / mean if mean > 0.0 else np.nan
@@ -147,6 +169,23 @@ def bootstrap_test(small: Fit, large: Fit, n: int = 1000, seed: int = 0) -> Boot
         formulas=(small.formula, large.formula),
         notes=notes,
     )
+
+
+def _below(drawn: np.ndarray) -> np.ndarray:
+    """Return the numbers of the replicates whose statistic is negative."""
+    return np.flatnonzero(np.nan_to_num(drawn) < -TIE)
+
+
+def _replicated(small: Fit, large: Fit, number: int, seed: int) -> float:
+    """Return the statistic of one replicate, the larger model fitted from the smaller one too."""
+    from ..fit import ConvergenceWarning
+
+    y = next(draws(small, number, number + 1, seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        null = Submodel.of(small.refit(y))
+        best = fitted_from(large.refit(y), null)
+    return np.nan if below(null, Submodel.of(best)) else null.criterion - best.deviance
 
 
 def _check_nested(small: Fit, large: Fit) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ scale, an entry of theta, a coefficient's distance from its estimate in standard
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from ..covariances import slopes, values_at
 from ..parameters import lower_from_root
 from ..solve import Structured
 from .held import Chart, Held
+from .parameters import apart
 
 if TYPE_CHECKING:
     from ..results import Fit
@@ -29,6 +30,8 @@ SATURATED = 20.0
 """Entry of theta at which a correlation is 1 to rounding; logarithm by which a scale is zero."""
 PERFECT = 1e-12
 VANISHING = 0.01
+PARALLEL = (-3.0, -1.0, -0.3, 0.3, 1.0, 3.0)
+"""Multiples of an effect, in working units, that others are tried as."""
 NEAR_ZERO, LIFT = 1e-3, 0.01
 """A column of the root smaller than the first, relative to the sampling noise of one group, is
 raised to the second: at zero it would not move, by symmetry."""
@@ -138,17 +141,14 @@ class Charts:
         # In the order of the model's terms; two terms of a factor may have parameters of one name.
         found.sort(key=lambda pair: self._position(pair[1]))
         names = [parameter.name for _, parameter in found]
-        for label, parameter in found:
-            if names.count(parameter.name) > 1:
-                short = parameter.name.split(": ", 1)[1]
-                yield replace(parameter, name=f"{label}: {short}")
-            else:
-                yield parameter
+        names = apart([*names, "sigma"], self.fit.design.x_names, [label for label, _ in found])
+        for name, (_, parameter) in zip(names, found, strict=False):
+            yield replace(parameter, name=name)
         if self.constraints.scale_free:
             error = self.fit.scale_se / (2.0 * self.sigma)
             step = 2.0 * error / self.sigma if np.isfinite(error) else 0.5
             yield Parameter(
-                "sigma",
+                names[-1],
                 "sigma",
                 self.sigma,
                 self.origin,
@@ -165,7 +165,8 @@ class Charts:
 
     def _coefficients(self) -> Iterator[Parameter]:
         names = list(self.fit.design.x_names)
-        errors = self.fit.bse.to_numpy()
+        errors, unknown = self.fit.bse.to_numpy(), self.fit.unidentified
+        p = len(self.fit.estimates.beta)
         for j, column in enumerate(self.fit.layout.fixed.kept):
             estimate = float(self.fit.estimates.beta[j])
             error = float(errors[column])
@@ -179,6 +180,9 @@ class Charts:
                 1.0,
                 error,
                 where=(j,),
+                note=""
+                if unknown is None or not unknown.concerns(np.eye(p)[[j]])[0]
+                else "without limits, for its error depends on variances that are not identified",
             )
 
     def _of_block(self, number: int, block: np.ndarray) -> Iterator[tuple[str, Parameter]]:
@@ -349,6 +353,20 @@ class Charts:
                 return next(own, None)
         return None
 
+    def variances(self, parameter: Parameter) -> list[Parameter]:
+        """Return the standard deviations without which a correlation is undefined."""
+        if parameter.kind == "correlation":
+            return [
+                other
+                for other in self.parameters
+                if other.kind == "sd" and other.where[0] in parameter.where
+            ]
+        if parameter.kind == "structure" and not parameter.kappa:
+            part = self.constraints.structures[parameter.group]
+            first = self.standard_deviation(part.columns[0])
+            return [] if first is None else [first]
+        return []
+
     def values(self, held: Held) -> np.ndarray:
         """Return the values of all parameters where a search ended."""
         p = len(self.fit.estimates.beta)
@@ -446,30 +464,90 @@ class Charts:
         )
         return chart, np.concatenate([[at.s], z, theta])
 
-    def other_starts(self, parameter: Parameter) -> list[Place]:
-        """Return starts for whoever doubts a minimum.
+    def plain_starts(self) -> list[Place]:
+        """Return the estimates, the same without correlations, and effects of two sizes.
 
-        The estimates; the same without correlations; and, for a correlation or a standard
-        deviation, with each effect of its block nearly without variance, and two at random.
+        These sizes are the sampling noise of one group and the residual standard deviation.
         """
         at = self.start
-        user = self.z_inverse @ at.root
-        sizes = np.linalg.norm(user, axis=1)
-        working = np.linalg.inv(self.z_inverse)
-        starts = [at, at._replace(root=working @ np.diag(sizes))]
+        sizes = np.linalg.norm(self.z_inverse @ at.root, axis=1)
+        starts = [at, at._replace(root=np.linalg.inv(self.z_inverse) @ np.diag(sizes))]
+        noise = float(self.noise.mean())
+        return starts + [self._spread(at, range(len(self.blocks)), x) for x in (noise, 1.0)]
+
+    def other_starts(self, parameter: Parameter, found: Place) -> list[Place]:
+        """Return starts for whoever doubts a minimum.
+
+        The plain ones; each other set of effects raised, and nearly without variance; and in the
+        parameter's own set (for a coefficient in each) every effect turned round, so that its
+        correlations are, and nearly without variance; two at random; and, beside a standard
+        deviation that is held, the other effects as multiples of its own: the branches on which
+        correlations are perfect.
+
+        Args:
+            parameter: what is held.
+            found: the minimum.
+        """
+        at, starts = self.start, self.plain_starts()
+        user, working = self.z_inverse @ at.root, np.linalg.inv(self.z_inverse)
+        own = range(len(self.blocks))
         if parameter.kind in ("sd", "correlation"):
-            for i in self.blocks[parameter.group]:
-                small = user.copy()
-                small[i] *= VANISHING
-                starts.append(at._replace(root=working @ small))
-            rng = np.random.default_rng(0)
-            size = max(float(np.abs(at.root).max()), float(self.noise.mean()))
-            inside = np.any(at.root != 0.0, axis=1)[:, None]
+            own = range(parameter.group, parameter.group + 1)
+        if len(self.blocks) > 1:
+            for number in range(len(self.blocks)):
+                starts += [self._spread(at, [number], x) for x in (VANISHING**2, 1.0)]
+        for number in own:
+            block = self.blocks[number]
+            for i, factor in [*((i, -1.0) for i in block[1:]), *((i, VANISHING) for i in block)]:
+                changed = user.copy()
+                changed[i] *= factor
+                starts.append(at._replace(root=working @ changed))
+        rng = np.random.default_rng(0)
+        size = max(float(np.abs(at.root).max()), float(self.noise.mean()))
+        inside = np.zeros((len(at.root), 1))
+        inside[np.concatenate([[], *(self.blocks[number] for number in own)]).astype(int)] = 1.0
+        if inside.any():
             starts += [
                 at._replace(root=at.root + 0.5 * size * inside * rng.standard_normal(at.root.shape))
                 for _ in range(2)
             ]
+        if parameter.kind == "sd":
+            starts += self._parallel(parameter, found)
         return starts
+
+    def _parallel(self, parameter: Parameter, found: Place) -> Iterator[Place]:
+        """Yield a place with one effect a multiple of another, which stays what it is."""
+        block = self.blocks[parameter.group]
+        axes = _held_first(self.z_inverse[np.ix_(np.array(parameter.where), block)])
+        rows = np.linalg.solve(axes, found.root[block])
+        for j in range(1, len(block)):
+            for multiple in PARALLEL:
+                changed, root = rows.copy(), np.array(found.root)
+                changed[j] = multiple * rows[0]
+                root[block] = axes @ changed
+                yield found._replace(root=root)
+
+    def _spread(self, at: Place, numbers: Iterable[int], size: float) -> Place:
+        """Return a place with some sets of effects uncorrelated, of a size in working units."""
+        root = np.array(at.root)
+        for number in numbers:
+            block = self.blocks[number]
+            root[block] = size * np.eye(len(root))[block]
+        theta = np.array(at.theta)
+        for part in self.constraints.structures:
+            q, here = part.columns[1] - part.columns[0], slice(*part.columns)
+            unit = float(np.abs(np.diag(self.z_inverse)[here]).mean())
+            theta[slice(*part.parameters)][np.asarray(part.covariance.is_sd(q))] = size * unit
+        return at._replace(root=root, theta=theta)
+
+    def singular(self, place: Place) -> bool:
+        """Return whether the covariance of some effects is singular, or next to it."""
+        for block in self.blocks:
+            root = place.root[block]
+            lower = lower_from_root(root[_pivots(root, [])])
+            if np.min(np.abs(np.diag(lower))) < NEAR_ZERO * float(self.noise[block].mean()):
+                return True
+        return bool(np.any(self._lifted(place.theta) != place.theta))
 
     def _lifted(self, theta: np.ndarray) -> np.ndarray:
         """Return theta with standard deviations next to zero a little above it."""
@@ -514,12 +592,8 @@ def _root_chart(root: np.ndarray, functionals: np.ndarray, noise: float, u: floa
         u: value of the coordinate.
     """
     w, h = len(root), len(functionals)
-    axes = np.eye(w)
-    if h:
-        f = functionals / np.linalg.norm(functionals, axis=1)[:, None]
-        rest = np.linalg.qr(f.T, mode="complete")[0][:, h:]
-        axes = np.linalg.inv(np.vstack([f, rest.T]))
-        root = np.vstack([f, rest.T]) @ root
+    axes = _held_first(functionals) if h else np.eye(w)
+    root = np.linalg.solve(axes, root) if h else root
     size = root.copy()
     if h == 1:
         norm = float(np.linalg.norm(root[0]))
@@ -550,6 +624,13 @@ def _root_chart(root: np.ndarray, functionals: np.ndarray, noise: float, u: floa
         z[1] = free[1] = 0.0
         place[1, 0] = 2
     return _RootChart(axes, place, z, free, square)
+
+
+def _held_first(functionals: np.ndarray) -> np.ndarray:
+    """Return axes (w, w) in which the first coordinates are functionals (h, w) of unit length."""
+    f = functionals / np.linalg.norm(functionals, axis=1)[:, None]
+    rest = np.linalg.qr(f.T, mode="complete")[0][:, len(f) :]
+    return np.asarray(np.linalg.inv(np.vstack([f, rest.T])))
 
 
 def _pivots(root: np.ndarray, first: Sequence[int]) -> list[int]:

@@ -140,7 +140,7 @@ class Batch(NamedTuple):
     Attributes:
         clusters: their positions, (b,).
         X: fixed effects in the working coordinates of the layout, (b, r, p).
-        Z: per factor the columns of the groups within the cluster, (b, r, k, q).
+        Z: per factor the working columns of the groups within the cluster, (b, r, k, q).
         residual: ``y - X beta``, (b, r).
         rest: squared length of the residual outside the r rows, (b,).
         noise: residual variance of the rows, (b, r).
@@ -182,6 +182,7 @@ def batches(
     by_shape = np.split(
         members[np.argsort(codes, kind="stable")], np.cumsum(np.bincount(codes))[:-1]
     )
+    effects = [layout.random_columns(at, slice(None)) for at in range(len(layout.factors))]
     p = len(layout.fixed.kept)
     for (n, *groups, scaled), alike in zip(keys, by_shape, strict=True):
         widths = [k * factor.n_effects for k, factor in zip(groups, layout.factors, strict=True)]
@@ -190,7 +191,7 @@ def batches(
         for here in np.split(alike, np.arange(step, len(alike), step)):
             rows = order[starts[here][:, None] + np.arange(n)]
             data = np.zeros((len(here), n, c + p + 1))
-            _fill_effects(data, rows, layout.factors, places, widths)
+            _fill_effects(data, rows, layout.factors, effects, places, widths)
             data[:, :, c:-1] = layout.X[rows][:, :, layout.fixed.kept] @ layout.fixed.inverse
             data[:, :, -1] = resid[rows]
             noise = np.ones((len(here), n))
@@ -215,6 +216,7 @@ def _fill_effects(
     data: np.ndarray,
     rows: np.ndarray,
     factors: Sequence[FactorColumns],
+    effects: Sequence[np.ndarray],
     places: Sequence[np.ndarray],
     widths: Sequence[int],
 ) -> None:
@@ -224,14 +226,15 @@ def _fill_effects(
         data: zeros.
         rows: positions of the rows.
         factors: the grouping factors.
+        effects: per factor the columns of its effects, (q, n).
         places: per factor the position of each group in its cluster.
         widths: per factor the number of columns.
     """
     at = 0
-    for factor, place, width in zip(factors, places, widths, strict=True):
+    for factor, own, place, width in zip(factors, effects, places, widths, strict=True):
         columns = at + place[factor.codes[rows]][:, :, None] * factor.n_effects
         at += width
-        for column in (column for block in factor.blocks for column in block.T):
+        for column in own:
             np.put_along_axis(data, columns, column[rows][:, :, None], axis=2)
             columns = columns + 1
 
@@ -249,7 +252,7 @@ def principal_axes(batch: Batch, roots: tuple[np.ndarray, ...]) -> tuple[np.ndar
 
     Args:
         batch: clusters.
-        roots: per factor a square root of the relative covariance of its effects, (q, q).
+        roots: per factor a square root of the working covariance of its effects, (q, q).
     """
     V = np.zeros((*batch.noise.shape, batch.noise.shape[1]))
     diagonal = np.arange(V.shape[1])
@@ -263,5 +266,5 @@ def principal_axes(batch: Batch, roots: tuple[np.ndarray, ...]) -> tuple[np.ndar
 
 
 def factor_roots(fit: Fit) -> tuple[np.ndarray, ...]:
-    """Return per factor the square root of the relative covariance of its effects."""
-    return tuple(fit.estimates.root[here, here] for here in fit.layout.slices)
+    """Return per factor the square root of the relative working covariance of its effects."""
+    return tuple(fit.estimates.working_root[here, here] for here in fit.layout.slices)

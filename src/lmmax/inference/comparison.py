@@ -12,14 +12,13 @@ import pandas as pd
 
 from .arguments import as_fit
 from .nesting import RandomNesting, fixed_nesting, random_nesting
+from .restarts import MONTE_CARLO, TIE, below, fitted_from, lost_note, restart_note
 from .submodels import Submodel, fit_columns, fit_reduced, reductions
 from .tables import TestTable
 
 if TYPE_CHECKING:
     from ..results import Fit
 
-MONTE_CARLO = 4.0
-"""Differences of criteria below this many standard errors of them are noise."""
 NOTABLE_ERROR = 1e-4
 """Least standard error of a criterion that a reader has to know."""
 
@@ -84,9 +83,7 @@ def compare(fits: Sequence[Fit], *, refit: bool = True) -> TestTable:
             "Fitted again by maximum likelihood: REML likelihoods of models with different fixed "
             "effects cannot be compared."
         )
-    models = [
-        Submodel(fit.deviance, fit.n_params, fit.converged, fit.criterion_error) for fit in fits
-    ]
+    models, fitted_again = _maximised(fits, unknown)
     table = _ratio_table(models, fits[0].nobs, [str(i) for i in range(1, len(fits) + 1)])
     if boundary:
         notes.append(
@@ -99,11 +96,38 @@ def compare(fits: Sequence[Fit], *, refit: bool = True) -> TestTable:
             f"{_models(unknown)}: whether the random effects of the smaller model are a special "
             "case of the larger one's could not be established; the test is valid only if so."
         )
+    notes += fitted_again
     notes += _quality_notes(models, [f"model {label}" for label in table.index])
     method = "REML" if reml else "maximum likelihood"
     heading = [f"Likelihood-ratio tests of nested models, {method}"]
     heading += [f"{i}: {fit.formula}" for i, fit in enumerate(fits, 1)]
     return TestTable("\n".join(heading), table, tuple(notes))
+
+
+def _maximised(fits: Sequence[Fit], unknown: Sequence[int]) -> tuple[list[Submodel], list[str]]:
+    """Return nested models, those that fit worse than the one before fitted again from there.
+
+    Args:
+        fits: the fits, the smallest first.
+        unknown: numbers, from 1, of those that may not contain the one before.
+
+    Returns:
+        The models, and notes on them.
+    """
+    models, notes = [Submodel.of(fits[0])], []
+    for number, fit in enumerate(fits[1:], 2):
+        before, model = models[-1], Submodel.of(fit)
+        name, special = f"Model {number}", f"model {number - 1}"
+        if below(before, model):
+            again = fitted_from(fit, before)
+            if again is not fit:
+                notes.append(restart_note(name, fit, again, special))
+            model = Submodel.of(again)
+            if below(before, model):
+                gap = 0.5 * (model.criterion - before.criterion)
+                notes.append(lost_note(name, special, gap, number not in unknown))
+        models.append(model)
+    return models, notes
 
 
 def _models(numbers: Sequence[int]) -> str:
@@ -155,8 +179,14 @@ def _sizes(model: Submodel, nobs: int) -> tuple[float, ...]:
 
 
 def _ratio(small: Submodel, large: Submodel) -> tuple[float, float, float]:
-    """Return the likelihood-ratio statistic, its degrees of freedom and the p-value."""
+    """Return the likelihood-ratio statistic, its degrees of freedom and the p-value.
+
+    There is no statistic where the larger model was not maximised; of two models that are the same
+    but for rounding it is zero.
+    """
     df = large.n_params - small.n_params
+    if below(small, large):
+        return np.nan, df, np.nan
     chisq = max(small.criterion - large.criterion, 0.0)
     return chisq, df, _upper(chisq, df) if df > 0 else np.nan
 
@@ -166,7 +196,7 @@ def _upper(chisq: float, df: int) -> float:
     from scipy import special
 
     if df == 0:
-        return float(chisq <= 0.0)
+        return float(chisq <= TIE)
     return float(special.chdtrc(df, chisq))
 
 
@@ -228,16 +258,17 @@ def ranova(fit: Fit, *, mixture: bool = False) -> TestTable:
             "the covariances of the random effects are held fixed, so none of them can be tested: "
             "fit without fix={'cov_re': ...}"
         )
-    full = Submodel(fit.deviance, fit.n_params, fit.converged, fit.criterion_error)
+    scope = reductions(fit.design)
+    reduced = [fit_reduced(fit, reduction) for reduction in scope]
+    full, fitted_again = _full(fit, reduced, [reduction.label for reduction in scope])
     models, labels = [full], ["<none>"]
     rows = [
         (full.n_params, -0.5 * full.criterion, full.criterion + 2 * full.n_params, *[np.nan] * 3)
     ]
     plain = []
-    for reduction in reductions(fit.design):
-        smaller = fit_reduced(fit, reduction)
+    for reduction, smaller in zip(scope, reduced, strict=True):
         chisq, df, p = _ratio(smaller, full)
-        if reduction.mixture and mixture:
+        if reduction.mixture and mixture and not math.isnan(chisq):
             df_less = int(df) - 1
             p = 0.5 * (_upper(chisq, df_less) + _upper(chisq, int(df)))
         elif not reduction.mixture:
@@ -267,10 +298,35 @@ def ranova(fit: Fit, *, mixture: bool = False) -> TestTable:
             "Under the hypotheses a variance lies on its boundary, zero, and p is too large; see "
             "mixture=True."
         )
+    notes += fitted_again
     notes += _quality_notes(models, labels)
     method = "REML" if fit.reml else "maximum likelihood"
     heading = f"Likelihood-ratio tests of the random effects, {method}\n{fit.formula}"
     return TestTable(heading, table, tuple(notes))
+
+
+def _full(
+    fit: Fit, reduced: Sequence[Submodel], labels: Sequence[str]
+) -> tuple[Submodel, list[str]]:
+    """Return a model, fitted again if it fits worse than one of its special cases; and notes.
+
+    Args:
+        fit: its fit.
+        reduced: the special cases.
+        labels: what each leaves out.
+    """
+    best, notes = fit, []
+    for number in np.argsort([smaller.criterion for smaller in reduced]):
+        if below(reduced[number], Submodel.of(best)):
+            best = fitted_from(best, reduced[number])
+    full = Submodel.of(best)
+    if best is not fit:
+        notes.append(restart_note("The model", fit, best, "a smaller one"))
+    for smaller, label in zip(reduced, labels, strict=True):
+        if below(smaller, full):
+            gap = 0.5 * (full.criterion - smaller.criterion)
+            notes.append(lost_note("The model", f"the one without {label}", gap))
+    return full, notes
 
 
 def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None) -> TestTable:
@@ -308,7 +364,7 @@ def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None
     scope = terms.coded.droppable()
     smaller = {term.label: terms.without(term) for term in scope}
     if test == "F":
-        hypotheses = {label: terms.independent(L) for label, (L, _) in smaller.items()}
+        hypotheses = {label: L for label, (L, _) in smaller.items()}
         table, title = term_table(fit, hypotheses, ddf, "F")
         heading = f"Single terms left out, {title}\n{fit.formula}"
         return TestTable(heading, table, tuple(untestable_notes(table)))
@@ -318,11 +374,12 @@ def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None
     if fit.reml:
         fit = fit.refit_ml()
         notes.append("Fitted by maximum likelihood, as the fixed effects differ.")
-    full = Submodel(fit.deviance, fit.n_params, fit.converged, fit.criterion_error)
+    reduced = {label: fit_columns(fit, B) for label, (L, B) in smaller.items() if len(L)}
+    full, fitted_again = _full(fit, list(reduced.values()), list(reduced))
     models = [full]
     rows = [(*_sizes(full, fit.nobs), np.nan, np.nan, np.nan)]
-    for L, B in smaller.values():
-        model = fit_columns(fit, B) if len(L) else full
+    for label, (L, _) in smaller.items():
+        model = reduced.get(label, full)
         models.append(model)
         test_of = _ratio(model, full) if len(L) else (np.nan, 0, np.nan)
         rows.append((*_sizes(model, fit.nobs), *test_of))
@@ -330,6 +387,7 @@ def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None
     labels = ["<none>", *smaller]
     table = pd.DataFrame(rows, columns=columns, index=pd.Index(labels, dtype=object))
     notes += untestable_notes(table)
+    notes += fitted_again
     notes += _quality_notes(models, labels)
     heading = f"Single terms left out, likelihood-ratio tests\n{fit.formula}"
     return TestTable(heading, table, tuple(notes))

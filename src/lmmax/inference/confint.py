@@ -120,6 +120,7 @@ def _bootstrap(
     chosen = names
     if asked is not None:
         coefficients = set(fit.design.x_names)
+        groups = {"fixed", "random"}.intersection(asked).difference(names)
         for name in asked:
             if name not in (*names, "fixed", "random"):
                 raise ValueError(
@@ -129,6 +130,6 @@ def _bootstrap(
         chosen = [
             name
             for name in names
-            if name in asked or ("fixed" if name in coefficients else "random") in asked
+            if name in asked or ("fixed" if name in coefficients else "random") in groups
         ]
     return bootstrap(fit, **options).conf_int(alpha, kind=kind).loc[chosen]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from ..identifiability import Unidentified
     from ..results import Fit
 
 METHODS = (
@@ -33,10 +34,17 @@ METHODS = (
     "normal",
 )
 DEFAULT = "satterthwaite"
+CERTAIN = 1e-14
+"""A variance whose own variance, relative to its square, is smaller than this is known: degrees of
+freedom beyond that number are rounding, and no test tells them from infinitely many."""
 
 
 class HypothesisError(ValueError):
     """A hypothesis that does not fit the model's coefficients."""
+
+
+class AdjustmentWarning(UserWarning):
+    """A method for small samples that has no number for some of what it was asked."""
 
 
 class JointTest(NamedTuple):
@@ -60,11 +68,21 @@ class Denominator(ABC):
 
     Attributes:
         method: its name.
-        cov: covariance of the coefficients of the columns of X that were kept, (p, p).
+        to_x: from coordinates in which the columns of X that were kept are orthonormal, or whitened
+            ones, to their coefficients, (p, p).
+        cov_x: covariance of the coefficients in these coordinates, (p, p).
+        limits: why some hypotheses may have no standard error or test (NaN), and the remedy.
     """
 
     method: str
-    cov: np.ndarray
+    to_x: np.ndarray
+    cov_x: np.ndarray
+    limits: str = ""
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Covariance of the coefficients of the columns of X that were kept, (p, p)."""
+        return self.to_x @ self.cov_x @ self.to_x.T
 
     @abstractmethod
     def degrees(self, L: np.ndarray) -> np.ndarray:
@@ -80,8 +98,42 @@ class Denominator(ABC):
         """
 
     def errors(self, L: np.ndarray) -> np.ndarray:
-        """Return the standard errors of ``L beta``, (r,)."""
-        return np.sqrt(np.maximum(np.einsum("ij,ij->i", L @ self.cov, L), 0.0))
+        """Return the standard errors of ``L beta``, (r,); NaN where there is none."""
+        variances = self._variances(L @ self.to_x)
+        return np.sqrt(np.where(variances >= 0.0, variances, np.nan))
+
+    def _variances(self, x: np.ndarray) -> np.ndarray:
+        """Return the variances of contrasts ``x (r, p)``, NaN where there is none."""
+        return np.einsum("ij,ij->i", x @ self.cov_x, x)
+
+    def _jointly(self, basis: np.ndarray) -> np.ndarray:
+        """Return the covariance of orthonormal contrasts ``(r, p)``, NaN where there is none."""
+        return basis @ self.cov_x @ basis.T
+
+    def wald(self, L: np.ndarray, difference: np.ndarray) -> float:
+        """Return ``difference' (L cov L')^-1 difference``; NaN unless that is positive definite.
+
+        Raises:
+            HypothesisError: if the hypotheses are linearly dependent.
+        """
+        sizes = np.max(np.abs(L), axis=0, initial=0.0)
+        scaled = L / np.where(sizes > 0.0, sizes, 1.0)
+        rank = int(np.linalg.matrix_rank(scaled / np.linalg.norm(scaled, axis=1, keepdims=True)))
+        if rank < len(L):
+            raise HypothesisError(
+                f"the {len(L)} hypotheses are linearly dependent (rank {rank}); leave out the "
+                "redundant ones"
+            )
+        basis, R, sizes = orthonormal(L @ self.to_x)
+        V = self._jointly(basis)
+        if not np.isfinite(V).all():
+            return float("nan")
+        unit = np.sqrt(np.where(np.diag(V) > 0.0, np.diag(V), 1.0))
+        values, vectors = np.linalg.eigh(V / np.outer(unit, unit))
+        if values[0] <= len(V) * np.finfo(float).eps * values[-1]:
+            return float("nan")
+        along = vectors.T @ (np.linalg.solve(R.T, difference / sizes) / unit)
+        return float(np.sum(along**2 / values))
 
 
 def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
@@ -101,32 +153,77 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
         >>> denominator(fit).degrees(np.eye(4)).round(2).tolist()
         [257.81, 42.0, 42.0, 224.0]
     """
-    from . import between_within, kenward_roger
-
     name = DEFAULT if ddf is None else ddf
     if name not in METHODS:
         raise ValueError(f"ddf={ddf!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
-    beta_cov = fit.scale * fit.estimates.beta_unscaled
-    if not np.isfinite(beta_cov).all():
+    p = len(fit.estimates.beta)
+    to_x = fit.layout.fixed.inverse
+    cov_x = fit.scale * np.asarray(fit.estimates.solution.point.at.beta_inverse)[:p, :p]
+    if not np.isfinite(cov_x).all():
         # The fit failed; its tables print all the same.
-        return Fixed(name, beta_cov, np.full(len(beta_cov), np.nan))
+        return Fixed(name, cov_x, np.full(p, np.nan), to_x)
+    found = _denominator(fit, name, cov_x)
+    return found if fit.unidentified is None else Partial(found, fit.unidentified)
+
+
+def _denominator(fit: Fit, name: str, cov_x: np.ndarray) -> Denominator:
+    """Return a method as if all variances were identified."""
+    from . import between_within, kenward_roger
+
+    p, to_x = len(cov_x), fit.layout.fixed.inverse
     if name == "satterthwaite":
         return Satterthwaite(fit)
     if name in ("kenward-roger", "kenward-roger-linear"):
         return kenward_roger.KenwardRoger(fit, linear=name.endswith("linear"))
     if name == "between-within":
-        return Fixed(name, beta_cov, between_within.degrees(fit))
+        return Fixed(name, cov_x, between_within.degrees(fit), to_x)
     if name == "residual":
-        return Fixed(name, beta_cov, np.full(len(beta_cov), float(fit.df_resid)))
-    return Fixed(name, beta_cov, np.full(len(beta_cov), np.inf))
+        return Fixed(name, cov_x, np.full(p, float(fit.df_resid)), to_x)
+    return Fixed(name, cov_x, np.full(p, np.inf), to_x)
+
+
+class Partial(Denominator):
+    """A method for a fit some of whose variances are not identified.
+
+    Tests of coefficients that depend on them have no number, NaN; the others are the method's own.
+    """
+
+    def __init__(self, inner: Denominator, unidentified: Unidentified) -> None:
+        """Take the method and what is not identified."""
+        self.inner, self.unidentified = inner, unidentified
+        self.method, self.limits = inner.method, inner.limits
+        self.to_x, self.cov_x = inner.to_x, inner.cov_x
+
+    def errors(self, L: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        return np.where(self.unidentified.concerns(L), np.nan, self.inner.errors(L))
+
+    def degrees(self, L: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        return np.where(self.unidentified.concerns(L), np.nan, self.inner.degrees(L))
+
+    def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
+        """See :class:`Denominator`."""
+        if self.unidentified.concerns_jointly(L):
+            return JointTest(np.nan, len(L), np.nan, np.nan)
+        return self.inner.joint(L, difference)
+
+    def wald(self, L: np.ndarray, difference: np.ndarray) -> float:
+        """See :class:`Denominator`."""
+        if self.unidentified.concerns_jointly(L):
+            return float("nan")
+        return self.inner.wald(L, difference)
 
 
 class Fixed(Denominator):
     """Degrees of freedom that each coefficient has by itself; the least of a contrast's count."""
 
-    def __init__(self, method: str, cov: np.ndarray, each: np.ndarray) -> None:
-        """Take the degrees of freedom of each coefficient, (p,)."""
-        self.method, self.cov, self.each = method, cov, each
+    def __init__(
+        self, method: str, cov_x: np.ndarray, each: np.ndarray, to_x: np.ndarray | None = None
+    ) -> None:
+        """Take the degrees of freedom of each coefficient, (p,); without to_x cov_x is theirs."""
+        self.method, self.cov_x, self.each = method, cov_x, each
+        self.to_x = np.eye(len(cov_x)) if to_x is None else to_x
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`."""
@@ -134,7 +231,7 @@ class Fixed(Denominator):
 
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """See :class:`Denominator`."""
-        F = wald_form(L @ self.cov @ L.T, difference) / len(L)
+        F = self.wald(L, difference) / len(L)
         return f_test(F, len(L), float(np.min(self.degrees(L))))
 
 
@@ -146,8 +243,7 @@ class Satterthwaite(Denominator):
     def __init__(self, fit: Fit) -> None:
         """Take what is needed from a fit."""
         Phi, P, to_x = fit.covariance_slopes
-        self.to_x, self.Phi = to_x, Phi
-        self.cov = to_x @ Phi @ to_x.T
+        self.to_x, self.cov_x = to_x, Phi
         self.slopes = np.einsum("xy,cyz,zw->cxw", Phi, P, Phi, optimize=True)
         self.variance_cov = fit.estimates.slope_cov
         self.known = fit.estimates.n_free <= fit.estimates.contrasts
@@ -155,14 +251,12 @@ class Satterthwaite(Denominator):
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`."""
         x = L @ self.to_x
-        f = np.einsum("ix,ix->i", x @ self.Phi, x)
+        f = np.einsum("ix,ix->i", x @ self.cov_x, x)
         g = np.stack([np.einsum("ix,ix->i", x @ slope, x) for slope in self.slopes], axis=1)
         variance = np.einsum("ic,cd,id->i", g, self.variance_cov, g)
         if not self.known:
             return np.full(len(L), np.nan)
-        # Without any free variance parameter the variance is known, and the test is the normal one.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(variance > 0.0, 2.0 * f**2 / variance, np.inf)
+        return matched_degrees(f, variance)
 
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """See :class:`Denominator`.
@@ -170,11 +264,22 @@ class Satterthwaite(Denominator):
         The F statistic is the mean of squares of r uncorrelated t statistics, each with its own
         degrees of freedom; those of F give it the expectation of that mean.
         """
-        V = L @ self.cov @ L.T
-        F = wald_form(V, difference) / len(L)
+        F = self.wald(L, difference) / len(L)
+        x = L @ self.to_x
+        V = x @ self.cov_x @ x.T
         # Principal axes of L beta as it is given: of the choices that one has, that of lmerTest.
         _, vectors = np.linalg.eigh(V)
         return f_test(F, len(L), float(combined(self.degrees(vectors.T @ L))))
+
+
+def matched_degrees(f: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Return the degrees of freedom ``2 f^2 / variance`` of variances f that are uncertain by that.
+
+    Infinite where f is known, as without any free variance parameter: the test is the normal one.
+    What is not known either (NaN), of fits that stopped before they converged, stays so.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(variance <= CERTAIN * f**2, np.inf, 2.0 * f**2 / variance)
 
 
 def combined(nu: np.ndarray) -> np.ndarray:
@@ -185,28 +290,19 @@ def combined(nu: np.ndarray) -> np.ndarray:
         excess = np.sum(2.0 / (nu - 2.0), axis=-1)
         found = np.where(excess > 0.0, 2.0 * (1.0 + nu.shape[-1] / excess), np.inf)
     found = np.where((nu <= 2.0).any(-1), 2.0, found)
-    return np.asarray(np.where(equal | (nu.shape[-1] == 1), nu[..., 0], found))
+    found = np.where(equal | (nu.shape[-1] == 1), nu[..., 0], found)
+    return np.asarray(np.where(np.isnan(nu).any(-1), np.nan, found))
 
 
-def wald_form(V: np.ndarray, difference: np.ndarray) -> float:
-    """Return ``difference' V^-1 difference``.
+def orthonormal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return an orthonormal basis (r, p) of rows ``x (r, p)``, and R and sizes (r,) of the rows.
 
-    Raises:
-        HypothesisError: if V is singular.
+    ``x = sizes R' basis``: contrasts of covariates far from zero are nearly parallel, and
+    this loses none of the digits that tell them apart.
     """
-    unit = np.sqrt(np.diag(V))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = V / np.outer(unit, unit)
-    if not np.isfinite(scaled).all():
-        return float("nan")
-    rank = int(np.linalg.matrix_rank(scaled, hermitian=True))
-    if rank < len(V):
-        raise HypothesisError(
-            f"the {len(V)} hypotheses are linearly dependent (rank {rank}); leave out the "
-            "redundant ones"
-        )
-    scaled_difference = difference / unit
-    return float(scaled_difference @ np.linalg.solve(scaled, scaled_difference))
+    sizes = np.linalg.norm(x, axis=1)
+    Q, R = np.linalg.qr((x / sizes[:, None]).T)
+    return Q.T, R, sizes
 
 
 def f_test(F: float, df_num: int, df_den: float) -> JointTest:

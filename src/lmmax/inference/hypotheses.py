@@ -1,12 +1,25 @@
 """What an analysis of variance tests: for each fixed-effects term a matrix L, ``L beta = 0``.
 
-``X = X_kept A`` expresses the aliased columns by those that were kept, and ``X_kept = Q R`` with
-orthonormal Q holds all that matters of the rows.  The overparametrised design of SAS has an
-indicator for every cell of a term's categorical factors, times its numeric factors.  Its columns
-are ``X M``, where M follows from the codings alone, so no such design is ever made.
+The overparametrised design of SAS has an indicator for every cell of a term's categorical factors,
+times its numeric factors.  Its columns are ``X M``, where M follows from the codings alone, and
+``X = Q R A`` holds all that matters of the rows, so no such design is ever made.  A expresses the
+aliased columns by those that were kept, whose coordinates R are those of orthonormal columns Q; its
+columns are those of ``W = R A M``, in as many coordinates as coefficients can be estimated.
 
-Sources: SAS/STAT User's Guide, "The Four Types of Estimable Functions"; Kuznetsova, Brockhoff and
-Christensen (2017), J. Stat. Softw. 82(13), for their meaning in mixed models.
+The estimable functions are ``a' W``.  A hypothesis on a term is a space of these, of the vectors a,
+that follows from W alone, whatever coefficients the terms were coded by and whichever columns were
+dropped as aliased.  With ``W = [W_o, W_t, W_c]`` for the other terms, the term itself, and those
+that do not count as other (the later ones for type I, the terms that contain it for II and III):
+
+* types I and II: what ``W_t`` adds to the span of ``W_o``;
+* type III: those a in the complement of ``W_o`` whose functions ``a' W`` are orthogonal to all that
+  involve ``W_c`` only.
+
+Both have as many dimensions as ``W_t`` adds to the rank of ``W_o``.
+
+Sources: SAS/STAT User's Guide, "The Four Types of Estimable Functions"; Goodnight (1978), SAS
+Technical Report R-101; Kuznetsova, Brockhoff and Christensen (2017), J. Stat. Softw. 82(13), for
+their meaning in mixed models.
 """
 
 from __future__ import annotations
@@ -14,14 +27,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from ..compress.columns import ALIAS_TOLERANCE, column_factor
-from ..compress.rows import chunk_rows
+from ..compress.columns import Dependence, column_factor
 from ..terms import CodedTerms, Element, Term
 
 if TYPE_CHECKING:
@@ -29,9 +42,11 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = np.ndarray
 SumsOfSquares = Literal["I", "II", "III"]
-RANK_TOLERANCE = 1e-8
-"""A direction of a hypothesis below this fraction of the largest, for orthonormal columns of X, is
-rounding."""
+RANK_TOLERANCE = 1e-9
+"""A column adds to the span of others if they leave more than this fraction of it: less than what
+counts as aliased, since no column that was kept for the model may be lost here."""
+ROUNDING = 1e-12
+"""A sum below this fraction of the size of its terms is zero."""
 
 # A coordinate: the numeric columns that are multiplied, and the levels, never a first one, that
 # must be met.  Each column of a design is one combination of these, whatever the data.
@@ -46,7 +61,7 @@ class Cells:
     Attributes:
         M: its columns as combinations of those of X, (p, c).
         slices: columns of each term, by label; those of the intercept under "".
-        plain: whether a column is among those of treatment coding, (c,).
+        plain: whether a column is among those of treatment coding in every factor, (c,).
         names: names of the columns, such as ``f[a]:x``, (c,).
     """
 
@@ -77,16 +92,13 @@ def cells(coded: CodedTerms) -> Cells:
     slices = {}
     for term in coded.terms:
         start = len(wanted)
-        reduced = _reduced(term)
         for product, levels in _cells_of(coded, term):
             units = {
                 factor: np.arange(len(coded.codings[factor].levels)) == level
                 for factor, level in levels.items()
             }
             wanted.append(_coordinates(product, units))
-            plain.append(
-                all(level > 0 or factor not in reduced for factor, level in levels.items())
-            )
+            plain.append(all(level > 0 for level in levels.values()))
             names.append(_name(coded, term, product, levels))
         slices[term.label if term.factors else ""] = slice(start, len(wanted))
     rows: dict[_Coordinate, int] = {}
@@ -145,18 +157,6 @@ def _cells_of(coded: CodedTerms, term: Term) -> Iterator[tuple[_Product, dict[st
             yield product, levels
 
 
-def _reduced(term: Term) -> set[str]:
-    """Return the factors that lose a level in a term.
-
-    If the term's columns are of several shapes, because terms that it contains are not in the
-    model, none does: what is redundant is then found from the columns.
-    """
-    shapes = {frozenset((e.factor, e.reduced) for e in elements) for elements in term.elements}
-    if len(shapes) == 1 and {name for name, _ in next(iter(shapes))} == set(term.factors):
-        return {name for name, reduced in next(iter(shapes)) if reduced}
-    return set()
-
-
 def _name(coded: CodedTerms, term: Term, product: _Product, levels: Mapping[str, int]) -> str:
     """Return the name of a cell."""
     numeric = dict(product)
@@ -197,7 +197,7 @@ class FixedTerms:
         coded: the terms and their columns.
         kept: columns of X that are not aliased, (p,).
         A: all columns by those that are kept, ``X = X_kept A``, (p, p_all).
-        R: triangular, ``X_kept = Q R``, (p, p).
+        R: these in orthonormal coordinates, ``X_kept = Q R``, (p, p).
     """
 
     coded: CodedTerms
@@ -211,16 +211,17 @@ class FixedTerms:
         return cells(self.coded)
 
     @cached_property
-    def G(self) -> Array:
-        """Columns of the overparametrised design by those of X that are kept, (p, c)."""
-        G = self.A @ self.cells.M
-        whole = np.abs(self.A) @ np.abs(self.cells.M)
-        return np.where(np.abs(G) <= ALIAS_TOLERANCE * whole, 0.0, G)
+    def W(self) -> Array:
+        """The overparametrised design in orthonormal coordinates, ``Q' X M``, (p, c)."""
+        T = self.R @ self.A
+        W = T @ self.cells.M
+        whole = np.linalg.norm(T, axis=0) @ np.abs(self.cells.M)
+        return np.where(np.linalg.norm(W, axis=0) <= ROUNDING * whole, 0.0, W)
 
     @cached_property
     def empty(self) -> tuple[str, ...]:
         """Names of the cells that have no observation."""
-        zero = ~np.any(self.G, axis=0)
+        zero = ~np.any(self.W, axis=0)
         return tuple(itertools.compress(self.cells.names, zero))
 
     def columns(self, term: Term) -> Array:
@@ -231,93 +232,67 @@ class FixedTerms:
     def test(self, kind: SumsOfSquares) -> dict[str, Array]:
         """Return the hypothesis of each term, ``L (r, p)`` of full row rank, by its label.
 
-        No row is left, r = 0, of a term that the terms before it alias.
+        No row is left, r = 0, of a term of which the other terms hold all.
         """
-        terms = self.coded.named
-        # The rows that stand for a hypothesis are those of lmerTest: Satterthwaite's degrees of
-        # freedom of a joint test depend on them.
-        if kind == "I" or len(terms) == 1:
-            found = {term.label: self._sequential(term, ()) for term in terms}
-        elif kind == "II":
-            found = {
-                term.label: self._sequential(term, containing) if containing else self._alone(term)
-                for term in terms
-                for containing in [self.coded.containing(term)]
-            }
-        else:
-            found = self._type_three()
-        return {label: self.independent(L) for label, L in found.items()}
+        return {term.label: self._hypothesis(term, kind) for term in self.coded.named}
 
-    def _alone(self, term: Term) -> Array:
-        """Return the hypothesis that all coefficients of a term are zero."""
-        return np.eye(len(self.kept))[self.columns(term)]
+    def by_coefficients(self, term: Term) -> bool:
+        """Return whether a type II hypothesis is that on the coefficients of the term's columns.
 
-    def _sequential(self, term: Term, last: Sequence[Term]) -> Array:
-        """Return a term's rows of the factor of X, in the order in which columns are fitted.
-
-        That is the order of the columns, or, if there are terms to come last, all others first and
-        then the term and these.
+        That is what lmerTest tests.  It may be another one where columns were dropped, or are
+        coded without regard to a term beside them.
         """
+        last = {other.label for other in self.coded.containing(term)}
         here = self.columns(term)
-        order = np.arange(len(self.kept))
-        triangle = self.R
-        if last:
-            later = [here, *(self.columns(other) for other in last)]
-            order = np.concatenate([np.setdiff1d(order, np.concatenate(later)), *later])
-            triangle = np.asarray(np.linalg.qr(self.R[:, order], mode="r"))
-        L = np.empty_like(triangle)
-        L[:, order] = triangle / np.diag(triangle)[:, None]
-        return L[np.isin(order, here)]
+        later = [self.columns(other) for other in self.coded.named if other.label in last]
+        others = np.setdiff1d(np.arange(len(self.kept)), np.concatenate([here, *later]))
+        theirs = _added(_basis(self.R[:, others]), self.R[:, here])
+        rest, own = self._split(term, last)
+        ours = _added(rest, own)
+        return theirs.shape == ours.shape and _added(ours, theirs).shape[1] == 0
 
-    def _type_three(self) -> dict[str, Array]:
-        """Return type III hypotheses, from the general form of estimable functions.
+    def _last(self, term: Term, kind: SumsOfSquares) -> set[str]:
+        """Return the labels of the terms that a term is not adjusted for."""
+        if kind == "I":
+            labels = [other.label for other in self.coded.named]
+            return set(labels[labels.index(term.label) + 1 :])
+        return {other.label for other in self.coded.containing(term)}
 
-        A column of ``form`` holds what one coefficient of treatment coding is, in terms of the
-        cells' effects; those of a term are made orthogonal to those of the terms that contain it.
-        """
-        chosen = self._treatment_columns()
-        to_treatment = np.linalg.inv(self.G[:, chosen])
-        form = np.ascontiguousarray((to_treatment @ self.G).T)
-        at = {
-            label: np.flatnonzero((chosen >= here.start) & (chosen < here.stop))
+    def _split(self, term: Term, last: AbstractSet[str]) -> tuple[Array, Array]:
+        """Return a basis of what a term is adjusted for, (p, r_o), and its own cells, (p, c_t)."""
+        others = [
+            self.W[:, here]
             for label, here in self.cells.slices.items()
-        }
-        for term in sorted(self.coded.named, key=lambda term: -len(term.factors)):
-            containing = [at[other.label] for other in self.coded.containing(term)]
-            if containing:
-                others, here = form[:, np.concatenate(containing)], at[term.label]
-                part, *_ = np.linalg.lstsq(others, form[:, here], rcond=None)
-                form[:, here] -= others @ part
-        return {
-            term.label: form[np.ix_(chosen, at[term.label])].T @ to_treatment
-            for term in self.coded.named
-        }
+            if label != term.label and label not in last
+        ]
+        own = self.W[:, self.cells.slices[term.label]]
+        return _basis(np.hstack([own[:, :0], *others])), own
 
-    def _treatment_columns(self) -> Array:
-        """Return cells that serve as columns of X in treatment coding, (p,)."""
-        candidates = np.flatnonzero(self.cells.plain)
-        p = len(self.kept)
-        if len(candidates) == p and len(self.kept) == self.A.shape[1]:
-            return candidates
-        chosen = _independent_columns(self.R @ self.G[:, candidates])
-        return candidates[chosen]
-
-    def independent(self, L: Array) -> Array:
-        """Return rows that span the same hypotheses, none of them redundant.
-
-        Judged in coordinates in which the columns of X are orthonormal.
-        """
-        if not len(L):
-            return L
-        rows = np.linalg.solve(self.R.T, L.T).T
-        sizes = np.linalg.norm(rows, axis=1)
-        real = sizes > RANK_TOLERANCE * max(np.max(sizes), np.finfo(float).tiny)
-        L, rows = L[real], rows[real] / sizes[real, None]
-        left, values, _ = np.linalg.svd(rows, full_matrices=False)
-        rank = int(np.sum(values > RANK_TOLERANCE * np.max(values, initial=0.0)))
-        if rank == len(L):
-            return L
-        return (left[:, :rank] / sizes[real, None]).T @ L
+    def _hypothesis(self, term: Term, kind: SumsOfSquares) -> Array:
+        last = self._last(term, kind)
+        rest, own = self._split(term, last)
+        a = _added(rest, own)
+        r = a.shape[1]
+        if kind == "III" and last:
+            containing = np.hstack([self.W[:, self.cells.slices[label]] for label in sorted(last)])
+            pure = _added(np.hstack([rest, a]), containing)
+            both = np.hstack([own, containing]).T
+            a = a - pure @ np.linalg.lstsq(both @ pure, both @ a, rcond=None)[0]
+        # Satterthwaite's degrees of freedom of a joint test depend on the rows that stand for a
+        # hypothesis: those of lmerTest in treatment coding, where they are a basis of it, and
+        # else an orthonormal one, of which all have the same degrees of freedom.
+        plain = self.cells.plain[self.cells.slices[term.label]]
+        for chosen in (own[:, plain], own):
+            if chosen.shape[1] == r and _added(rest, chosen).shape[1] == r:
+                if kind == "I" or (kind == "II" and last) or len(self.coded.named) == 1:
+                    Q, triangle = np.linalg.qr(_without(rest, chosen))
+                    a = Q / np.diag(triangle)
+                else:
+                    a = np.linalg.solve(a.T @ chosen, a.T).T
+                break
+        L = a.T @ self.R
+        sizes = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(self.R, axis=0))
+        return np.where(np.abs(L) <= ROUNDING * sizes, 0.0, L)
 
     def without(self, term: Term) -> tuple[Array, Array]:
         """Return what leaving out a term means.
@@ -326,17 +301,47 @@ class FixedTerms:
             The hypothesis L (r, p), and B (p, p - r): the columns of the smaller model are
             ``X_kept B``.
         """
-        here = self.cells.slices[term.label]
-        rest = np.delete(np.arange(self.G.shape[1]), np.r_[here])
-        B = self.G[:, rest]
+        rest, _ = self._split(term, frozenset())
+        L = self._hypothesis(term, "II")
         others = np.setdiff1d(np.arange(len(self.kept)), self.columns(term))
-        outside = np.delete(B, others, axis=0)
-        if not np.any(np.abs(outside) > RANK_TOLERANCE):
+        if len(others) == rest.shape[1] and not _added(rest, self.R[:, others]).shape[1]:
             # Nothing of the term is left in the others: its columns are what is tested.
-            return self._alone(term), np.eye(len(self.kept))[:, others]
-        B = B[:, _independent_columns(self.R @ B)]
-        left, _, _ = np.linalg.svd(self.R @ B)
-        return left[:, B.shape[1] :].T @ self.R, B
+            return L, np.eye(len(self.kept))[:, others]
+        cells = np.delete(np.arange(self.W.shape[1]), np.r_[self.cells.slices[term.label]])
+        cells = cells[_independent_columns(self.W[:, cells])]
+        B = self.A @ self.cells.M[:, cells]
+        whole = np.abs(self.A) @ np.abs(self.cells.M[:, cells])
+        return L, np.where(np.abs(B) <= ROUNDING * whole, 0.0, B)
+
+
+def _basis(columns: Array) -> Array:
+    """Return an orthonormal basis of the span of columns."""
+    return _added(columns[:, :0], columns)
+
+
+def _added(basis: Array, columns: Array) -> Array:
+    """Return an orthonormal basis of what columns add to the span of an orthonormal basis.
+
+    Each column counts in units of its own size.
+    """
+    from scipy.linalg import qr
+
+    sizes = np.linalg.norm(columns, axis=0)
+    real = sizes > 0.0
+    left = _without(basis, columns[:, real] / sizes[real])
+    if not left.size:
+        return left[:, :0]
+    Q, R, _ = qr(left, mode="economic", pivoting=True)
+    rank = int(np.sum(np.abs(np.diag(R)) > RANK_TOLERANCE))
+    # Little may be left of all columns: then what is left is orthogonal to rounding of the whole.
+    return np.asarray(np.linalg.qr(_without(basis, Q[:, :rank]))[0])
+
+
+def _without(basis: Array, columns: Array) -> Array:
+    """Return columns without their parts in the span of an orthonormal basis."""
+    for _ in range(2):  # twice is enough (Giraud et al., 2005)
+        columns = columns - basis @ (basis.T @ columns)
+    return columns
 
 
 def _independent_columns(columns: Array) -> Array:
@@ -349,7 +354,7 @@ def _independent_columns(columns: Array) -> Array:
         for _ in range(2):  # twice is enough (Giraud et al., 2005)
             rest = rest - basis @ (basis.T @ rest)
         left = np.linalg.norm(rest)
-        if left > ALIAS_TOLERANCE * size and len(chosen) < len(columns):
+        if left > RANK_TOLERANCE * size and len(chosen) < len(columns):
             basis = np.column_stack([basis, rest / left])
             chosen.append(j)
     return np.array(chosen, dtype=int)
@@ -357,21 +362,22 @@ def _independent_columns(columns: Array) -> Array:
 
 def fixed_terms(fit: Fit) -> FixedTerms:
     """Return the fixed-effects terms of a fit; the rows are seen only if weighted or aliased."""
-    design, kept = fit.design, fit.layout.fixed.kept
-    X = design.X
-    p_all = X.shape[1]
-    factor = fit.layout.fixed
-    if fit.layout.weights is not None:
+    layout, R = fit.layout, fit.layout.fixed.R
+    if layout.weights is not None:
         # Sums of squares of X are not weighted, as in lmerTest.
-        factor = column_factor(X if len(kept) == p_all else X[:, kept], None)
-    A = np.eye(p_all)[kept]
-    aliased = np.setdiff1d(np.arange(p_all), kept)
-    if len(aliased):
-        step = chunk_rows(p_all)
-        products = np.zeros((len(kept), len(aliased)))
-        for start in range(0, len(X), step):
-            rows = X[start : start + step]
-            products += (rows[:, kept] @ factor.inverse).T @ rows[:, aliased]
-        A[:, aliased] = factor.inverse @ products
-        A[np.abs(A) < ALIAS_TOLERANCE * np.max(np.abs(A), axis=0)] = 0.0
-    return FixedTerms(design.terms, kept, A, factor.R)
+        R = column_factor(layout.X[:, layout.fixed.kept], None).R
+    return terms_of_columns(fit.design.terms, R, layout.dependence)
+
+
+def terms_of_columns(coded: CodedTerms, R: Array, dependence: Dependence) -> FixedTerms:
+    """Return terms with all that matters of their columns.
+
+    Args:
+        coded: the terms.
+        R: factor of the columns kept, without weights, (p, p).
+        dependence: the others by these.
+    """
+    kept, aliased = dependence.kept, dependence.aliased
+    A = np.zeros((len(kept), len(kept) + len(aliased)))
+    A[:, kept], A[:, aliased] = np.eye(len(kept)), dependence.A
+    return FixedTerms(coded, kept, A, R)

@@ -15,6 +15,7 @@ likelihood itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,18 +23,17 @@ import pandas as pd
 
 from ..parameters import unpack_symmetric
 from .arguments import as_fit
+from .inverse import RANK, Inverse, inverted
 from .parameters import VarianceParameters
 
 if TYPE_CHECKING:
     from ..results import Fit
 
 KINDS = ("observed", "expected")
-STEP = 1e-4
-"""Step of differences in the variance parameters, in standard errors."""
 
 
 def score(fit: Fit) -> np.ndarray:
-    """Return the slope of the log-likelihood in (vech Psi, scale), (q (q + 1) / 2 + 1,)."""
+    """Return the slope of the log-likelihood in (vech of the working Psi, scale)."""
     at = fit.sensitivity
     total = np.einsum("x,cxy,y->c", at.v, at.P, at.v) - at.trace
     if fit.reml:
@@ -68,30 +68,79 @@ def information(fit: Fit, kind: str = "observed", parameters: str = "natural") -
     Source: Lindstrom and Bates (1988), JASA 83, 1014-1022; Harville (1977), JASA 72, 320-338.
     """
     as_fit(fit)
+    found = joint_information(fit, kind, parameters)
+    values = found.forward.T @ found.matrix @ found.forward
+    return pd.DataFrame(0.5 * (values + values.T), index=found.names, columns=found.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Information:
+    """An information matrix in coordinates whose units and origins are not the user's.
+
+    Attributes:
+        names: coefficients that were kept and variance parameters, (k,).
+        matrix: in whitened coefficients and steady coordinates, (k, k).
+        size: the information that each would have by itself, (k,).
+        forward: derivatives of the coordinates in the parameters, (k, k).
+        back: those of the parameters in the coordinates, (k, k).
+        white: lower triangular, ``white white' = X' Sigma^-1 X`` for orthonormal X, (p, p).
+    """
+
+    names: list[str]
+    matrix: np.ndarray
+    size: np.ndarray
+    forward: np.ndarray
+    back: np.ndarray
+    white: np.ndarray
+
+    @cached_property
+    def inverse(self) -> Inverse:
+        """The inverse in these coordinates."""
+        return inverted(self.matrix, self.size)
+
+    def in_user_units(self, covariance: np.ndarray) -> pd.DataFrame:
+        """Return a covariance (k, k) of the parameters; NaN for those that the data do not tell."""
+        values = self.back @ covariance @ self.back.T
+        lost = ~self.inverse.tells(self.back)
+        values[lost] = values[:, lost] = np.nan
+        return pd.DataFrame(values, index=self.names, columns=self.names)
+
+
+def joint_information(fit: Fit, kind: str, parameters: str) -> Information:
+    """Return the information of :func:`information` before it is brought to the user's units."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; use 'observed' or 'expected'")
     chosen, at = _parameters(fit, parameters), fit.sensitivity
-    to_own = np.linalg.inv(at.to_x)
+    steady = chosen.steady
     traces = at.restricted_traces if fit.reml else at.traces
-    J = chosen.slope
+    J, p = steady.slope, len(at.to_x)
+    # The coefficients whitened, their information is the identity.
+    white = np.linalg.cholesky(at.precision[:-1, :-1])
     if kind == "expected":
         own = 0.5 * J.T @ traces @ J
-        cross = np.zeros((len(to_own), len(own)))
+        cross = np.zeros((p, len(own)))
     else:
         forms = np.einsum("x,cdxy,y->cd", at.v, at.Q, at.v, optimize=True)
-        own = J.T @ (forms - 0.5 * traces) @ J - np.tensordot(score(fit), chosen.bend, 1)
-        cross = to_own.T @ (at.P @ at.v)[:, :-1].T @ J
-    fixed = to_own.T @ at.precision[:-1, :-1] @ to_own
-    names = [*(fit.design.x_names[j] for j in fit.layout.fixed.kept), *chosen.names]
-    values = np.block([[fixed, cross], [cross.T, own]])
-    return pd.DataFrame(0.5 * (values + values.T), index=names, columns=names)
+        own = J.T @ (forms - 0.5 * traces) @ J - np.tensordot(score(fit), steady.bend, 1)
+        cross = np.linalg.solve(white, (at.P @ at.v)[:, :-1].T @ J)
+    matrix = np.block([[np.eye(p), cross], [cross.T, own]])
+    size = np.concatenate([np.ones(p), 0.5 * np.diag(J.T @ at.traces @ J)])
+    nothing = np.zeros((p, len(own)))
+    return Information(
+        [*(fit.design.x_names[j] for j in fit.layout.fixed.kept), *chosen.names],
+        0.5 * (matrix + matrix.T),
+        size,
+        np.block([[white.T @ fit.layout.fixed.R, nothing], [nothing.T, steady.forward]]),
+        np.block([[np.linalg.solve(white, at.to_x.T).T, nothing], [nothing.T, steady.back]]),
+        white,
+    )
 
 
 def joint_covariance(fit: Fit, kind: str = "observed", parameters: str = "natural") -> pd.DataFrame:
     """Return the covariance of the estimates of coefficients and variance parameters together.
 
-    The inverse of :func:`information`, whose arguments it has.  Directions in which it has no
-    curvature (over-parametrised models) are left out; at a singular fit prefer
+    The inverse of :func:`information`, whose arguments it has.  Parameters that the data do not
+    identify, and coefficients that depend on them, are NaN; at a singular fit prefer
     :meth:`lmmax.Fit.varcorr`, whose errors take the rank of the covariance as given.
 
     Example:
@@ -101,10 +150,15 @@ def joint_covariance(fit: Fit, kind: str = "observed", parameters: str = "natura
         >>> round(float(cov.loc["Pig: var(Intercept)", "Pig: var(Intercept)"] ** 0.5), 3)
         6.939
     """
-    matrix = information(fit, kind, parameters)
-    unit = np.sqrt(np.maximum(np.abs(np.diag(matrix)), np.finfo(float).tiny))
-    inverse = np.linalg.pinv(matrix / np.outer(unit, unit), rcond=1e-10, hermitian=True)
-    return pd.DataFrame(inverse / np.outer(unit, unit), index=matrix.index, columns=matrix.columns)
+    as_fit(fit)
+    found = joint_information(fit, kind, parameters)
+    covariance = found.in_user_units(found.inverse.covariance)
+    if fit.unidentified is not None:
+        hidden = np.zeros(len(covariance), dtype=bool)
+        p = len(fit.estimates.beta)
+        hidden[:p] = fit.unidentified.concerns(np.eye(p))
+        covariance.loc[hidden, :] = covariance.loc[:, hidden] = np.nan
+    return covariance
 
 
 def _parameters(fit: Fit, which: str) -> VarianceParameters:
@@ -181,33 +235,36 @@ def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:
 def _estimation(fit: Fit, weights: np.ndarray, residuals: np.ndarray) -> float:
     """Return what estimating the variances adds to ``tr(d fitted / d y)``.
 
-    With A the covariance of the estimates of tau and R as above, ``d tau / dy = A (R G R y)``, and
-    the fitted values are y less ``e = scale G_scale R y``, the residuals.  Along the columns of a
-    root of A, e is differenced.
+    With A the covariance of the estimates of tau, R as above and ``r_c = R G_c R y``, the slopes of
+    tau in y are ``A r``.  The fitted values are y less the residuals ``e = scale N R y``, whose
+    slopes in tau are ``-scale N r_c``, and ``e / scale`` more in the scale; N are inverse weights.
+    ``scale N R`` leaves the residuals of any response at the variances of the fit.
     """
-    from ..fit import refit_settings
+    from ..fit import residuals_given_variances
 
-    values, vectors = np.linalg.eigh(fit.estimates.variance_cov)
-    kept = values > 1e-14 * max(values[-1], np.finfo(float).tiny)
-    total, Psi = 0.0, fit.cov_re.to_numpy()
-    inside = np.zeros_like(Psi)
-    for term in fit.terms:
-        inside[term.columns, term.columns] = 1.0 if term.pattern is None else term.pattern
+    estimates, scale = fit.estimates, fit.scale
+    values, vectors = np.linalg.eigh(estimates.working_variance_cov)
+    kept = values > RANK * np.max(values, initial=0.0)
+    # Rows of R y, and by group of Z'R y.
+    smooth = weights * residuals / scale
+    sums = []
+    for at, factor in enumerate(fit.layout.factors):
+        Z = fit.layout.random_columns(at, slice(None))
+        sums.append(
+            (Z, np.stack([np.bincount(factor.codes, z * smooth, factor.n_groups) for z in Z]))
+        )
+    total = 0.0
     for direction in (vectors[:, kept] * np.sqrt(values[kept])).T:
-        change, of_scale = unpack_symmetric(direction[:-1]), direction[-1]
-        ends = []
-        for step in (STEP, -STEP):
-            moved = _nearest(Psi + step * change) * inside
-            fix = {"cov_re": moved, "scale": fit.scale + step * of_scale}
-            ends.append(refit_settings(fit, fix=fix, start=None).resid.to_numpy())
-        slope = (ends[0] - ends[1]) / (2.0 * STEP)  # of e
-        # R G R y in this direction, from e = scale R0 R y.
-        influence = weights * (of_scale * residuals / fit.scale - slope) / fit.scale
-        total -= float(influence @ slope)
+        change = unpack_symmetric(direction[:-1])
+        moved = direction[-1] * residuals / scale
+        for here, factor, (Z, by_group) in zip(
+            fit.layout.slices, fit.layout.factors, sums, strict=True
+        ):
+            effects = change[here, here] @ by_group
+            if factor.root is not None:
+                effects = effects @ factor.root @ factor.root.T
+            moved = moved + np.sum(Z * effects[:, factor.codes], axis=0)
+        left = residuals_given_variances(fit, moved)
+        influence = weights * left / scale
+        total += float(influence @ (left - direction[-1] * residuals / scale))
     return total
-
-
-def _nearest(Psi: np.ndarray) -> np.ndarray:
-    """Return the nearest positive semidefinite matrix."""
-    values, vectors = np.linalg.eigh(Psi)
-    return np.asarray((vectors * np.maximum(values, 0.0)) @ vectors.T)

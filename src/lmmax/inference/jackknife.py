@@ -13,9 +13,10 @@ from ..compress import compress, layout
 from ..compress.grouped import Statistics
 from ..compress.rows import chunk_rows, chunks, orthonormalise, project_out
 from ..constraints import read_constraints
-from ..estimation import estimate
+from ..far_apart import estimate_closely
 from ..fit import arrange, without_offset
 from ..likelihood.grouped import GroupedProblem
+from ..relationship import semidefinite_root
 from ..solve import Status
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _one_by_one(fit: Fit, factor: int, part: np.ndarray) -> BatchEstimates:
             left, codes = np.unique(grouping.codes[rows], return_inverse=True)
             root = grouping.root
             if root is not None:
-                root = np.linalg.cholesky(root[left] @ root[left].T)
+                root = semidefinite_root(root[left] @ root[left].T)
             groupings.append(
                 replace(grouping, codes=codes, levels=grouping.levels[left], root=root)
             )
@@ -205,6 +206,7 @@ def _one_by_one(fit: Fit, factor: int, part: np.ndarray) -> BatchEstimates:
         arranged = layout(smaller.X, factors, smaller.weights, fit.engine.name)
         if not np.array_equal(arranged.fixed.kept, fit.layout.fixed.kept):
             _raise_rank(fit, factor, part, which)
-        compressed = compress(without_offset(smaller), arranged)
-        found.append(estimates_of(fit, estimate(compressed, terms, settings)))
+        y = without_offset(smaller)
+        closer = estimate_closely(y, arranged, compress(y, arranged), terms, settings)
+        found.append(estimates_of(fit, closer.estimates))
     return stack(found)

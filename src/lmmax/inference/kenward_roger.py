@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .denominator import Denominator, JointTest, f_test, wald_form
+from .denominator import Denominator, JointTest, f_test, matched_degrees, orthonormal
+from .inverse import inverted
 
 if TYPE_CHECKING:
     from ..results import Fit
+
+LARGEST = 4.0
+"""Second derivatives that change a variance by more than this multiple of it correct nothing: they
+grow without bounds towards a variance of zero, where the expansion that they belong to ends."""
 
 
 class KenwardRoger(Denominator):
@@ -37,37 +42,61 @@ class KenwardRoger(Denominator):
                 f"ddf={self.method!r} is defined for REML fits, whose bias it corrects, and this "
                 "one is by maximum likelihood; fit with reml=True, or use ddf='satterthwaite'"
             )
-        at, parameters = fit.sensitivity, fit.natural_parameters
-        J = parameters.slope
+        at, steady = fit.sensitivity, fit.natural_parameters.steady
+        J = steady.slope
         self.to_x, self.Phi = at.to_x, at.Phi
         self.P = np.tensordot(J.T, at.P_x, 1)
         Q = np.einsum("ci,cdxy,dj->ijxy", J, at.Q_x, J, optimize=True)
-        self.W = _inverse(0.5 * J.T @ at.restricted_traces @ J)
+        self.inverse = inverted(
+            0.5 * J.T @ at.restricted_traces @ J, 0.5 * np.diag(J.T @ at.traces @ J)
+        )
+        self.W = self.inverse.covariance
         middle = np.einsum("ij,ijxy->xy", self.W, Q)
         middle = middle - np.einsum("ij,ixy,yz,jzw->xw", self.W, self.P, self.Phi, self.P,
                                     optimize=True)  # fmt: skip
-        if not linear:
-            curved = np.einsum("ij,cij->c", self.W, parameters.bend)
-            middle = middle - 0.25 * np.tensordot(curved, at.P_x, 1)
         adjusted = self.Phi + 2.0 * self.Phi @ middle @ self.Phi
-        self.cov = at.to_x @ (0.5 * (adjusted + adjusted.T)) @ at.to_x.T
+        self.cov_x = self.linear = 0.5 * (adjusted + adjusted.T)
+        if not linear and np.any(steady.bend):
+            curved = np.tensordot(np.einsum("ij,cij->c", self.W, steady.bend), at.P_x, 1)
+            self.cov_x = self.linear - 0.5 * self.Phi @ curved @ self.Phi
+            self.limits = (
+                "the second derivatives of the covariance structure leave no positive variance, do "
+                "not exist, or change it several times over; ddf='kenward-roger-linear' is without "
+                "them"
+            )
+
+    def _variances(self, x: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        variances = super()._variances(x)
+        linear = np.einsum("ij,ij->i", x @ self.linear, x)
+        sound = (variances > 0.0) & (np.abs(variances - linear) <= LARGEST * linear)
+        return np.where(sound, variances, np.nan)
+
+    def _jointly(self, basis: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`."""
+        V, linear = super()._jointly(basis), basis @ self.linear @ basis.T
+        if np.isfinite(V).all():
+            white = np.linalg.inv(np.linalg.cholesky(linear))
+            values = np.linalg.eigvalsh(white @ V @ white.T)
+            if values[0] > 0.0 and values[-1] <= 1.0 + LARGEST:
+                return V
+        return np.full_like(V, np.nan)
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`; for one contrast the two moments give ``2 f^2 / (g'Wg)``."""
         x = L @ self.to_x @ self.Phi
         f = np.einsum("ix,ix->i", x, L @ self.to_x)
         g = np.einsum("ix,cxy,iy->ic", x, self.P, x, optimize=True)
-        variance = np.einsum("ic,cd,id->i", g, self.W, g)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(variance > 0.0, 2.0 * f**2 / variance, np.inf)
+        df = matched_degrees(f, np.einsum("ic,cd,id->i", g, self.W, g))
+        return np.where(self.inverse.tells(g), df, np.nan)
 
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """See :class:`Denominator`; the F statistic is scaled by lambda."""
         r = len(L)
-        F = wald_form(L @ self.cov @ L.T, difference) / r
+        F = self.wald(L, difference) / r
         if r == 1:
             return f_test(F, 1, float(self.degrees(L)[0]))
-        scaling, df = self._moments(L @ self.to_x)
+        scaling, df = self._moments(orthonormal(L @ self.to_x)[0])
         return f_test(scaling * F, r, df)
 
     def _moments(self, x: np.ndarray) -> tuple[float, float]:
@@ -95,12 +124,3 @@ class KenwardRoger(Denominator):
         rho = variance / (2.0 * expectation**2)
         df = 4.0 + (r + 2.0) / (r * rho - 1.0)
         return df / (expectation * (df - 2.0)), df
-
-
-def _inverse(information: np.ndarray) -> np.ndarray:
-    """Return a (pseudo-)inverse of the information, whatever the parameters' units."""
-    unit = np.sqrt(np.maximum(np.diag(information), np.finfo(float).tiny))
-    return np.asarray(
-        np.linalg.pinv(information / np.outer(unit, unit), rcond=1e-10, hermitian=True)
-        / np.outer(unit, unit)
-    )

@@ -9,6 +9,7 @@ sums over groups of products of ``Z_i' u_i`` and ``Z_i' v_i``: no matrix of all 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -18,10 +19,12 @@ import numpy as np
 from ..compress.rows import chunk_rows
 from ..constraints import TermColumns, directions
 from ..covariances import matrix_at
+from ..matrices import Design
 from .hypotheses import Array
 
 if TYPE_CHECKING:
     from ..results import Fit
+    from .submodels import Submodel
 
 SPAN_TOLERANCE = 1e-7
 """Columns, relative to their length, and covariances closer than this to a space lie in it."""
@@ -111,14 +114,9 @@ def random_nesting(small: Fit, large: Fit) -> RandomNesting:
     ours = [(a, E) for a, hull in compared.items() for E in hull]
     theirs = [(b, E) for b, hull in enumerate(hulls) if linear[b] for E in hull]
     count = len(theirs) + 1 + SPARE
-    noise = np.random.default_rng(0)
     values: list[Array] = []
     squares: list[Array] = []
-    for _ in range(count):
-        u, v = noise.standard_normal((2, small.nobs))
-        weights = large.design.weights
-        residual = float(u @ v if weights is None else (u / weights) @ v)
-        left, right = _moments(small, u, v), _moments(large, u, v)
+    for residual, left, right in _probes(small.design, large.design, count):
         squares.append(np.concatenate([np.diag(moment) for moment in right]))
         values.append(
             np.array(
@@ -149,6 +147,52 @@ def random_nesting(small: Fit, large: Fit) -> RandomNesting:
         if linear[b]
     ]
     return _place([(np.asarray(E), size) for E, size in terms])
+
+
+def covariances_like(small: Submodel, large: Fit) -> Array:
+    """Return where a larger model has about the covariance of a smaller one's fit.
+
+    Exact if the larger model can have it; variances are not negative in any case.
+
+    Args:
+        small: the smaller model, fitted.
+        large: the larger one.
+
+    Returns:
+        Covariance of the larger model's random effects, natural units, (q, q).
+    """
+    found = np.zeros_like(np.asarray(large.cov_re))
+    if small.fit is None:
+        return found
+    fit, Psi = small.fit, np.asarray(small.fit.cov_re)
+    same = {
+        b: a
+        for a in reversed(range(len(fit.terms)))
+        for b in range(len(large.terms))
+        if _same_term(fit, a, large, b)
+    }
+    if len(set(same.values())) == len(fit.terms):
+        for b, a in same.items():
+            found[large.terms[b].columns, large.terms[b].columns] = _block(Psi, fit.terms[a])
+        return found
+    theirs = [(b, E) for b, term in enumerate(large.terms) for E in _hull(term)]
+    rows, asked = [], []
+    for residual, left, right in _probes(fit.design, large.design, len(theirs) + 1 + SPARE):
+        rows.append([*(np.sum(E * right[b]) for b, E in theirs), residual])
+        known = [np.sum(_block(Psi, term) * left[a]) for a, term in enumerate(fit.terms)]
+        asked.append(np.sum(known) + fit.scale * residual)
+    unit = np.linalg.norm(rows, axis=0)
+    weights = np.linalg.lstsq(np.array(rows) / unit, np.array(asked), rcond=None)[0] / unit
+    for weight, (b, E) in zip(weights, theirs, strict=False):
+        found[large.terms[b].columns, large.terms[b].columns] += weight * E
+    for term in large.terms:
+        values, vectors = np.linalg.eigh(_block(found, term))
+        found[term.columns, term.columns] = (vectors * values.clip(min=0.0)) @ vectors.T
+    return found
+
+
+def _block(Psi: Array, term: TermColumns) -> Array:
+    return Psi[term.columns, term.columns]
 
 
 def _place(terms: list[tuple[Array, Array]]) -> RandomNesting:
@@ -198,11 +242,23 @@ def _same_term(small: Fit, a: int, large: Fit, b: int) -> bool:
     )
 
 
-def _moments(fit: Fit, u: Array, v: Array) -> list[Array]:
+def _probes(
+    small: Design, large: Design, count: int
+) -> Iterator[tuple[float, list[Array], list[Array]]]:
+    """Yield ``u' W^-1 v`` and the moments of two models for random u and v."""
+    noise = np.random.default_rng(0)
+    for _ in range(count):
+        u, v = noise.standard_normal((2, len(small.y)))
+        weights = large.weights
+        residual = float(u @ v if weights is None else (u / weights) @ v)
+        yield residual, _moments(small, u, v), _moments(large, u, v)
+
+
+def _moments(design: Design, u: Array, v: Array) -> list[Array]:
     """Return ``sum_i Z_i'u_i v_i'Z_i`` of each term, (q, q), made symmetric."""
     found = []
-    for block in fit.design.blocks:
-        grouping = fit.design.groupings[block.grouping]
+    for block in design.blocks:
+        grouping = design.groupings[block.grouping]
         m = len(grouping.levels)
         left, right = (
             np.column_stack(

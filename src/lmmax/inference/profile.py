@@ -73,6 +73,8 @@ class _Side:
         failures: how many did.
         shown: distances of the points that the table shows.
         checked: distances of points to which zeta jumps, and of which no search found better.
+        floor: of a correlation, the least criterion with a variance of its own at zero, where the
+            correlation may be anything: no point of its profile is above that.
     """
 
     parameter: Parameter
@@ -82,6 +84,7 @@ class _Side:
     failures: int = 0
     shown: set[float] = field(default_factory=set)
     checked: set[float] = field(default_factory=set)
+    floor: Held | None = None
 
     @property
     def end(self) -> float:
@@ -104,6 +107,8 @@ class _Side:
             self.failed, self.failures = min(self.failed, t), self.failures + 1
             return
         self.failed = math.inf
+        if self.floor is not None and self.floor.value < held.value:
+            held = self.floor._replace(slope=0.0)
         if any(point.t == t and point.held.value <= held.value for point in self.points):
             return
         self.points = [point for point in self.points if point.t != t]
@@ -224,6 +229,24 @@ class Walk:
             if not parameter.note
         }
 
+        self._lay_floors()
+
+    def _lay_floors(self) -> None:
+        """Find what the criterion is where the variances of correlations are zero."""
+        above: dict[str, list[_Side]] = {}
+        tasks = []
+        for parameter in self.parameters:
+            for of_sd in [] if parameter.note else self.charts.variances(parameter):
+                if of_sd.name not in above:
+                    side = _Side(of_sd, -1, [])
+                    tasks += [(side, side.end, start) for start in self.charts.plain_starts()]
+                above.setdefault(of_sd.name, []).extend(self.sides[parameter.name])
+        for (of_sd_side, _, _), held in zip(tasks, self.search(tasks), strict=True):
+            for side in above[of_sd_side.parameter.name]:
+                known = math.inf if side.floor is None else side.floor.value
+                if held.status == Status.CONVERGED and held.value < known:
+                    side.floor = held
+
     def _found_better(self, value: float) -> None:
         note = (
             f"the criterion falls {self.least - value:.3g} below that of the fit: it is a local "
@@ -273,7 +296,7 @@ class Walk:
             if t is None or not t < math.inf or not self._suspicious(side, t, cutoff):
                 continue
             point = side.nearest(t)
-            for start in self.charts.other_starts(side.parameter):
+            for start in self.charts.other_starts(side.parameter, Place.of(point.held)):
                 tasks.append((side, point.t, start))
                 points.append(point)
         best: dict[int, tuple[_Side, _At, Held]] = {}
@@ -289,9 +312,14 @@ class Walk:
         return bool(best)
 
     def _suspicious(self, side: _Side, t: float, cutoff: float) -> bool:
-        """Return whether zeta is far from the straight line of a large sample."""
+        """Return whether zeta is far from the straight line of a large sample, or the end singular.
+
+        A singular covariance is a corner, beside which there may be other branches.
+        """
         ratio = t / (cutoff * side.parameter.step)
-        return self.charts.fit.singular or not 1.0 / STRAIGHT < ratio < STRAIGHT
+        if self.charts.fit.singular or not 1.0 / STRAIGHT < ratio < STRAIGHT:
+            return True
+        return self.charts.singular(Place.of(side.nearest(t).held))
 
     def _all_sides(self) -> list[_Side]:
         return [side for pair in self.sides.values() for side in pair]
@@ -391,9 +419,13 @@ class Walk:
                 labels.append(parameter.name)
                 zeta = sign * point.zeta if point.zeta > 0.0 else 0.0
                 rows.append([values[every.index(parameter)], zeta, rise, *values])
-        columns = ["value", "zeta", "deviance", *(parameter.name for parameter in every)]
+        own = ["parameter", "value", "zeta", "deviance"]
+        names = [parameter.name for parameter in every]
+        # A coefficient may be called as one of the table's own columns is.
+        names = [f"{name} (coefficient)" if name in own else name for name in names]
+        columns = [*own[1:], *names]
         frame = pd.DataFrame(np.reshape(rows, (len(rows), len(columns))), columns=columns)
-        frame.insert(0, "parameter", labels)
+        frame.insert(0, own[0], labels)
         return frame
 
 
@@ -649,6 +681,8 @@ def _frame(walk: Walk, cutoff: float) -> pd.DataFrame:
 
 def _notes(walk: Walk, status: Sequence[str], fit: Fit) -> tuple[str, ...]:
     notes = list(walk.notes)
+    if fit.unidentified is not None:
+        notes.append(f"{fit.unidentified}; limits enclose all values that fit as well.")
     for parameter, word in zip(walk.parameters, status, strict=True):
         if parameter.note:
             notes.append(f"{parameter.name} is {parameter.note}.")

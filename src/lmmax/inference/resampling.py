@@ -98,7 +98,10 @@ def resampled(fit: Fit, n: int, seed: int) -> Iterator[np.ndarray]:
     ):
         u = effects.modes
         if grouping.root is not None:
-            u = np.linalg.solve(grouping.root, u)
+            # Of a singular matrix, as many as there are independent ones.
+            root = _columns(grouping.root)
+            square = root.shape[1] == len(root)
+            u = np.linalg.solve(root, u) if square else np.linalg.lstsq(root, u, rcond=None)[0]
         modes.append(_rescaled(u, fit.cov_re.to_numpy()[here, here]))
     weights = np.ones(fit.nobs) if design.weights is None else design.weights
     errors = fit.resid.to_numpy() * np.sqrt(weights)
@@ -108,9 +111,15 @@ def resampled(fit: Fit, n: int, seed: int) -> Iterator[np.ndarray]:
         effects_drawn = []
         for u, grouping in zip(modes, design.groupings, strict=True):
             drawn = u[rng.integers(len(u), size=len(u))]
-            effects_drawn.append(drawn if grouping.root is None else grouping.root @ drawn)
+            root = grouping.root
+            effects_drawn.append(drawn if root is None else _columns(root) @ drawn)
         drawn = errors[rng.integers(len(errors), size=len(errors))] / np.sqrt(weights)
         yield mean + spread_effects(fit, effects_drawn) + drawn
+
+
+def _columns(root: np.ndarray) -> np.ndarray:
+    """Return the columns of a root of a relationship matrix that are not zero, (m, rank)."""
+    return root[:, root.any(axis=0)]
 
 
 def _rescaled(values: np.ndarray, cov: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ import pandas as pd
 
 from .arguments import as_fit
 from .clusters import ClusterError, Clusters, batches, factor_roots, find_clusters, principal_axes
-from .denominator import Denominator, HypothesisError, JointTest, f_test, wald_form
+from .denominator import Denominator, HypothesisError, JointTest, f_test, orthonormal
 from .tree import Levels, inverse_root_nodes
 from .wald import ContrastTable, WaldTest, coefficient_table, linear_hypotheses
 
@@ -73,22 +73,22 @@ class ClusterRobust(Denominator):
 
     Attributes:
         method: type of the covariance.
-        cov: covariance of the coefficients that were kept, (p, p).
+        to_x: ``N^(-1/2)``, from whitened coordinates to the coefficients that were kept, (p, p).
+        cov_x: covariance of the coefficients in whitened coordinates, (p, p).
         n_clusters: number of clusters, m.
         moments: of the covariance, in whitened coordinates.
-        root: ``N^(-1/2)``, from whitened coordinates to the coefficients, (p, p).
     """
 
     def __init__(
-        self, method: str, cov: np.ndarray, n_clusters: int, moments: Moments, root: np.ndarray
+        self, method: str, to_x: np.ndarray, cov_x: np.ndarray, n_clusters: int, moments: Moments
     ) -> None:
         """Take the covariance and its moments."""
-        self.method, self.cov, self.n_clusters = method, cov, n_clusters
-        self.moments, self.root = moments, root
+        self.method, self.to_x, self.cov_x = method, to_x, cov_x
+        self.n_clusters, self.moments = n_clusters, moments
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """Return Satterthwaite's degrees of freedom of each contrast on its own, (r,)."""
-        return np.array([_satterthwaite_df(self.moments, row) for row in L @ self.root])
+        return np.array([_satterthwaite_df(self.moments, row) for row in L @ self.to_x])
 
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """Test contrasts jointly by Hotelling's T-squared (HTZ)."""
@@ -97,29 +97,28 @@ class ClusterRobust(Denominator):
     def test(self, L: np.ndarray, difference: np.ndarray, kind: str) -> JointTest:
         """Test contrasts jointly by one of ``JOINT_TESTS``; see :class:`Denominator`."""
         r = len(L)
-        F = self._wald_form(L, difference) / r
+        F = self.wald(L, difference) / r
         if kind == "chi2":
             return f_test(F, r, np.inf)
         if kind == "naive-F":
             return f_test(F, r, self.n_clusters - 1.0)
-        eta = _wishart_df(self.moments.along((L @ self.root).T))
+        eta = _wishart_df(self.moments.along(orthonormal(L @ self.to_x)[0].T))
         df = eta - r + 1.0
         return f_test(F * df / eta, r, df) if df > 0.0 else JointTest(np.nan, r, df, np.nan)
 
-    def _wald_form(self, L: np.ndarray, difference: np.ndarray) -> float:
-        """Return ``difference' (L cov L')^-1 difference``."""
-        directions = L @ self.root
-        sizes = np.linalg.norm(directions, axis=1, keepdims=True)
-        rank = int(np.linalg.matrix_rank(directions / sizes))
-        try:
-            return wald_form(L @ self.cov @ L.T, difference)
-        except HypothesisError:
-            if rank < len(L):
-                raise
+    def wald(self, L: np.ndarray, difference: np.ndarray) -> float:
+        """See :class:`Denominator`.
+
+        Raises:
+            HypothesisError: if there are more hypotheses than the clusters can test, too.
+        """
+        found = super().wald(L, difference)
+        if np.isnan(found) and np.isfinite(self.cov_x).all():
             raise HypothesisError(
                 f"the robust covariance of the {len(L)} hypotheses is singular: "
                 f"{self.n_clusters} clusters are too few; test fewer hypotheses at once"
-            ) from None
+            )
+        return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -323,7 +322,6 @@ def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance
         "CR1S": m * (n - 1.0) / ((m - 1.0) * (n - p)),
     }.get(type, 1.0)
     scores, moments, root, alone = _adjusted(fit, clusters, type)
-    half = root @ scores.T
     notes: tuple[str, ...] = () if fit.converged else (f"the fit: {fit.message}",)
     if len(alone) and type in ("CR2", "CR3"):
         shown = ", ".join(str(clusters.labels[i]) for i in alone[:3])
@@ -332,7 +330,7 @@ def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance
             f"coefficients that one cluster of {clusters.name} alone decides ({shown}{more}) have "
             "no adjustment for it; their standard errors are too small",
         )
-    tests = ClusterRobust(type, factor * (half @ half.T), m, moments, root)
+    tests = ClusterRobust(type, root, factor * (scores.T @ scores), m, moments)
     return RobustCovariance(type, clusters.name, fit.params, fit.layout.fixed.kept, tests, notes)
 
 

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..parameters import pack_triangle
 from .arguments import as_fit
 from .clusters import Batch, Clusters, batches, factor_roots, find_clusters, principal_axes
-from .information import joint_covariance
+from .information import joint_information
 from .tree import Levels
 
 if TYPE_CHECKING:
@@ -68,20 +69,12 @@ def scores(fit: Fit, cluster: Any = None, *, reml: bool | None = None) -> pd.Dat
     """
     as_fit(fit)
     clusters = find_clusters(fit, cluster)
-    restricted = fit.reml if reml is None else reml
-    p, q = len(fit.estimates.beta), len(fit.estimates.root)
-    # ``(X'V^-1 X)^-1`` in the working coordinates of X, or nothing.
-    inverse = np.asarray(fit.estimates.solution.point.at.beta_inverse)[:p, :p] * restricted
-    large = Levels.serve(fit, clusters, by_row=False)
-    parts = (_by_level if large else _by_batch)(fit, clusters, inverse)
-    rows, columns = np.tril_indices(q)
-    Psi = fit.scale * fit.estimates.D[rows, columns]
-    of_scale = (parts.size - parts.vech @ Psi) / fit.scale
-    natural = fit.natural_parameters
+    steady = fit.natural_parameters.steady
+    parts = _contributions(fit, clusters, fit.reml if reml is None else reml)
     of_beta = np.full((len(clusters), len(fit.design.x_names)), np.nan)
     of_beta[:, fit.layout.fixed.kept] = parts.beta @ fit.layout.fixed.R
-    values = np.hstack([of_beta, np.column_stack([parts.vech, of_scale]) @ natural.slope])
-    names = [*fit.design.x_names, *natural.names]
+    values = np.hstack([of_beta, parts.of_entries(fit) @ steady.slope @ steady.forward])
+    names = [*fit.design.x_names, *fit.natural_parameters.names]
     return pd.DataFrame(values, index=clusters.labels.rename(clusters.name), columns=names)
 
 
@@ -111,10 +104,23 @@ def sandwich(fit: Fit, cluster: Any = None) -> pd.DataFrame:
 
     Source: White (1982), Econometrica 50, 1-25.
     """
-    bread = joint_covariance(fit)
-    parts = scores(fit, cluster)[bread.index].to_numpy()
-    half = bread.to_numpy() @ parts.T
-    return pd.DataFrame(half @ half.T, index=bread.index, columns=bread.columns)
+    as_fit(fit)
+    clusters = find_clusters(fit, cluster)
+    parts = _contributions(fit, clusters, fit.reml)
+    found = joint_information(fit, "observed", "natural")
+    of_beta = np.linalg.solve(found.white, parts.beta.T).T
+    values = np.hstack([of_beta, parts.of_entries(fit) @ fit.natural_parameters.steady.slope])
+    half = found.inverse.covariance @ values.T
+    return found.in_user_units(half @ half.T)
+
+
+def _contributions(fit: Fit, clusters: Clusters, restricted: bool) -> _Parts:
+    """Return what each cluster adds, in working coordinates."""
+    p = len(fit.estimates.beta)
+    # ``(X'V^-1 X)^-1``, or nothing.
+    inverse = np.asarray(fit.estimates.solution.point.at.beta_inverse)[:p, :p] * restricted
+    large = Levels.serve(fit, clusters, by_row=False)
+    return (_by_level if large else _by_batch)(fit, clusters, inverse)
 
 
 class _Parts(NamedTuple):
@@ -122,7 +128,7 @@ class _Parts(NamedTuple):
 
     Attributes:
         beta: for the working coordinates of X, (m, p).
-        vech: for the lower triangle of Psi row by row, (m, q (q + 1) / 2).
+        vech: for the lower triangle of the working Psi row by row, (m, q (q + 1) / 2).
         size: for a factor of the covariance of the data, near one, (m,).
     """
 
@@ -130,11 +136,17 @@ class _Parts(NamedTuple):
     vech: np.ndarray
     size: np.ndarray
 
+    def of_entries(self, fit: Fit) -> np.ndarray:
+        """Return those for (vech of the working Psi, scale), (m, q (q + 1) / 2 + 1)."""
+        root = fit.estimates.working_root
+        d = pack_triangle(root @ root.T)
+        return np.column_stack([self.vech, self.size / fit.scale - self.vech @ d])
+
 
 def _by_level(fit: Fit, clusters: Clusters, inverse: np.ndarray) -> _Parts:
     """Take complex steps through the elimination of nested factors."""
     p, q, scale = len(inverse), len(fit.estimates.root), fit.scale
-    blocks = [fit.estimates.D[own, own] for own in fit.layout.slices]
+    blocks = [root @ root.T for root in factor_roots(fit)]
     levels = Levels(fit, clusters, by_row=False)
     at = levels.products(blocks)
 

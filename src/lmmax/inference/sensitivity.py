@@ -1,7 +1,7 @@
 """How the precision of the data moves with the variance parameters, seen through X and y.
 
-With ``Sigma = sum_c tau_c G_c`` the covariance of the data and tau the natural parameters (the
-lower triangle of ``Psi`` row by row, then the scale), inference needs, for ``W = [X y]``::
+With ``Sigma = sum_c tau_c G_c`` the covariance of the data and tau the lower triangle of the
+working ``Psi`` row by row, then the scale, inference needs, for ``W = [X y]``::
 
     P_c = W' Sigma^-1 G_c Sigma^-1 W      Q_cd = W' Sigma^-1 G_c Sigma^-1 G_d Sigma^-1 W
     t_c = tr(Sigma^-1 G_c)                t_cd = tr(Sigma^-1 G_c Sigma^-1 G_d)
@@ -26,7 +26,7 @@ from ..compilation_cache import compilation_cache
 from ..compress import Compression, EngineError
 from ..compress.iterative import Rows
 from ..estimation import Estimates
-from ..likelihood import block_entries, expand, user_entries
+from ..likelihood import block_entries, expand
 from ..parameters import pack_triangle
 
 expansion = Compiled(expand)
@@ -37,9 +37,10 @@ expansion = Compiled(expand)
 class Sensitivity:
     """The quantities above at the estimates.
 
-    There are k = q (q + 1) / 2 + 1 natural parameters in the user's units; entries between two
-    grouping factors are zero.  X is in coordinates in which its columns are orthonormal, y without
-    a part that X explains; ``Q`` holds the symmetric part of each matrix, which is all that enters.
+    There are k = q (q + 1) / 2 + 1 entries; those between two grouping factors are zero.  Psi is in
+    working coordinates, so that nothing is lost to the origins of covariates, and in the units of
+    y.  X is in coordinates in which its columns are orthonormal, y without a part that X explains;
+    ``Q`` holds the symmetric part of each matrix, which is all that enters.
 
     Attributes:
         precision: ``W' Sigma^-1 W``, (p + 1, p + 1).
@@ -128,7 +129,7 @@ def covariance_slopes(compression: Compression, estimates: Estimates) -> Covaria
 
 
 def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
-    """Evaluate the expansion at the estimates, and give it in natural parameters.
+    """Evaluate the expansion at the estimates.
 
     Raises:
         EngineError: for the iterative engine, which knows no traces.
@@ -151,13 +152,14 @@ def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
         """Return the entries that are not padding, y in the user's units."""
         return np.asarray(A[..., kept[:, None], kept] * np.outer(unit, unit))
 
-    to = user_entries(problem)[block_entries(problem.slices, len(root))]
-    n, scale, d = float(problem.n_obs), estimates.scale, pack_triangle(estimates.D)
+    # Entries between factors, which are no parameters, are zero.
+    own = block_entries(problem.slices, len(root))
+    n, scale, d = float(problem.n_obs), estimates.scale, pack_triangle(root @ root.T)
     S = seen(found.at.S)
-    P = -np.tensordot(to.T, seen(found.at.S_slope), 1)
-    Q = 0.5 * np.einsum("wc,wuxy,ud->cdxy", to, seen(found.S_bend), to, optimize=True)
-    trace = to.T @ found.at.logdet_slope
-    traces = -to.T @ found.logdet_bend @ to
+    P, Q = np.zeros((len(d), *S.shape)), np.zeros((len(d), len(d), *S.shape))
+    trace, traces = np.zeros(len(d)), np.zeros((len(d), len(d)))
+    P[own], Q[own[:, None], own] = -seen(found.at.S_slope), 0.5 * seen(found.S_bend)
+    trace[own], traces[own[:, None], own] = found.at.logdet_slope, -found.logdet_bend
     P_scale = S - np.tensordot(d, P, 1)
     Q_cross = P - np.tensordot(d, Q, 1)
     Q_scale = P_scale - np.tensordot(d, Q_cross, 1)

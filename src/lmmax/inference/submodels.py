@@ -21,19 +21,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Submodel:
-    """What a comparison needs of a smaller model.
+    """What a comparison needs of a model.
 
     Attributes:
         criterion: -2 log-likelihood (REML criterion), with the constants of the fit's own.
         n_params: number of estimated parameters.
+        scale: residual variance.
         converged: whether the optimum was reached.
         criterion_error: Monte Carlo standard error of the criterion.
+        fit: the fit; None without random effects.
     """
 
     criterion: float
     n_params: int
+    scale: float
     converged: bool = True
     criterion_error: float = 0.0
+    fit: Fit | None = None
+
+    @staticmethod
+    def of(fit: Fit) -> Submodel:
+        """Return what is needed of a fit."""
+        return Submodel(
+            fit.deviance, fit.n_params, fit.scale, fit.converged, fit.criterion_error, fit
+        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,7 @@ def _kept_only(design: Design, fit: Fit) -> Design:
 
 
 def _solved(design: Design, fit: Fit) -> Submodel:
-    from ..fit import ConvergenceWarning, fit_design
+    from ..fit import ConvergenceWarning, IdentifiabilityWarning, fit_design
 
     settings = fit.settings
     same_random = len(design.blocks) == len(fit.design.blocks) and all(
@@ -204,10 +215,10 @@ def _solved(design: Design, fit: Fit) -> Submodel:
         settings = replace(settings, start=None)
     engine = settings.engine if same_random else "auto"
     with warnings.catch_warnings():
-        # It becomes a note of the table.
+        # It becomes a note of the table; what is not identified changes no likelihood.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        smaller = fit_design(design, replace(settings, engine=engine))
-    return Submodel(smaller.deviance, smaller.n_params, smaller.converged, smaller.criterion_error)
+        warnings.simplefilter("ignore", IdentifiabilityWarning)
+        return Submodel.of(fit_design(design, replace(settings, engine=engine)))
 
 
 def without_random(fit: Fit) -> Submodel:
@@ -230,4 +241,4 @@ def without_random(fit: Fit) -> Submodel:
     criterion -= float(np.sum(np.log(weights)))
     if fit.reml:
         criterion += 2.0 * float(np.sum(np.log(np.abs(np.diag(factor.R)))))
-    return Submodel(criterion, p + (fixed is None))
+    return Submodel(criterion, p + (fixed is None), scale)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..compress.nested import Tree
-from .clusters import Clusters
+from .clusters import Clusters, factor_roots
 
 if TYPE_CHECKING:
     from ..results import Fit
@@ -87,16 +87,15 @@ class Levels:
         """Return the products of each cluster.
 
         Args:
-            Ds: per factor the relative covariance of its effects, (q, q); the estimates if None.
+            Ds: per factor the relative covariance of its effects in working coordinates, (q, q);
+                the estimates if None.
             shift: z, added to the variances of the residual relative to the scale.
         """
         layout, p = self._fit.layout, self._p
         if Ds is None:
-            Ds = [self._fit.estimates.D[here, here] for here in layout.slices]
-        working = []
-        for at in layout.chain:
-            A = layout.A[layout.slices[at], layout.slices[at]]
-            working.append(A @ Ds[at] @ A.T)
+            roots = factor_roots(self._fit)
+            Ds = [root @ root.T for root in roots]
+        working = [Ds[at] for at in layout.chain]
         if self._rows is None:
             working = [D / (1.0 + shift) for D in working]
             rest, logdet = self._first(working[0])
@@ -149,9 +148,11 @@ class Levels:
         fit = self._fit
         noise = np.ones(1) if self._rows is None else self._rows.noise
         high = float(np.max(noise))
-        for factor, here in zip(fit.layout.factors, fit.layout.slices, strict=True):
-            Z = np.concatenate(factor.blocks, axis=1)
-            sizes = np.sum((Z @ fit.estimates.root[here, here]) ** 2, axis=1)
+        for at, (factor, root) in enumerate(
+            zip(fit.layout.factors, factor_roots(fit), strict=True)
+        ):
+            Z = fit.layout.random_columns(at, slice(None)).T
+            sizes = np.sum((Z @ root) ** 2, axis=1)
             high += float(np.max(np.bincount(factor.codes, weights=sizes)))
         return float(np.min(noise)), high
 

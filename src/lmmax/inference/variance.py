@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..constraints import TermColumns
-from ..covariances import slopes, values_at
+from ..covariances import slopes, undefined, values_at
 from ..estimation import Estimates
 
 BLOCK = 512
@@ -125,6 +125,7 @@ def structure_table(
         term = next(term for term in terms if term.columns == here)
         theta = estimates.structure_theta[at]
         values = values_at(part.covariance, theta, term.width)
+        values = np.where(undefined(part.covariance, values, term.width), np.nan, values)
         slope_of = slopes(part.covariance, theta, term.width, of="values")
         labels = part.covariance.labels(tuple(names[here]))
         for label, is_sd, value, slope in zip(
@@ -134,7 +135,8 @@ def structure_table(
             row[0, k + at.start : k + at.stop] = slope * (sigma if is_sd else 1.0)
             if is_sd:
                 row[0, k - 1] = 0.5 * value / sigma
-            se = float(estimates.standard_errors(row)[0])
+            exists = np.isfinite(value) and not (is_sd and value == 0.0)
+            se = float(estimates.standard_errors(row)[0]) if exists else np.nan
             size = float(value) * (sigma if is_sd else 1.0)
             records.append((term.label, label, size, se))
     return pd.DataFrame(records, columns=["term", "parameter", "estimate", "std err"])

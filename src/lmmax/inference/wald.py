@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .denominator import Denominator, HypothesisError, t_pvalues, t_quantiles
+from ..compress.columns import Dependence
+from ..frames import DataError, real_numbers
+from ..predict import predict
+from .denominator import (
+    AdjustmentWarning,
+    Denominator,
+    HypothesisError,
+    t_pvalues,
+    t_quantiles,
+)
 
 if TYPE_CHECKING:
     from ..results import Fit
+
+MANY = 8
+"""Most names that a warning lists."""
 
 
 def format_pvalue(p: float) -> str:
@@ -78,10 +91,27 @@ class WaldTest:
 
 def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: str | None) -> ContrastTable:
     """Test each row of a hypothesis on its own; see :meth:`lmmax.Fit.t_test`."""
-    R, values, names = linear_hypotheses(fit.params, hypothesis)
+    R, values, names = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     test, L = fit.denominator(ddf), R[:, fit.layout.fixed.kept]
     table = coefficient_table(test, L, L @ fit.estimates.beta, values, alpha)
+    warn_of_missing(test, names, table["std err"])
     return ContrastTable(table.set_axis(names))
+
+
+def missing(test: Denominator, names: Sequence[Any], numbers: Any) -> str:
+    """Return which numbers (r,) a method does not have, and why, in words; empty if none."""
+    lost = [str(name) for name, number in zip(names, numbers, strict=True) if np.isnan(number)]
+    if not lost or not test.limits:
+        return ""
+    shown = ", ".join(lost[:MANY]) + (f" and {len(lost) - MANY} more" if len(lost) > MANY else "")
+    return f"no standard error or test of {shown} by ddf={test.method!r}: {test.limits}"
+
+
+def warn_of_missing(test: Denominator, names: Sequence[Any], numbers: Any) -> None:
+    """Warn of the numbers that a method does not have."""
+    message = missing(test, names, numbers)
+    if message:
+        warnings.warn(message, AdjustmentWarning, stacklevel=4)
 
 
 def coefficient_table(
@@ -119,11 +149,16 @@ def mean_predictions(
     fit: Fit, newdata: Any, ddf: str | None, alpha: float, offset: Any
 ) -> pd.DataFrame:
     """Return predictions of the mean; see :meth:`lmmax.Fit.predict_mean`."""
-    predicted = fit.predict(newdata, random_effects=False, offset=offset)
+    predicted = predict(
+        fit, newdata, random_effects=False, new_levels="error", offset=offset, depth=4
+    )
     X = fit.design.X if newdata is None else fit.design.new_data(newdata, need_groups=False).X
     known = predicted.notna().to_numpy()
     L, at = X[known][:, fit.layout.fixed.kept], predicted.to_numpy()[known]
-    table = coefficient_table(fit.denominator(ddf), L, at, np.zeros(len(L)), alpha)
+    test = fit.denominator(ddf)
+    table = coefficient_table(test, L, at, np.zeros(len(L)), alpha)
+    rows = [f"row {label!r}" for label in predicted.index[known]]
+    warn_of_missing(test, rows, table["std err"])
     table = table.drop(columns=[name for name in table if str(name)[0] in "tzP"])
     table = table.rename(columns={"coef": "predicted"}).set_axis(predicted.index[known])
     return table.reindex(predicted.index)
@@ -131,19 +166,27 @@ def mean_predictions(
 
 def joint_test(fit: Fit, hypothesis: Any, ddf: str | None) -> WaldTest:
     """Test hypotheses jointly; see :meth:`lmmax.Fit.f_test` and :meth:`lmmax.Fit.wald_test`."""
-    R, values, _ = linear_hypotheses(fit.params, hypothesis)
+    R, values, labels = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     L = R[:, fit.layout.fixed.kept]
     test = fit.denominator(ddf)
     found = test.joint(L, L @ fit.estimates.beta - values)
+    warn_of_missing(test, [", ".join(labels)], [found.statistic])
     if test.method == "normal":
         return WaldTest(found.statistic * found.df_num, found.df_num, None, found.pvalue)
     return WaldTest(found.statistic, found.df_num, found.df_den, found.pvalue)
 
 
 def linear_hypotheses(
-    params: pd.Series, hypothesis: Any
+    params: pd.Series, hypothesis: Any, dependence: Dependence | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return ``(R, r, labels)`` of the hypotheses ``R beta = r``.
+
+    Args:
+        params: the coefficients by name.
+        hypothesis: in words or numbers.
+        dependence: how aliased columns follow from the others.  With it a hypothesis may involve
+            aliased coefficients as a row of the design does: then it can be estimated, and the
+            coefficients that were kept are all that it takes.
 
     Raises:
         HypothesisError: for a name that is no coefficient, a shape that does not fit, or a
@@ -163,8 +206,11 @@ def linear_hypotheses(
         r = np.array([value for _, _, value in found])
     else:
         matrix, target = hypothesis if isinstance(hypothesis, tuple) else (hypothesis, 0.0)
+        matrix = _by_coefficient(matrix, names)
         try:
-            R = np.atleast_2d(np.asarray(matrix, dtype=float))
+            R = np.atleast_2d(real_numbers(matrix, "a hypothesis matrix"))
+        except DataError as error:
+            raise HypothesisError(str(error)) from None
         except (TypeError, ValueError) as error:
             raise HypothesisError(
                 f"a hypothesis is text such as '{names[-1]} = 0', a matrix of numbers with a "
@@ -187,13 +233,41 @@ def linear_hypotheses(
     empty = ~np.any(R != 0.0, axis=1)
     if empty.any():
         raise HypothesisError(f"hypothesis {int(np.argmax(empty)) + 1} involves no coefficient")
-    aliased = params.isna().to_numpy() & np.any(R != 0.0, axis=0)
+    involved = params.isna().to_numpy() & (R != 0.0)
+    if dependence is not None:
+        involved[~dependence.missed(R, exact=True).any(axis=1)] = False
+    aliased = involved.any(axis=0)
     if aliased.any():
         raise HypothesisError(
             f"the coefficient of {names[int(np.argmax(aliased))]!r} is aliased (not estimable), so "
             "no hypothesis about it can be tested"
         )
     return R, np.asarray(r), labels
+
+
+def _by_coefficient(matrix: Any, names: list[str]) -> Any:
+    """Return a hypothesis matrix without labels, its columns in the order of the coefficients.
+
+    Args:
+        matrix: a frame with a column for each coefficient, or a series with a value for each, in
+            any order; or what has no such labels.
+        names: the coefficients.
+    """
+    if isinstance(matrix, pd.Series):
+        labels, values = matrix.index, matrix.to_numpy()
+    elif isinstance(matrix, pd.DataFrame):
+        labels, values = matrix.columns, matrix.to_numpy()
+    else:
+        return matrix
+    if isinstance(labels, pd.RangeIndex) or len(labels) != len(names):
+        return values
+    found = pd.Index([str(label) for label in labels])
+    if not found.is_unique or set(found) != set(names):
+        raise HypothesisError(
+            f"the labels of a hypothesis matrix must be the coefficients {', '.join(names)}, not "
+            f"{', '.join(found)}; pass to_numpy() if the columns are in their order"
+        )
+    return values[..., found.get_indexer(pd.Index(names))]
 
 
 def _read(text: str, names: list[str]) -> list[tuple[str, np.ndarray, float]]:

@@ -39,6 +39,9 @@ class Cells(Protocol):
     def quadratic(self, G: Array) -> Array:
         """Return ``Y_i G Y_i'``, shape (q, q, m), for symmetric ``G (N, N)``."""
 
+    def dense(self) -> Array:
+        """Return all rows, effect by effect and group by group, shape (q m, N)."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -127,6 +130,13 @@ class SparseCells:
                 rows[a][b] = rows[b][a] = zero.at[group].add(g * both)
         return jnp.stack([jnp.stack(row) for row in rows])
 
+    def dense(self) -> Array:
+        """See :class:`Cells`."""
+        value, m, n = jnp.asarray(self.value), self.n_groups, self.n_columns
+        head, column = jnp.asarray(self.head), jnp.asarray(self.column)
+        whole = jnp.zeros((len(value), m, n), value.dtype).at[:, head, column].add(value)
+        return whole.reshape(-1, n)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -168,3 +178,8 @@ class DenseCells:
         return jnp.stack(
             [jnp.stack([jnp.sum(x * value, axis=1) for value in self.value]) for x in rotated]
         )
+
+    def dense(self) -> Array:
+        """See :class:`Cells`."""
+        value = jnp.asarray(self.value)
+        return value.reshape(-1, value.shape[2])

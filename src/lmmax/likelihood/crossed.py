@@ -19,6 +19,16 @@ singular)::
 where ``G = (D_t^-1 + S_tt)^-1 = L T^-1 L'`` is the covariance of u given y relative to the scale.
 All derivatives follow from ``M = T^-1`` and the blocks that belong to the head; see
 :func:`derivatives`.  The order of elimination is that of Bates et al. (2015), section 5.
+
+Cross-products square what effects are larger than the residual: with standard deviations of r times
+its own, T and S keep ``r^-2`` of their digits.  For such data a problem holds rows in their place,
+``C_tt``, ``C_tw`` and C as a triangular factor R of what is outside the column spaces of the head,
+and the tail is eliminated by one orthogonal triangularisation, which costs r where the squares cost
+``r^2``::
+
+    [ H_i^-1/2 Y_it L   H_i^-1/2 Y_iw ]        [ R_tt  R_tw ]
+    [     R_t L              R_w      ]  =  Q  [       R_ww ]      T = R_tt' R_tt    S = R_ww' R_ww
+    [       I                 0       ]        [        0   ]
 """
 
 from __future__ import annotations
@@ -48,6 +58,9 @@ from .problem import (
 SINGLE_PRECISION_ORDER = 512
 """Order of the tail from which the largest product of the Hessian is in single precision: six of
 its digits serve a Newton step, and standard errors, as well as sixteen."""
+
+INSIDE = 1e-6
+"""How far a singular block is moved inside, in sampling variances of its best known level."""
 
 
 class Tail(NamedTuple):
@@ -83,6 +96,11 @@ class CrossedProblem(Problem):
             with a relationship matrix), (factors,).
         tails: the factors in the tail.
         blocks: columns of D that belong to the head (empty without one), then to each tail factor.
+        outside: where effects are far larger than the residual, a triangular factor of what the
+            head leaves of ``[Z_t X]``, (k, N + p); None elsewhere.  ``C_tail`` and ``C_cross`` are
+            empty with it, and C holds the padding columns of X only.
+        outside_y: the column of y beside it, with one more entry for what no column of it has,
+            (k + 1,).
     """
 
     U: Any
@@ -95,11 +113,18 @@ class CrossedProblem(Problem):
     precision: Any
     tails: tuple[Tail, ...] = field(metadata={"static": True})
     blocks: tuple[tuple[int, int], ...] = field(metadata={"static": True})
+    outside: Any = None
+    outside_y: Any = None
 
     @property
     def slices(self) -> tuple[slice, ...]:
         """``blocks`` as slices."""
         return tuple(slice(*block) for block in self.blocks)
+
+    @property
+    def costly(self) -> bool:
+        """See :class:`Problem`."""
+        return self.outside is None
 
     @property
     def effect_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -137,34 +162,58 @@ class Posterior(NamedTuple):
     root_inverse: Array
 
 
-def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
-    """Return the statistics of tail and ``[X y]`` after the head, and the head's own."""
+class _Head(NamedTuple):
+    """What the head makes of its own columns, of the tail's and of ``[X y]``.
+
+    Attributes:
+        U, Y, cells: ``H_i^-1/2`` times those of the problem.
+        logdet: ``sum_i log|H_i|``.
+    """
+
+    U: Array
+    Y: Array
+    cells: Any
+    logdet: Array
+
+
+def _whiten_head(problem: CrossedProblem, D: Array) -> _Head:
     here = problem.slices[0]
     U, Y = jnp.asarray(problem.U), jnp.asarray(problem.Y)
     q = U.shape[0]
     if q == 0:
-        nothing = jnp.zeros((0, 0, 0), D.dtype)
-        logdet = jnp.zeros((), D.dtype)
-        S = (problem.C_tail, problem.C_cross, problem.C)
-        return (*map(jnp.asarray, S), logdet, problem.cells, nothing, Y)
+        return _Head(U, Y, problem.cells, jnp.zeros((), D.dtype))
     H = jnp.einsum("abm,bc,dcm->adm", U, D[here, here], U) + jnp.eye(q, dtype=U.dtype)[..., None]
     L, pivots = ldl(H)
     root = jnp.sqrt(pivots)
     white = solve_unit_lower(L, jnp.concatenate([U, Y], axis=1)) / root[:, None]
-    white_U, white_Y = white[:, :q], white[:, q:]
     cells = problem.cells.whiten(L, root)
-    S_tail = problem.C_tail + sum(cells.gram(a, a) for a in range(q))
-    S_cross = problem.C_cross + cells.transposed(white_Y)
-    S = problem.C + jnp.einsum("axm,aym->xy", white_Y, white_Y)
-    back = jnp.swapaxes(white_U, 0, 1)
+    return _Head(white[:, :q], white[:, q:], cells, jnp.sum(jnp.log(pivots)))
+
+
+def _eliminate_head(problem: CrossedProblem, D: Array) -> tuple[Any, ...]:
+    """Return the statistics of tail and ``[X y]`` after the head, and the head's own."""
+    head, cells = _whiten_head(problem, D), problem.cells
+    q = len(head.U)
+    S = (problem.C_tail, problem.C_cross, problem.C)
+    S_tail, S_cross, S_ww = map(jnp.asarray, S)
+    if q:
+        cells = head.cells
+        S_tail = S_tail + sum(cells.gram(a, a) for a in range(q))
+        S_cross = S_cross + cells.transposed(head.Y)
+        S_ww = S_ww + jnp.einsum("axm,aym->xy", head.Y, head.Y)
+    return S_tail, S_cross, S_ww, *_head_products(head)
+
+
+def _head_products(head: _Head) -> tuple[Any, ...]:
+    """Return ``log|V_1|`` and what of :class:`Posterior` begins with ``head_``."""
+    if not len(head.U):
+        return head.logdet, head.cells, jnp.zeros((0, 0, 0), head.logdet.dtype), head.Y
+    back = jnp.swapaxes(head.U, 0, 1)
     return (
-        S_tail,
-        S_cross,
-        S,
-        jnp.sum(jnp.log(pivots)),
-        cells.multiply(back),
-        jnp.einsum("abm,bcm->acm", back, white_U),
-        jnp.einsum("abm,bxm->axm", back, white_Y),
+        head.logdet,
+        head.cells.multiply(back),
+        jnp.einsum("abm,bcm->acm", back, head.U),
+        jnp.einsum("abm,bxm->axm", back, head.Y),
     )
 
 
@@ -221,27 +270,60 @@ def _both_levels(problem: CrossedProblem, A: Array, transpose: bool) -> Array:
 
 def evaluate(problem: CrossedProblem, D: Array) -> Posterior:
     """Eliminate head and tail at ``D`` (working coordinates), regular in the tail's blocks."""
-    S_tail, S_cross, S, logdet, head_P, head_K, head_w = _eliminate_head(problem, D)
     unit, pivots = ldl(D)
     root = unit * jnp.sqrt(pivots)[None, :]
-    T = _standard(problem, root, _both_levels(problem, S_tail, True))
-    T = T + jnp.eye(len(T), dtype=T.dtype)
-    factor = lax.linalg.cholesky(T, symmetrize_input=False)
-    M = gram_lower(inverse_lower(factor))
-    S_cross = _over_effects(problem, root.T, _over_levels(problem, S_cross, True))
-    P = M @ S_cross
+    if problem.outside is None:
+        S_tail, S_cross, S, logdet, head_P, head_K, head_w = _eliminate_head(problem, D)
+        T = _standard(problem, root, _both_levels(problem, S_tail, True))
+        T = T + jnp.eye(len(T), dtype=T.dtype)
+        factor = lax.linalg.cholesky(T, symmetrize_input=False)
+        M = gram_lower(inverse_lower(factor))
+        S_cross = _over_effects(problem, root.T, _over_levels(problem, S_cross, True))
+        P = M @ S_cross
+        S = S - S_cross.T @ P
+    else:
+        head = _whiten_head(problem, D)
+        logdet, head_P, head_K, head_w = _head_products(head)
+        factor, R_cross, R = _triangularise(problem, head, root)
+        inverse = inverse_lower(factor)
+        M = gram_lower(inverse)
+        P = inverse.T @ R_cross
+        S = R.T @ R
     eye = jnp.eye(len(D), dtype=D.dtype)
     return Posterior(
         head_P=head_P,
         head_K=head_K,
         head_w=head_w,
-        logdet=logdet + 2.0 * jnp.sum(jnp.log(jnp.diagonal(factor))),
-        S=S - S_cross.T @ P,
+        logdet=logdet + 2.0 * jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor)))),
+        S=S,
         M=M,
         P=P,
         root=root,
         root_inverse=solve_unit_lower(unit, eye) / jnp.sqrt(pivots)[:, None],
     )
+
+
+def _triangularise(problem: CrossedProblem, head: _Head, root: Array) -> tuple[Array, ...]:
+    """Return ``R_tt' (N, N)``, ``R_tw`` and ``R_ww`` of the module's last equation.
+
+    Args:
+        problem: a problem with ``outside``.
+        head: its head.
+        root: ``L`` with ``D = L L'``, (q, q).
+    """
+    outside, outside_y = jnp.asarray(problem.outside), jnp.asarray(problem.outside_y)
+    n = sum(tail.effects * tail.levels for tail in problem.tails)
+    rows = jnp.concatenate([head.cells.dense(), jnp.pad(outside[:, :n], ((0, 1), (0, 0)))])
+    rows = _over_effects(problem, root.T, _over_levels(problem, rows.T, True)).T
+    beside = jnp.concatenate(
+        [jnp.pad(outside[:, n:], ((0, 1), (0, 0))), outside_y[:, None]], axis=1
+    )
+    head_Y = jnp.swapaxes(head.Y, 1, 2).reshape(-1, head.Y.shape[1])
+    whole = jnp.concatenate([rows, jnp.concatenate([head_Y, beside])], axis=1)
+    prior = jnp.eye(n, whole.shape[1], dtype=whole.dtype)
+    padding = jnp.pad(jnp.asarray(problem.C), ((0, 0), (n, 0)))  # its own root: ones and zeros
+    R = jnp.linalg.qr(jnp.concatenate([whole, prior, padding]), mode="r")
+    return R[:n, :n].T, R[:n, n:], R[n:, n:]
 
 
 def _standard(problem: CrossedProblem, root: Array, A: Array) -> Array:
@@ -256,8 +338,15 @@ def _standard(problem: CrossedProblem, root: Array, A: Array) -> Array:
 def reduce(problem: CrossedProblem, D: Array) -> tuple[Array, Array]:
     """Return the whitened cross-product ``S (p+1, p+1)`` and ``log|V|``.
 
-    Differentiable by plain autodiff, at singular D too: through an LU factor of ``I + S_tt D_t``.
+    Differentiable by plain autodiff, at singular D too: through an LU factor of ``I + S_tt D_t``;
+    with ``outside``, at regular D.
     """
+    if problem.outside is not None:
+        unit, pivots = ldl(D)
+        head = _whiten_head(problem, D)
+        factor, _, R = _triangularise(problem, head, unit * jnp.sqrt(pivots)[None, :])
+        logdet = head.logdet + 2.0 * jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor))))
+        return R.T @ R, logdet
     S_tail, S_cross, S, logdet, *_ = _eliminate_head(problem, D)
     S_tail = _both_levels(problem, S_tail, True)
     S_cross = _over_levels(problem, S_cross, True)
@@ -288,13 +377,29 @@ def derivatives(
 
 @form.expand.register
 def expand(problem: CrossedProblem, D: Array) -> Expansion:
-    """Return the reduction at ``D`` to second order."""
-    inside, moved, *_ = _expand(problem, D)
-    return inside.shifted(-moved)
+    """Return the reduction at ``D`` to second order.
+
+    Second derivatives a little inside are off by as much as that is.  From once and from twice as
+    far inside a line leads back to D, with errors of the square of that.
+    """
+    twice = jnp.any(_inside(problem, D) > 0.0)
+
+    def add(i: Array, total: Expansion) -> Expansion:
+        inside, moved, *_ = _expand(problem, D, i + 1.0)
+        weight = jnp.where(twice, jnp.where(i == 0, 2.0, -1.0), 1.0)
+        return jax.tree.map(lambda a, b: a + weight * b, total, inside.shifted(-moved))
+
+    shapes = jax.eval_shape(lambda: _expand(problem, D)[0])
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return lax.fori_loop(0, jnp.where(twice, 2, 1), add, nothing)
 
 
-def _expand(problem: CrossedProblem, D: Array) -> tuple[Expansion, Array, Posterior, Any, Any]:
+def _expand(
+    problem: CrossedProblem, D: Array, far: Array | float = 1.0
+) -> tuple[Expansion, Array, Posterior, Any, Any]:
     """Return the expansion a little inside from ``D``, and how far that is, in its entries (k,).
+
+    Where D is singular that is ``far`` times the step of :func:`_inside`.
 
     Besides, for the conditional effects: the evaluation, the head's own blocks of ``Z'V^-1 Z``,
     and its ``Z'V^-1 [X y]``.
@@ -315,7 +420,7 @@ def _expand(problem: CrossedProblem, D: Array) -> tuple[Expansion, Array, Poster
     Singular blocks of the tail are evaluated a little inside, see :func:`_inside`.
     """
     q1 = problem.U.shape[0]
-    moved = _inside(problem, D)
+    moved = far * _inside(problem, D)
     at = evaluate(problem, D + jnp.diag(moved))
     M, P, head_P, head_K = at.M, at.P, at.head_P, at.head_K
     width, dtype = P.shape[1], D.dtype
@@ -408,7 +513,7 @@ def _inside(problem: CrossedProblem, D: Array) -> Array:
     """
     moved = jnp.zeros(len(D), D.dtype)
     for size, here in zip(problem.precision, problem.slices[1:], strict=True):
-        step = 1e-6 / size
+        step = INSIDE / size
         _, pivots = ldl(D[here, here])
         moved = moved.at[here].set(jnp.where(jnp.min(pivots) < step, step, 0.0))
     return moved

@@ -65,6 +65,11 @@ class Problem:
         return (slice(0, len(self.n_groups)),)
 
     @property
+    def costly(self) -> bool:
+        """Whether an evaluation may take seconds."""
+        return False
+
+    @property
     def effect_shapes(self) -> tuple[tuple[int, int], ...]:
         """Effects and groups of each factor whose modes :class:`Derivatives` holds."""
         return ()

@@ -53,6 +53,8 @@ def check_numbers(name: str, values: Any, groups: Any) -> None:
                 f"{label} has the type {here.dtype}, not numbers; convert it with .astype(float), "
                 "or use from_formula, which makes indicators of labels"
             )
+        if pd.api.types.is_complex_dtype(here.dtype):
+            raise DataError(f"{label} is complex: pass its real part if that is what is meant")
         bad = ~np.isfinite(here.to_numpy(dtype=float))
         if bad.any():
             raise MissingDataError(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..frames import DataError
+from ..frames import DataError, real_numbers
 
 
 class VCSpec:
@@ -144,8 +144,8 @@ def _entries(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int
     """Return rows, columns and values of the entries that are not zero, and the shape."""
     if hasattr(matrix, "tocoo"):
         found = matrix.tocoo()
-        return found.row, found.col, np.asarray(found.data, dtype=float), matrix.shape
-    dense = np.asarray(matrix, dtype=float)
+        return found.row, found.col, real_numbers(found.data, "a matrix of exog_vc"), matrix.shape
+    dense = real_numbers(matrix, "a matrix of exog_vc")
     dense = dense[:, None] if dense.ndim == 1 else dense
     i, j = np.nonzero(dense)
     return i, j, dense[i, j], dense.shape

@@ -31,6 +31,7 @@ class Distribution:
             raise ValueError(
                 f"exog has {len(self.exog)} rows; it needs {model.nobs}, those of the groups"
             )
+        self._mean = model.predict(point, self.exog)
         # Columns without a coefficient are linear combinations of others.
         self.fe_params = np.nan_to_num(np.asarray(point.fe_params))
         self.cov_re = scale * np.asarray(point.cov_re)
@@ -50,7 +51,7 @@ class Distribution:
         """
         rng = check_random_state(rng if rng is not None else random_state)
         model = self.model
-        y = self.exog @ self.fe_params
+        y = self._mean
         if model.k_re:
             u = rng.normal(size=(model.n_groups, model.k_re)) @ factor(self.cov_re).T
             y = y + np.einsum("ij,ij->i", u[self.group_idx], model.exog_re)

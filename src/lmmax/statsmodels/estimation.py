@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
@@ -13,7 +13,7 @@ from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWa
 from ..constraints import Settings
 from ..covariances import Covariance
 from ..fit import ConvergenceWarning as NotConverged
-from ..fit import RankWarning, fit_prepared, prepare
+from ..fit import IdentifiabilityWarning, RankWarning, fit_prepared, prepare
 from ..inference.lasso import lasso
 from ..known_covariance import PartlyKnown
 from ..likelihood import user_entries
@@ -106,10 +106,20 @@ def to_roots(packed: np.ndarray, re: np.ndarray, vc: np.ndarray) -> tuple[np.nda
     return re, 2.0 * sd * vc
 
 
-def information(fit: Fit, G: np.ndarray) -> np.ndarray:
-    """Return the information on u of a fit, coefficients and scale profiled out, (k, k).
+class Information(NamedTuple):
+    """The information on u of a fit, coefficients and scale profiled out.
 
-    From the solver's last evaluation.
+    Attributes:
+        working: on the entries of D in working coordinates, (q (q + 1) / 2,) squared.
+        to: derivatives of these entries in u, (q (q + 1) / 2, k).
+    """
+
+    working: np.ndarray
+    to: np.ndarray
+
+
+def information(fit: Fit, G: np.ndarray) -> Information:
+    """Return the information on u of a fit, from the solver's last evaluation.
 
     Args:
         fit: the fit.
@@ -118,7 +128,7 @@ def information(fit: Fit, G: np.ndarray) -> np.ndarray:
     to = user_entries(fit.compression.problem) @ np.array([pack_triangle(g) for g in G]).T
     hessian = np.asarray(fit.estimates.solution.point.at.hessian)
     inner, cross, scale = hessian[:-1, :-1], hessian[:-1, -1], hessian[-1, -1]
-    return 0.5 * (to.T @ (inner - np.outer(cross, cross) / scale) @ to)
+    return Information(0.5 * (inner - np.outer(cross, cross) / scale), to)
 
 
 # --- what was asked -------------------------------------------------------------------------
@@ -287,6 +297,7 @@ def native_fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)
         warnings.simplefilter("ignore", RankWarning)
+        warnings.simplefilter("ignore", IdentifiabilityWarning)
         return translation, fit_prepared(prepared, Settings(reml=reml, start=guess))
 
 
@@ -346,18 +357,19 @@ def _results(
     free[aliased] = False
     cov[np.ix_(kept, kept)] = estimates.scale * estimates.beta_unscaled
     own = np.arange(k_fe, size)
-    cov[np.ix_(own, own)] = _variance_covariance(
-        information(found, model._directions), params, free[k_fe:]
-    )
+    variances = _variance_covariance(information(found, model._directions), params, free[k_fe:])
+    cov[np.ix_(own, own)] = variances.covariance
     if fe_cov == "hessian":
         # The inverse of the joint information by blocks; variances without errors count as held.
         joint = -model.hessian(params)[0][np.ix_(kept, own)]
-        change = -cov[np.ix_(kept, kept)] @ joint
-        known = np.nan_to_num(cov[np.ix_(own, own)])
-        cov[np.ix_(kept, kept)] += change @ known @ change.T
-        cross = np.where(np.isnan(np.diag(cov)[own]), np.nan, change @ known)
+        change = variances.along(-cov[np.ix_(kept, kept)] @ joint)
+        cov[np.ix_(kept, kept)] += change @ change.T
+        cross = np.where(np.isnan(np.diag(cov)[own]), np.nan, change @ variances.root.T)
         cov[np.ix_(kept, own)], cov[np.ix_(own, kept)] = cross, cross.T
     cov[aliased] = cov[:, aliased] = np.nan
+    if found.unidentified is not None:
+        hidden = kept[found.unidentified.concerns(np.eye(len(kept)))]
+        cov[hidden] = cov[:, hidden] = np.nan
     details = Details(
         native=found,
         translation=translation,
@@ -373,29 +385,61 @@ def _results(
     return MixedLMResults(model, params.get_packed(False, True), cov / estimates.scale, details)
 
 
-def _variance_covariance(known: np.ndarray, params: MixedLMParams, free: np.ndarray) -> np.ndarray:
-    """Invert the information on covariances, (k, k).
+class _Variances(NamedTuple):
+    """How certain the covariances are.
 
-    Zero for what is held; NaN for variances of zero with their covariances, and for all where the
-    information is not positive definite, as at a boundary.
+    Attributes:
+        covariance: zero for what is held, NaN where there is none, (k, k).
+        inside: which have one.
+        R: triangular, from them to orthonormal directions of D, (i, i).
+        half: root of the covariance of these directions, (i, i).
+    """
+
+    covariance: np.ndarray
+    inside: np.ndarray
+    R: np.ndarray
+    half: np.ndarray
+
+    def along(self, slopes: np.ndarray) -> np.ndarray:
+        """Return slopes (p, k) in the covariances along the columns of the root."""
+        return np.asarray(np.linalg.solve(self.R.T, slopes[:, self.inside].T).T @ self.half)
+
+    @property
+    def root(self) -> np.ndarray:
+        """Root of the covariance, zero where there is none, (k, i)."""
+        root = np.zeros((len(self.covariance), len(self.inside)))
+        root[self.inside] = np.linalg.solve(self.R, self.half)
+        return root
+
+
+def _variance_covariance(known: Information, params: MixedLMParams, free: np.ndarray) -> _Variances:
+    """Invert the information on covariances.
+
+    NaN for variances of zero with their covariances, and for all where the information is not
+    positive definite, as at a boundary.
     """
     rows, columns = np.tril_indices(params.k_re)
     zero = np.diag(params.cov_re) <= 0.0
     empty = np.append(zero[rows] | zero[columns], params.vcomp <= 0.0).astype(bool)
     inside = np.flatnonzero(free & ~empty)
-    found = np.zeros_like(known)
+    found = np.zeros((len(free), len(free)))
     found[free & empty] = np.nan
     found[:, free & empty] = np.nan
-    own = known[np.ix_(inside, inside)]
+    # In directions that do not depend on where the covariates' origins are.
+    Q, R = np.linalg.qr(known.to[:, inside])
+    own = Q.T @ known.working @ Q
     size = np.sqrt(np.abs(np.diag(own)))
-    if len(own):
-        scaled = own / np.where(np.outer(size, size) > 0.0, np.outer(size, size), 1.0)
-        if np.linalg.eigvalsh(scaled)[0] > 1e-10:
-            inverse = np.linalg.inv(scaled) / np.outer(size, size)
-        else:
-            inverse = np.full_like(own, np.nan)
-        found[np.ix_(inside, inside)] = inverse
-    return found
+    size = np.where(size > 0.0, size, 1.0)
+    values, vectors = np.linalg.eigh(own / np.outer(size, size))
+    apart = np.abs(np.diag(R)) > 1e-14 * np.linalg.norm(R, axis=0)
+    if (values > 1e-10).all() and apart.all():
+        half = vectors / size[:, None] / np.sqrt(values)
+        root = np.linalg.solve(R, half)
+        found[np.ix_(inside, inside)] = root @ root.T
+    else:
+        R, half = np.eye(len(inside)), np.zeros_like(own)
+        found[np.ix_(inside, inside)] = np.nan
+    return _Variances(found, inside, R, half)
 
 
 def at_point(model: MixedLM, point: MixedLMParams, fe_cov: str) -> MixedLMResultsWrapper:
@@ -475,7 +519,8 @@ def _penalised(
     inner = hessian[np.ix_(own, own)]
     cross = hessian[np.ix_(kept, own)]
     inner = inner - cross.T @ cov[np.ix_(kept, kept)] @ cross
-    cov[np.ix_(own, own)] = _variance_covariance(inner, params, free[k_fe:])
+    known = Information(inner, np.eye(len(inner)))
+    cov[np.ix_(own, own)] = _variance_covariance(known, params, free[k_fe:]).covariance
     aliased = np.flatnonzero(np.isnan(params.fe_params))
     cov[aliased] = cov[:, aliased] = np.nan
     converged = bool(np.max(np.abs(done.jac), initial=0.0) <= 1e-4)
@@ -551,6 +596,13 @@ def _warn(model: MixedLM, result: MixedLMResults) -> None:
             "one): the maximum lies on the boundary, where standard errors of variances are not "
             "defined",
             SingularMatrixWarning,
+            stacklevel=4,
+        )
+    if details.native is not None and details.native.unidentified is not None:
+        warnings.warn(
+            f"{details.native.unidentified}; they have no standard errors, nor do coefficients "
+            "that depend on them",
+            IdentifiabilityWarning,
             stacklevel=4,
         )
     aliased = np.flatnonzero(np.isnan(details.point.fe_params))

@@ -14,7 +14,8 @@ import pandas as pd
 from statsmodels.formula._manager import FormulaManager
 from statsmodels.tools.sm_exceptions import MissingDataError
 
-from ..frames import DataError, unknown_column
+from ..formula import FormulaError, is_arithmetic
+from ..frames import DataError, check_same_rows, unknown_column
 from .components import Component, FormulaVCSpec, from_matrices
 
 SHOWN = 100
@@ -47,6 +48,9 @@ def check_formulas(formula: Any, re_formula: Any, vc_formula: Any) -> None:
     """Raise for what is no formula."""
     if isinstance(formula, str) and not formula.partition("~")[0].strip():
         raise DataError(f"formula={formula!r} has no response: write 'y ~ x'")
+    if isinstance(formula, str) and is_arithmetic(left := formula.partition("~")[0].strip()):
+        # The engine takes terms away from the left-hand side, or crosses them.
+        raise FormulaError(f"the response of formula={formula!r} is arithmetic: write I({left})")
     if re_formula is not None and not isinstance(re_formula, str):
         raise TypeError(f"re_formula={re_formula!r} must be a string, such as '~ x'")
     if vc_formula is None:
@@ -78,6 +82,7 @@ def select_rows(
     if groups is None:
         raise DataError("groups is None; it needs the name of a column, or labels")
     data = _as_frame(data)
+    check_same_rows({"data": data, "groups": groups})
     if isinstance(groups, str):
         if groups not in data.columns:
             raise unknown_column(groups, data.columns, "groups")
@@ -90,8 +95,11 @@ def select_rows(
         position = pd.Series(np.arange(len(data)), index=data.index)
         rows = np.asarray(position.loc[subset])
         data, labels = data.iloc[rows], labels[rows]
+    texts = [formula, *([re_formula] if re_formula else []), *(vc_formula or {}).values()]
+    for name in data.columns[[pd.api.types.is_complex_dtype(kind) for kind in data.dtypes]]:
+        if name in names(texts):
+            raise DataError(f"column {name!r} is complex: take its real part")
     if missing == "drop":
-        texts = [formula, *([re_formula] if re_formula else []), *(vc_formula or {}).values()]
         used = [name for name in names(texts) if name in data.columns]
         complete = data[used].notna().all(axis=1).to_numpy() & pd.notna(labels)
         if not complete.all():
@@ -173,6 +181,8 @@ def _evaluate(what: str, formula: str, data: pd.DataFrame, env: Any) -> pd.DataF
         raise DataError(f"{what} {formula!r} has a response; write one side only, '~ x'")
     if len(found) != len(data):
         raise MissingDataError(f"{what} {formula!r} has missing values: use missing='drop'")
+    if any(map(pd.api.types.is_complex_dtype, found.dtypes)):
+        raise DataError(f"{what} {formula!r} gives complex numbers: take their real part")
     return found
 
 

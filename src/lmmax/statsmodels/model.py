@@ -12,8 +12,9 @@ import numpy as np
 from statsmodels.base import model as base
 from statsmodels.base._penalties import Penalty
 
-from ..fit import Prepared, arrange, prepare
-from ..frames import DataError
+from ..compress.columns import Dependence
+from ..fit import Prepared, RankWarning, arrange, prepare
+from ..frames import DataError, check_same_rows, plural
 from ..inference.given_coefficients import GivenCovariance, given_covariance
 from ..results import Fit
 from . import arguments, estimation, formulas
@@ -92,6 +93,7 @@ class MixedLM(base.LikelihoodModel):
             )
             exog_vc = from_mapping(exog_vc)
         arguments.check_groups(groups)
+        check_same_rows({"exog": exog, "groups": groups, "exog_re": exog_re})
         arguments.check_spec(exog_vc)
         if missing == "drop":
             endog, exog, groups, exog_re, exog_vc = arguments.drop_rows(
@@ -309,6 +311,11 @@ class MixedLM(base.LikelihoodModel):
         return self._plain[1].layout.fixed.kept
 
     @cached_property
+    def _dependence(self) -> Dependence:
+        """How the columns without a coefficient follow from the others."""
+        return self._plain[1].layout.dependence
+
+    @cached_property
     def _slices(self) -> list[slice]:
         """Columns of D of the random effects (if any) and of each component."""
         return [term.columns for term in self._plain[1].terms]
@@ -472,15 +479,32 @@ class MixedLM(base.LikelihoodModel):
         Args:
             params: :class:`MixedLMParams`, or a vector that begins with the coefficients.
             exog: design, (m, p); that of the model if None.
+
+        Returns:
+            A prediction per row; NaN, with a warning, where a column without a coefficient is not
+            what it was in the model's design: the same combination of the other columns.
         """
-        exog = self.exog if exog is None else exog
+        own = exog is None
+        exog = self.exog if own else np.asarray(exog)
         if exog is None:
             raise ValueError("exog is needed: remove_data() took that of the model away")
         if hasattr(params, "fe_params"):
             fe = np.asarray(params.fe_params)
         else:
             fe = np.asarray(params)[: self.k_fe]
-        return np.dot(exog, np.where(np.isnan(fe), 0.0, fe))
+        predicted = np.dot(exog, np.where(np.isnan(fe), 0.0, fe))
+        if own or not np.isnan(fe).any():
+            return predicted
+        lost = self._dependence.missed(np.atleast_2d(exog)).any(axis=1)
+        if not lost.any():
+            return predicted
+        warnings.warn(
+            f"the mean of {plural(int(lost.sum()), 'row')} of exog cannot be estimated and is NaN: "
+            "columns that have no coefficient are not the combination of the others that they were",
+            RankWarning,
+            stacklevel=2,
+        )
+        return np.where(lost.reshape(predicted.shape), np.nan, predicted)
 
     def get_distribution(self, params: Any, scale: float, exog: Any = None) -> Distribution:
         """Return the distribution of the response, to draw from with ``rvs``.

@@ -17,6 +17,7 @@ from statsmodels.formula._manager import FormulaManager
 
 from ..constraints import Settings
 from ..fit import fit_prepared, prepare
+from ..frames import real_numbers
 from ..modes import joint_covariance
 from ..parameters import factor, pack_triangle
 from ..results import Fit
@@ -357,7 +358,7 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
             isinstance(r_matrix, list) and r_matrix and isinstance(r_matrix[0], str)
         ):
             return r_matrix
-        matrix = np.atleast_2d(np.asarray(r_matrix, dtype=float))
+        matrix = np.atleast_2d(real_numbers(r_matrix, "r_matrix"))
         if matrix.shape[1] == len(self.params):
             return matrix
         if matrix.shape[1] != self.k_fe:
@@ -574,6 +575,8 @@ class MixedLMResults(base.LikelihoodModelResults, base.ResultMixin):
         Estimates, tests, the summary, and predictions for new data stay, and for these the columns
         that the formula of the fixed effects names; the model that other results share keeps all.
         """
+        if np.isnan(self.fe_params).any():
+            self.model._dependence  # noqa: B018  (kept in the cache, for predictions)
         model = copy.copy(self.model)
         model.data = copy.copy(model.data)
         for name in list(vars(model)):

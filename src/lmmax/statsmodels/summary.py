@@ -97,4 +97,8 @@ def _notes(result: MixedLMResults, names: Sequence[str], re_errors: str) -> list
         )
     if not result.converged:
         notes.append(f"Not converged: {result._details.message or 'not fitted'}.")
+    native = result._details.native
+    if native is not None and native.unidentified is not None:
+        text = str(native.unidentified)
+        notes.append(f"{text[:1].upper()}{text[1:]}.")
     return notes

@@ -1,0 +1,199 @@
+"""A second look at models whose random effects are far larger than the residual.
+
+The working coordinates of :mod:`lmmax.compress` are chosen before anything is estimated.  Where
+effects are r times as large as the residual, three things in them cost up to ``r^2`` of the digits,
+and are known better once the model has been solved:
+
+- the centre of y: residuals of least squares are as large as the effects, and what the fixed
+  effects explain beyond them is a small difference.  Around the coefficients found it is none;
+- the axes of the random effects: where a few combinations vary far more than others, such as the
+  mean of the cells in ``(0 + f | g)``, each entry of D is as large as the largest variance, and the
+  small ones are differences.  Along the axes of the D found they stand on the diagonal;
+- the cross-products of crossed effects, instead of which their rows are kept; see
+  :mod:`lmmax.likelihood.crossed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .compress import Compression, Layout, compress
+from .compress.crossed import Skeleton, rotates
+from .compress.iterative import Rows
+from .compress.layout import turned
+from .constraints import Guess, Settings, TermColumns
+from .estimation import Estimates, estimate
+from .solve import Constraints, Status
+
+FAR = 1e-3
+"""Effects are far apart if the residual variance is less than this part of the mean square of the
+least-squares residuals: elsewhere no more than three digits are at stake."""
+ALIGNED = 1e-3
+"""Axes are far from those of D if its correlations have an eigenvalue below this."""
+OFF_CENTER = 1e4
+"""What fixed effects may explain, in residual variances per observation, before digits of what is
+left are worth another centre."""
+LOOKS = 3
+"""Most times that coordinates are chosen anew."""
+
+
+class Closer(NamedTuple):
+    """A solved model and the coordinates in which it was solved."""
+
+    layout: Layout
+    compression: Compression
+    estimates: Estimates
+
+
+def estimate_closely(
+    y: np.ndarray,
+    layout: Layout,
+    compression: Compression,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+) -> Closer:
+    """Solve a compressed model, again in better coordinates where its effects are far apart.
+
+    Args:
+        y: the response, its offset removed, (n,).
+        layout: the designs.
+        compression: the statistics of both.
+        terms: the random terms' places among the columns.
+        settings: how to estimate.
+
+    Raises:
+        ConstraintError: if ``start`` or ``fix`` does not fit the model.
+    """
+    found = Closer(layout, compression, estimate(compression, terms, settings))
+    for _ in range(LOOKS):
+        if not _is_unclear(found, terms):
+            break
+        found = _closer(y, found, terms, settings)
+    return found
+
+
+def _is_unclear(found: Closer, terms: Sequence[TermColumns]) -> bool:
+    """Return whether other coordinates would show more digits."""
+    compression, estimates = found.compression, found.estimates
+    point, n_obs = estimates.solution.point, float(compression.problem.n_obs)
+    if isinstance(compression.detail, Rows) or not is_far(point.s, n_obs):
+        return False
+    if needs_rows(found.layout, compression):
+        return True
+    if estimates.status is Status.UNBOUNDED:
+        return False
+    return (
+        estimates.status is not Status.CONVERGED
+        or is_off_center(point.s, point.at.beta, point.at.beta_inverse, n_obs)
+        or not _is_aligned(np.asarray(point.D), estimates.constraints, terms)
+    )
+
+
+def unclear_lanes(
+    ends: Any, constraints: Constraints, terms: Sequence[TermColumns], n_obs: np.ndarray
+) -> np.ndarray:
+    """Return the lanes that other coordinates would show more digits of.
+
+    Args:
+        ends: where the lanes ended, a :class:`lmmax.batch.solve.Ends`.
+        constraints: what was free.
+        terms: the random terms.
+        n_obs: number of rows of each lane, (n,).
+    """
+    far = is_far(ends.s, n_obs) & (ends.status != Status.UNBOUNDED)
+    return np.array(
+        [
+            lane
+            for lane in np.flatnonzero(far)
+            if ends.status[lane] != Status.CONVERGED
+            or is_off_center(
+                ends.s[lane], ends.beta[lane], ends.beta_inverse[lane], float(n_obs[lane])
+            )
+            or not _is_aligned(ends.D[lane], constraints, terms)
+        ],
+        dtype=int,
+    )
+
+
+def is_far(s: Any, n_obs: Any) -> Any:
+    """Return whether effects are far larger than the residual, from the logarithms of scales."""
+    return np.isfinite(s) & (np.exp(s) * n_obs <= FAR)
+
+
+def needs_rows(layout: Layout, compression: Compression) -> bool:
+    """Return whether a model's statistics are cross-products where rows could be kept."""
+    detail = compression.detail
+    return isinstance(detail, Skeleton) and detail.outside is None and rotates(layout, detail)
+
+
+def is_off_center(s: Any, beta: Any, beta_inverse: Any, n_obs: float) -> bool:
+    """Return whether fixed effects explain far more of y around its centre than is left.
+
+    Args:
+        s: logarithm of the scale.
+        beta: coefficients around the centre, (p,).
+        beta_inverse: ``(X'V^-1 X)^-1``, (p, p).
+        n_obs: number of observations.
+    """
+    if not np.all(np.isfinite(beta_inverse)):
+        return False
+    explained = beta @ np.linalg.lstsq(np.asarray(beta_inverse), np.asarray(beta))[0]
+    return bool(explained * np.exp(-s) > OFF_CENTER * n_obs)
+
+
+def _is_aligned(D: np.ndarray, constraints: Constraints, terms: Sequence[TermColumns]) -> bool:
+    """Return whether no block of D that can be turned is close to singular along its axes."""
+    for here in _turnable(constraints, terms):
+        sd = np.sqrt(np.diag(D)[here])
+        if np.all(sd > 0.0):
+            values = np.linalg.eigvalsh(D[here, here] / np.outer(sd, sd))
+            if values[0] < ALIGNED:
+                return False
+    return True
+
+
+def _turnable(constraints: Constraints, terms: Sequence[TermColumns]) -> list[slice]:
+    """Return the columns of each term of which any combinations may be taken."""
+    held = np.asarray(constraints.held)
+    return [
+        term.columns
+        for term in terms
+        if term.pattern is not None
+        and term.width > 1
+        and term.pattern.all()
+        and not held[term.columns.start, term.columns.start]
+    ]
+
+
+def _closer(
+    y: np.ndarray, found: Closer, terms: Sequence[TermColumns], settings: Settings
+) -> Closer:
+    """Solve again around the coefficients found, along the axes of the covariance found."""
+    layout, compression, estimates = found
+    problem, point = compression.problem, estimates.solution.point
+    p = int(problem.n_fixed)
+    turn = np.eye(len(point.D))
+    for here in _turnable(estimates.constraints, terms):
+        turn[here, here] = np.linalg.svd(np.asarray(point.root)[here, here])[0]
+    moved = not np.array_equal(turn, np.eye(len(turn)))
+    layout = turned(layout, turn) if moved else layout
+    unit = float(problem.y_scale)
+    again = compress(
+        y,
+        layout,
+        earlier=None if moved else compression,
+        center=(np.asarray(point.at.beta)[:p] + np.asarray(problem.beta_origin)[:p]) * unit,
+        far_apart=True,
+    )
+    root = turn.T @ np.asarray(point.root)
+    s = float(point.s) + 2.0 * float(np.log(unit / again.problem.y_scale))
+    here = Guess(root @ root.T, np.asarray(point.theta), s)
+    best = estimate(again, terms, settings, here)
+    if best.status is not Status.CONVERGED:
+        other = estimate(again, terms, settings)
+        if other.status is Status.CONVERGED or other.criterion < best.criterion:
+            best = other
+    return Closer(layout, again, best)
