@@ -273,7 +273,16 @@ def prepare(design: Design, engine: str = "auto") -> Prepared:
 
 def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
+    warn_of_steps(design, stacklevel=4)
     return fit_prepared(prepare(design, settings.engine), settings, verbose=verbose)
+
+
+def warn_of_steps(design: Design, stacklevel: int = 3) -> None:
+    """Warn of structures that count steps between levels which are numbers unevenly spaced."""
+    for block in design.blocks:
+        uneven = getattr(block.covariance, "uneven", "")
+        if uneven:
+            warnings.warn(uneven, stacklevel=stacklevel)
 
 
 def fit_prepared(prepared: Prepared, settings: Settings, *, verbose: bool = False) -> Fit:

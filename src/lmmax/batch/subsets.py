@@ -22,6 +22,7 @@ from ..design import DataError, Design, build_design
 from ..fit import (
     arrange,
     check_identified,
+    warn_of_steps,
     without_offset,
 )
 from ..formula import parse_formula
@@ -118,6 +119,7 @@ def read_subsets(
         labels = pd.RangeIndex(len(codes))
     table, infinite = _made_finite(table, spec.response)
     design = build_design(spec, table, missing=missing, **options)
+    warn_of_steps(design)
     design.y[np.isin(design.index, infinite)] = np.inf
     at = np.asarray(design.index, dtype=np.int64)
     kept = np.flatnonzero(~lacking[at])
