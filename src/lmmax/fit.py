@@ -17,6 +17,7 @@ from .design import DataError, Design, RandomBlock, build_design, design_from_ar
 from .estimation import estimate
 from .formula import parse_formula
 from .frames import real_numbers
+from .matrices import check_range
 from .one_group import check_lone_groups
 from .results import Fit
 from .spec import ModelSpec
@@ -296,9 +297,11 @@ def fit_prepared(prepared: Prepared, settings: Settings, *, verbose: bool = Fals
 
 def arrange(design: Design) -> tuple[tuple[FactorColumns, ...], tuple[TermColumns, ...]]:
     """Gather the random terms by grouping factor; the terms stay in the order of the formula."""
+    check_range(design.X, design.x_names)
     by_factor: list[list[RandomBlock]] = [[] for _ in design.groupings]
     for block in design.blocks:
         _check_columns(block)
+        check_range(block.Z, block.names, f" of {block.term}")
         by_factor[block.grouping].append(block)
     factors, places, at = [], {}, 0
     for position, (grouping, blocks) in enumerate(zip(design.groupings, by_factor, strict=True)):
