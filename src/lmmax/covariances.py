@@ -474,7 +474,7 @@ class _Lagged(_Ordered):
             )
         consecutive = all(b - a == 1 for a, b in pairwise(places))
         places = () if consecutive else places
-        return replace(self, places=places, uneven=uneven)  # type: ignore[call-arg]
+        return replace(self, places=places, uneven=uneven)  # type: ignore[type-var]
 
     def _lags(self, q: int) -> np.ndarray:
         """Return the lags of all pairs of effects, (q, q)."""
