@@ -254,9 +254,9 @@ def _by_coefficient(matrix: Any, names: list[str]) -> Any:
         names: the coefficients.
     """
     if isinstance(matrix, pd.Series):
-        labels, values = matrix.index, matrix.to_numpy()
+        labels, values = matrix.index, np.asarray(matrix)
     elif isinstance(matrix, pd.DataFrame):
-        labels, values = matrix.columns, matrix.to_numpy()
+        labels, values = matrix.columns, np.asarray(matrix)
     else:
         return matrix
     if isinstance(labels, pd.RangeIndex) or len(labels) != len(names):
