@@ -190,8 +190,8 @@ def _closer(
     )
     root = turn.T @ np.asarray(point.root)
     s = float(point.s) + 2.0 * float(np.log(unit / again.problem.y_scale))
-    here = Guess(root @ root.T, np.asarray(point.theta), s)
-    best = estimate(again, terms, settings, here)
+    end = Guess(root @ root.T, np.asarray(point.theta), s)
+    best = estimate(again, terms, settings, end)
     if best.status is not Status.CONVERGED:
         other = estimate(again, terms, settings)
         if other.status is Status.CONVERGED or other.criterion < best.criterion:
