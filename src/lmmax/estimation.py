@@ -364,12 +364,10 @@ def estimate(
 
     # EM moves what is in the root; of a model with structures only it has nothing to move.
     em_steps = settings.em_steps if constraints.rooted.any() and at is None else 0
-    D, s, theta = guess.D, guess.s, guess.theta
-    if at is not None:
-        D, s, theta = at.D, at.s, at.theta
-    elif D is None:
+    D, theta, s = guess if at is None else at
+    if D is None:
         D = np.diag(compression.start) * constraints.blocks
-    else:
+    elif at is None:
         # A start is a hint: from absurdly large variances rounding hides the way down.
         D = D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(compression.start)))
     others: list[np.ndarray] = []
