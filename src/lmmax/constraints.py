@@ -149,6 +149,11 @@ class Guess(NamedTuple):
     s: float
 
 
+def usual_log_scale(problem: Problem) -> float:
+    """Return the logarithm of half the variance of the working response, where searches start."""
+    return float(np.log(0.5 / float(problem.n_obs)))
+
+
 def read_constraints(
     problem: Problem, terms: Sequence[TermColumns], settings: Settings
 ) -> tuple[Constraints, Guess]:
@@ -181,7 +186,7 @@ def read_constraints(
         )
     D: np.ndarray | None = None
     theta: np.ndarray | None = None
-    s = np.log(0.5 / float(problem.n_obs))
+    s = usual_log_scale(problem)
     if settings.start is not None:
         D, scale = _read_start(settings.start, terms, q)
         # What a structure cannot reproduce it approximates.
@@ -208,7 +213,9 @@ def read_constraints(
 def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.ndarray, float]:
     """Return relative covariance and scale from an earlier fit, a mapping, or theta."""
     if hasattr(start, "cov_re") and hasattr(start, "scale"):
-        start = {"cov_re": start.cov_re, "scale": start.scale}
+        # The estimates' scale is positive where the fit's is zero, at the boundary.
+        scale = start.estimates.scale if hasattr(start, "estimates") else start.scale
+        start = {"cov_re": start.cov_re, "scale": scale}
     if isinstance(start, Mapping):
         if set(start) != {"cov_re", "scale"}:
             raise ConstraintError(

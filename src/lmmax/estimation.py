@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import starts, zero_scale
 from .compilation import Compiled
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .compress.iterative import Rows
-from .constraints import Settings, TermColumns, read_constraints
+from .constraints import Settings, TermColumns, read_constraints, usual_log_scale
 from .covariances import matrix_at, slopes
 from .likelihood import Problem
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
@@ -44,8 +45,6 @@ TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
 """Newton decrements that count as converged; squared distances to the optimum in standard errors.
 Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
 RESTARTS = 5
-STRONGER = 1.0
-"""What a second start adds to parameters of correlations, which live on the scale of atanh."""
 BOUNDARY = 1e-4
 """A direction of the random effects is at the boundary if its standard deviation is below this
 fraction of the sampling noise of one average group (working columns have mean square one)."""
@@ -74,6 +73,7 @@ class Estimates:
         noise: standard deviation of one average group's mean, relative to the residual's, (q,).
         criterion_error: Monte Carlo standard error of the criterion.
         probes: number of random probes behind it.
+        ends: the criterion at the end of each search that found an optimum, ascending.
     """
 
     beta: np.ndarray
@@ -93,6 +93,7 @@ class Estimates:
     noise: np.ndarray
     criterion_error: float = 0.0
     probes: int = 0
+    ends: tuple[float, ...] = ()
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -221,7 +222,15 @@ class Estimates:
     @property
     def n_free(self) -> int:
         """Number of covariance parameters and scale that were estimated."""
-        return int(np.sum(self.solution.point.free > 0.0))
+        return int(np.sum(self.solution.point.free > 0.0)) + self.zero_scale
+
+    @property
+    def zero_scale(self) -> bool:
+        """Whether the residual variance is estimated as zero.
+
+        Then `scale` is small enough to stand for zero next to `cov_re`, and counts as given.
+        """
+        return self.status == Status.ZERO_SCALE
 
 
 def estimate(
@@ -256,33 +265,54 @@ def estimate(
         solver = "newton" if len(z_inverse) <= NEWTON_LIMIT else "lbfgs"
 
     D, s, theta = guess.D, guess.s, guess.theta
+    variances = compression.start
+    if not constraints.scale_free:
+        # What the moments say is relative to their own scale, not to the one that is held.
+        variances = variances * np.exp(usual_log_scale(problem) - s)
     if D is None:
-        D = np.diag(compression.start) * constraints.blocks
+        D = np.diag(variances) * constraints.blocks
     else:
         # A start is a hint: from absurdly large variances rounding hides the way down.
         D = D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(compression.start)))
-    others: list[np.ndarray] = []
-    if theta is None:
-        theta, *others = theta_starts(constraints, z_inverse, compression.start)
     # EM moves what is in the root; of a model with structures only it has nothing to move.
     em_steps = settings.em_steps if constraints.rooted.any() else 0
-    solution = _solve(problem, constraints, settings, solver, em_steps, D, s, theta)
-    for other in others:
-        # A structure may have several maxima.
-        again = _solve(problem, constraints, settings, solver, em_steps, D, s, other)
-        if _better(again, solution):
-            solution = again
-    for _ in range(RESTARTS):
-        interior = _is_interior(solution.point.D, noise)
-        if solution.status != Status.CONVERGED or interior:
-            break
-        better = _step_off(solution, constraints, terms, problem, noise)
-        if better is None:
-            break
-        s = float(solution.point.s)
-        solution = _solve(problem, constraints, settings, solver, 0, better[0], s, better[1])
+    solve = partial(_solve, problem, settings, solver)
 
-    return _in_user_units(compression, terms, settings, constraints, solution, solver)
+    def settle(
+        constraints: Constraints, D: np.ndarray, s: float, theta: np.ndarray, **options: float
+    ) -> Solution:
+        """Solve, stepping off boundaries from which the criterion falls."""
+        solution = solve(constraints, D, s, theta, **options)
+        for _ in range(RESTARTS):
+            interior = _is_interior(solution.point.D, noise)
+            if solution.status != Status.CONVERGED or interior:
+                break
+            better = _step_off(solution, constraints, terms, problem, noise)
+            if better is None:
+                break
+            solution = solve(constraints, better[0], float(solution.point.s), better[1])
+        return solution
+
+    # A structure may describe the data without a residual; the search would go on for ever.
+    lowest = zero_scale.log_scale(problem, zero_scale.LOOKED_AT)
+    options = {"smallest_scale": lowest} if constraints.structures else {}
+
+    def finish(D: np.ndarray, s: float, theta: np.ndarray, em_steps: int = 0) -> Solution:
+        end = settle(constraints, D, s, theta, em_steps=em_steps, **options)
+        return zero_scale.look_closer(problem, constraints, end, settle)
+
+    if theta is not None or not constraints.structures:
+        solution = finish(D, s, np.zeros(0) if theta is None else theta, em_steps)
+        ends = (float(solution.point.at.value),)
+    else:
+        longest = min(settings.max_steps or starts.ROUGH_STEPS, starts.ROUGH_STEPS)
+        rough = {"em_steps": em_steps, "max_steps": longest, "tol": starts.ROUGH_TOL, **options}
+        solution, ends = starts.search(
+            starts.structure_starts(constraints, z_inverse, variances),
+            lambda theta: solve(constraints, D, s, theta, **rough),
+            lambda end: finish(end.point.D, float(end.point.s), end.point.theta),
+        )
+    return _in_user_units(compression, terms, settings, constraints, solution, solver, ends)
 
 
 def _in_user_units(
@@ -292,6 +322,7 @@ def _in_user_units(
     constraints: Constraints,
     solution: Solution,
     solver: str,
+    ends: Sequence[float] = (),
 ) -> Estimates:
     """Map the end of a solve to the user's units."""
     problem = compression.problem
@@ -299,6 +330,8 @@ def _in_user_units(
     point = solution.point
     at = point.at
     status = Status(int(solution.status))
+    if status == Status.ZERO_SCALE:
+        constraints = zero_scale.held(constraints)
     # Residuals of the size of y's own rounding are none, however far from zero y lies.
     rounding = (10.0 * np.finfo(float).eps) ** 2 / (compression.total * float(problem.n_obs))
     if constraints.scale_free and np.exp(point.s) <= rounding:
@@ -317,13 +350,18 @@ def _in_user_units(
     y_scale = float(problem.y_scale)
     d = float(problem.n_obs) - settings.reml * p
     constant = 2.0 * (d * np.log(y_scale) + settings.reml * float(problem.x_logdet))
+    constant = constant - float(problem.log_weights)
+    value = float(at.value)
+    if status == Status.ZERO_SCALE:
+        # The limit at a scale of zero, to second order.
+        value -= float(zero_scale.slope(zero_scale.derivatives_at(point)))
     return Estimates(
         beta=R_inverse @ (at.beta[:p] + np.asarray(problem.beta_origin)[:p]) * y_scale,
         beta_unscaled=R_inverse @ at.beta_inverse[:p, :p] @ R_inverse.T,
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
         working_root=root,
         structure_theta=_canonical(constraints, theta),
-        criterion=float(at.value + constant - float(problem.log_weights)),
+        criterion=value + constant,
         reml=settings.reml,
         status=status,
         solver=solver,
@@ -333,6 +371,7 @@ def _in_user_units(
         z_inverse=z_inverse,
         contrasts=d,
         noise=noise,
+        ends=tuple(end + constant for end in ends),
     )
 
 
@@ -372,23 +411,23 @@ _compiled = {"newton": Compiled(_flat(newton)), "lbfgs": Compiled(_flat(lbfgs))}
 
 def _solve(
     problem: Problem,
-    constraints: Constraints,
     settings: Settings,
     solver: str,
-    em_steps: int,
+    constraints: Constraints,
     D: np.ndarray,
     s: float,
     theta: np.ndarray,
+    **options: float,
 ) -> Solution:
     """Run the solver in float64 and return its record as NumPy arrays."""
-    options = Options(
-        reml=float(settings.reml),
-        em_steps=em_steps,
-        max_steps=settings.max_steps or MAX_STEPS[solver],
-        tol=tolerance(problem) if settings.tol is None else settings.tol,
-    )
+    usual = {
+        "em_steps": 0,
+        "max_steps": settings.max_steps or MAX_STEPS[solver],
+        "tol": tolerance(problem) if settings.tol is None else settings.tol,
+    }
+    chosen = Options(reml=float(settings.reml), **(usual | options))
     with jax.enable_x64(True), compilation_cache():
-        flat = np.asarray(_compiled[solver](problem, constraints, options, D, float(s), theta))
+        flat = np.asarray(_compiled[solver](problem, constraints, chosen, D, float(s), theta))
     return _unflatten(flat, problem, len(theta))
 
 
@@ -400,26 +439,6 @@ def tolerance(problem: Problem) -> float:
 def group_noise(problem: Problem) -> np.ndarray:
     """Return the standard deviation, relative to the residual's, of one group's mean, (q,)."""
     return np.asarray(np.sqrt(np.asarray(problem.n_groups) / float(problem.n_obs)))
-
-
-def theta_starts(
-    constraints: Constraints, z_inverse: np.ndarray, variances: np.ndarray
-) -> list[np.ndarray]:
-    """Return starts for the structures from rough relative variances (q,), working units.
-
-    The first has moderate correlations, the others, where there are any, strong ones, the last with
-    larger variances.
-    """
-    moderate, is_sd = [np.zeros(0)], [np.zeros(0, dtype=bool)]
-    for part in constraints.structures:
-        here = slice(*part.columns)
-        moderate.append(part.covariance.start(variances[here] * np.diag(z_inverse)[here] ** 2))
-        is_sd.append(np.asarray(part.covariance.is_sd(here.stop - here.start)))
-    start, fixed = np.concatenate(moderate), np.concatenate(is_sd)
-    if fixed.all():
-        return [start]
-    strong = np.where(fixed, start, start + STRONGER)
-    return [start, strong, np.where(fixed, 2.0 * start, strong)]
 
 
 def _canonical(constraints: Constraints, theta: np.ndarray) -> np.ndarray:
@@ -451,17 +470,6 @@ def _at_zero(
             if np.max(np.abs(unit @ change @ unit.T)) <= BOUNDARY**2:
                 theta[start + j] = 0.0
     return theta
-
-
-def _better(one: Solution, other: Solution) -> bool:
-    """Return whether the first solve ended better than the second, converged or not.
-
-    A criterion without a minimum is a result too: a local one above it would hide that.
-    """
-    gain = float(other.point.at.value - one.point.at.value)
-    if (one.status == Status.CONVERGED) != (other.status == Status.CONVERGED):
-        return gain > (-1e-6 if one.status == Status.CONVERGED else 1e-6)
-    return gain > 0.0
 
 
 def free_terms(

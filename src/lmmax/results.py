@@ -29,7 +29,7 @@ from .inference.sensitivity import (
 from .modes import Effects, conditional_effects
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
-from .solve import Status
+from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
     from .summary import Summary
@@ -43,6 +43,10 @@ MESSAGES = {
         "the residual variance went to zero: the random effects alone describe the data, and the "
         "likelihood has no maximum with a residual; use fewer random effects, or "
         "fix={'scale': ...}"
+    ),
+    Status.ZERO_SCALE: (
+        "converged with a residual variance of zero: the likelihood is largest at this boundary, "
+        "where the random effects alone describe the data; standard errors take it as given"
     ),
     # Of many responses; for a single one these are errors.
     Status.INFINITE: "the response has infinite values",
@@ -65,6 +69,8 @@ class Convergence:
         gradient_norm: its Euclidean norm.
         hessian_eigenvalues: of the Hessian in the same parameters, ascending.
         boundary: terms whose covariance is singular.
+        ends: the criterion at the end of each search that found an optimum, ascending: where a
+            model may have several, it is searched from several starts, and the first end is taken.
         history: per evaluation, criterion, decrement, damping, whether it was accepted, and the
             kind of step that followed (the first 64 evaluations).
     """
@@ -77,6 +83,7 @@ class Convergence:
     gradient_norm: float
     hessian_eigenvalues: np.ndarray
     boundary: tuple[str, ...]
+    ends: np.ndarray
     history: pd.DataFrame = field(repr=False)
 
     def __str__(self) -> str:
@@ -176,7 +183,7 @@ class Fit:
         names = list(self.design.x_names)
         values = np.full((len(names), len(names)), np.nan)
         kept = self.layout.fixed.kept
-        values[np.ix_(kept, kept)] = self.scale * self.estimates.beta_unscaled
+        values[np.ix_(kept, kept)] = self.estimates.scale * self.estimates.beta_unscaled
         return pd.DataFrame(values, index=names, columns=names)
 
     @cached_property
@@ -288,8 +295,11 @@ class Fit:
 
     @property
     def scale(self) -> float:
-        """Residual variance (of an observation with weight one)."""
-        return self.estimates.scale
+        """Residual variance (of an observation with weight one).
+
+        Exactly zero where the likelihood is largest there, which :attr:`status` tells.
+        """
+        return 0.0 if self.estimates.zero_scale else self.estimates.scale
 
     @cached_property
     def cov_re(self) -> pd.DataFrame:
@@ -299,7 +309,8 @@ class Fit:
         effect.
         """
         labels = self._effect_labels
-        return pd.DataFrame(self.scale * self.estimates.D, index=labels, columns=labels)
+        values = self.estimates.scale * self.estimates.D
+        return pd.DataFrame(values, index=labels, columns=labels)
 
     @property
     def _effect_labels(self) -> pd.Index:
@@ -317,7 +328,8 @@ class Fit:
         """Relative Cholesky factor, lower triangle row by row, term after term, (k,).
 
         lme4 lists the same numbers column by column.  A term with a covariance structure has the
-        structure's own parameters instead (see :mod:`lmmax.covariances`).
+        structure's own parameters instead (see :mod:`lmmax.covariances`).  All are NaN where the
+        residual variance, which they are relative to, is zero.
         """
         parts = []
         own = {part.columns: part.parameters for part in self.estimates.constraints.structures}
@@ -331,7 +343,8 @@ class Fit:
                 parts.append(term.covariance.theta_of(lower @ lower.T))
             else:
                 parts.append(pack_triangle(lower)[pack_triangle(pattern) > 0.0])
-        return np.concatenate(parts)
+        theta = np.concatenate(parts)
+        return np.full_like(theta, np.nan) if self.estimates.zero_scale else theta
 
     def varcorr(self) -> pd.DataFrame:
         """Variances, covariances and the residual, a row each, in the way of lme4's ``VarCorr``.
@@ -604,23 +617,26 @@ class Fit:
     @property
     def converged(self) -> bool:
         """Whether the optimum was reached, judged by the gradient."""
-        return self.estimates.status is Status.CONVERGED
+        return bool(is_optimal(self.estimates.status))
 
     @property
     def status(self) -> str:
-        """Name of the solver's status: "converged", "max_steps", "stalled", ..."""
+        """Name of the solver's status: "converged", "zero_scale", "max_steps", "stalled", ...
+
+        With "zero_scale" the fit has converged too, to a residual variance of zero.
+        """
         return self.estimates.status.name.lower()
 
     @property
     def singular(self) -> bool:
         """Whether some variance is zero or some correlation one: a maximum on the boundary."""
-        return bool(self.estimates.boundary)
+        return bool(self.estimates.boundary) or self.estimates.zero_scale
 
     @property
     def message(self) -> str:
         """The status in words, and which terms are singular."""
         text = MESSAGES[self.estimates.status]
-        if self.singular:
+        if self.estimates.boundary:
             terms = ", ".join(self.estimates.boundary)
             text += f"; singular: the covariance of {terms} lies on the boundary"
         return text
@@ -648,6 +664,7 @@ class Fit:
             gradient_norm=float(np.linalg.norm(gradient)),
             hessian_eigenvalues=estimates.hessian_eigenvalues,
             boundary=estimates.boundary,
+            ends=np.asarray(estimates.ends),
             history=history,
         )
 

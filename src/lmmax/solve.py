@@ -51,7 +51,11 @@ L-BFGS is the default."""
 
 
 class Status(IntEnum):
-    """How a solve ended; the last four are responses of many that no solve was begun for."""
+    """How a solve ended.
+
+    ``ZERO_SCALE`` is a maximum at a residual variance of zero, see :mod:`lmmax.zero_scale`;
+    ``INFINITE`` to ``TOO_FEW`` are responses of many that no solve was begun for.
+    """
 
     RUNNING = 0
     CONVERGED = 1
@@ -63,6 +67,16 @@ class Status(IntEnum):
     CONSTANT = 7
     EXPLAINED = 8
     TOO_FEW = 9
+    ZERO_SCALE = 10
+
+
+OPTIMAL = (Status.CONVERGED, Status.ZERO_SCALE)
+"""The statuses of a solve that found an optimum."""
+
+
+def is_optimal(status: Any) -> Any:
+    """Return whether a solve found an optimum, for a status or an array of them."""
+    return np.isin(status, OPTIMAL)
 
 
 class Structured(NamedTuple):
@@ -118,12 +132,22 @@ class Constraints:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Options:
-    """Options of the solve, all of them data: changing one does not recompile."""
+    """Options of the solve, all of them data: changing one does not recompile.
+
+    Attributes:
+        reml: 1.0 for the restricted criterion, 0.0 for the other.
+        em_steps: most EM steps.
+        max_steps: most steps after them.
+        tol: Newton decrement that counts as converged.
+        smallest_scale: logarithm of the scale below which Newton's method gives up; never below
+            what rounding leaves of a residual.
+    """
 
     reml: Any
     em_steps: Any
     max_steps: Any
     tol: Any
+    smallest_scale: Any = -np.inf
 
 
 class Point(NamedTuple):
@@ -494,10 +518,9 @@ def advance(
     # Rounding in the gradient grows with the number of observations.
     tol = jnp.maximum(options.tol, 10.0 * eps**2 * problem.n_obs)
     # Residuals a thousand roundings in size are none: the response has unit length.
-    smallest_scale = 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
-    if constraints.structures:
-        # A structure may describe the data without a residual; the search would go on for ever.
-        smallest_scale = jnp.log(1e-8) - jnp.log(problem.n_obs)
+    smallest_scale = jnp.maximum(
+        options.smallest_scale, 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
+    )
 
     old = state.point
     first = state.evaluations == 0
@@ -530,7 +553,7 @@ def advance(
     outcomes = [
         (settled & ~stuck, Status.CONVERGED),
         (first & ~accept, Status.NOT_FINITE),
-        (point.s < smallest_scale, Status.UNBOUNDED),
+        ((point.s < smallest_scale) & constraints.scale_free, Status.UNBOUNDED),
         (damping > 1e12, Status.STALLED),
         (evaluations >= options.max_steps + options.em_steps, Status.MAX_STEPS),
     ]

@@ -15,6 +15,11 @@ from .inference.denominator import DEFAULT
 from .rendering import html, text
 from .results import MESSAGES, Fit
 
+ZERO_SCALE = (
+    "The residual variance is estimated as zero: the random effects describe the data best "
+    "without a residual. This is a legitimate maximum at the boundary, not a failure; no standard "
+    "error can be given for it, all others take it as given, and there are no scaled residuals."
+)
 MANY_PARAMETERS = 4
 """Most parameters of a structure that a note spells out."""
 DDF_NOTES = {
@@ -222,6 +227,8 @@ def _notes(fit: Fit, ddf: str) -> tuple[str, ...]:
             f"Not converged (status {record.status}): Newton decrement {record.decrement:.3g}, "
             f"gradient norm {record.gradient_norm:.3g}; see fit.convergence."
         )
+    if fit.estimates.zero_scale:
+        notes.append(ZERO_SCALE)
     notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
     notes += _structure_notes(fit)
     if fit.settings.fix:

@@ -33,7 +33,6 @@ from ..estimation import (
     RESTARTS,
     free_terms,
     grown,
-    theta_starts,
     tolerance,
 )
 from ..likelihood.crossed import CrossedProblem
@@ -52,6 +51,7 @@ from ..solve import (
     point_of,
     whole_covariance,
 )
+from ..starts import structure_starts
 from .devices import OverLanes, n_devices, side_by_side
 
 LANES = 256
@@ -323,7 +323,7 @@ def starts_from(
     inverses = np.broadcast_to(np.asarray(lanes.take(which).problem.z_inverse), D.shape)
     if constraints.structures:
         thetas = [
-            theta_starts(constraints, inverse, np.diag(own))
+            structure_starts(constraints, inverse, np.diag(own))
             for inverse, own in zip(inverses, D, strict=True)
         ]
     else:

@@ -1,0 +1,149 @@
+"""Where the search for the parameters of covariance structures starts, and which end wins.
+
+The criterion of a structure may have several minima.  Every start is followed roughly; those ends
+that may still be the best are followed to the end.  All of them run through one compiled solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .solve import TRACE_LENGTH, Constraints, Solution, Status, is_optimal
+
+ROUGH_TOL, ROUGH_STEPS = 1e-3, 30
+"""Newton decrement at which a start has been followed far enough to tell its minimum, and the most
+steps to there."""
+SAME = 1e-7
+"""Ends whose criteria differ by less are the same."""
+
+
+class Pattern(NamedTuple):
+    """How a start differs from the usual one, which has moderate positive correlations.
+
+    Attributes:
+        size: factor of the variances.
+        first: added to the first parameter that is no standard deviation, which is the correlation
+            of neighbours, or the only one; it lives on the scale of atanh.
+        rest: added to the others.
+        sign: -1.0 if they alternate.
+    """
+
+    size: float = 1.0
+    first: float = 0.0
+    rest: float = 0.0
+    sign: float = 1.0
+
+
+PATTERNS = (
+    Pattern(),
+    Pattern(first=1.0, rest=1.0),
+    Pattern(size=4.0, first=1.0, rest=1.0),
+    Pattern(size=0.1),
+    Pattern(size=0.1, first=-2.25),
+    Pattern(size=0.1, first=1.75),
+    Pattern(first=-0.75, rest=-0.5),
+    Pattern(size=0.1, first=0.45, rest=0.7, sign=-1.0),
+    Pattern(size=25.0, first=0.45, rest=0.7, sign=-1.0),
+    Pattern(first=1.75),
+    Pattern(size=25.0, first=-0.75, rest=-0.5),
+    Pattern(size=4.0, first=-0.95),
+    Pattern(size=25.0, first=-2.25),
+)
+
+
+class Search(NamedTuple):
+    """What a search from several starts found.
+
+    Attributes:
+        solution: the best end.
+        ends: the criterion at the end of each start that found one, working units, ascending.
+    """
+
+    solution: Solution
+    ends: tuple[float, ...]
+
+
+def structure_starts(
+    constraints: Constraints, z_inverse: np.ndarray, variances: np.ndarray
+) -> list[np.ndarray]:
+    """Return starts for the structures from rough relative variances (q,), working units."""
+    starts: list[np.ndarray] = []
+    for pattern in PATTERNS:
+        parts = [np.zeros(0)]
+        for part in constraints.structures:
+            here = slice(*part.columns)
+            width = here.stop - here.start
+            rough = pattern.size * variances[here] * np.diag(z_inverse)[here] ** 2
+            start = part.covariance.start(rough)
+            others = np.flatnonzero(~np.asarray(part.covariance.is_sd(width), dtype=bool))
+            start[others[:1]] += pattern.first
+            start[others[1:]] += pattern.rest * pattern.sign ** np.arange(1, len(others))
+            parts.append(start)
+        start = np.concatenate(parts)
+        if not any(np.array_equal(start, known) for known in starts):
+            starts.append(start)
+    return starts
+
+
+def is_better(one: Solution, other: Solution) -> bool:
+    """Return whether the first solve ended better than the second, converged or not.
+
+    A criterion without a minimum is a result too: a local one above it would hide that.
+    """
+    gain = float(other.point.at.value - one.point.at.value)
+    mine, yours = is_optimal(int(one.status)), is_optimal(int(other.status))
+    if mine != yours:
+        return gain > (-1e-6 if mine else 1e-6)
+    return gain > 0.0
+
+
+def expected(solution: Solution) -> float:
+    """Return the criterion that a rough end leads to; minus infinity if that is not known yet."""
+    if solution.status != Status.CONVERGED:
+        return -np.inf
+    return float(solution.point.at.value - 0.5 * solution.decrement)
+
+
+def search(
+    starts: Sequence[np.ndarray],
+    rough: Callable[[np.ndarray], Solution],
+    settle: Callable[[Solution], Solution],
+) -> Search:
+    """Follow all starts, and return the best end.
+
+    Args:
+        starts: parameters of the structures to start from, (k,) each.
+        rough: solves from there to ``ROUGH_TOL``.
+        settle: solves from a rough end as far as it goes.
+    """
+    found = sorted(map(rough, starts), key=_height)
+    best = _settled(found[0], settle)
+    values = [_height(best)] if is_optimal(int(best.status)) else []
+    for end in found[1:]:
+        if expected(end) > best.point.at.value - SAME:
+            values.append(expected(end))
+            continue
+        settled = _settled(end, settle)
+        if is_optimal(int(settled.status)):
+            values.append(_height(settled))
+        if is_better(settled, best):
+            best = settled
+    return Search(best, tuple(sorted(values)))
+
+
+def _height(end: Solution) -> float:
+    value = float(end.point.at.value)
+    return value if np.isfinite(value) else np.inf
+
+
+def _settled(rough: Solution, settle: Callable[[Solution], Solution]) -> Solution:
+    """Return the end that a rough one leads to, with the record of both."""
+    end = settle(rough)
+    first, then = int(rough.steps), int(end.steps)
+    trace = np.concatenate([rough.trace[:first], end.trace[:then]])[:TRACE_LENGTH]
+    whole = np.full_like(rough.trace, np.nan)
+    whole[: len(trace)] = trace
+    return end._replace(trace=whole, steps=np.int32(first + then))
