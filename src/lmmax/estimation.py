@@ -294,7 +294,7 @@ def estimate(
         return solution
 
     # A structure may describe the data without a residual; the search would go on for ever.
-    lowest = zero_scale.log_scale(problem, zero_scale.LOOKED_AT)
+    lowest = zero_scale.log_scale(float(problem.n_obs), zero_scale.LOOKED_AT)
     options = {"smallest_scale": lowest} if constraints.structures else {}
 
     def finish(D: np.ndarray, s: float, theta: np.ndarray, em_steps: int = 0) -> Solution:

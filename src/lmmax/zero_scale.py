@@ -44,9 +44,9 @@ Settle = Callable[[Constraints, np.ndarray, float, np.ndarray], Solution]
 """Solve under constraints from D, s and theta, as far as rounding allows."""
 
 
-def log_scale(problem: Any, share: float) -> float:
-    """Return ``s`` at a scale relative to the variance of the working response."""
-    return float(np.log(share) - np.log(float(problem.n_obs)))
+def log_scale(n_obs: float, share: float) -> float:
+    """Return ``s`` at a scale relative to the variance of a working response of n_obs rows."""
+    return float(np.log(share) - np.log(n_obs))
 
 
 def held(constraints: Constraints) -> Constraints:
@@ -126,22 +126,49 @@ def look_closer(
     fixed = held(constraints)
 
     def at(share: float, point: Point) -> Solution:
-        s = log_scale(problem, share)
+        s = log_scale(float(problem.n_obs), share)
         return settle(fixed, *moved(constraints, point, s))
 
     probe = at(PROBED, point)
-    rise = float(slope(derivatives_at(probe.point)))
-    if 0.0 < rise < FALLING and probe.status == Status.CONVERGED:
+    if is_likely(probe.status, slope(derivatives_at(probe.point))):
         end = at(LIMIT, probe.point)
-        rise = float(slope(derivatives_at(end.point)))
-        gain = float(point.at.value - end.point.at.value) + rise
-        settled = end.status == Status.CONVERGED and rise <= LEVEL
-        if settled and (gain > -1e-7 or solution.status != Status.CONVERGED):
+        rise = slope(derivatives_at(end.point))
+        there = _Value(end.status, end.point.at.value)
+        if is_limit(there, rise, _Value(solution.status, point.at.value)):
             return end._replace(status=np.int32(Status.ZERO_SCALE))
-    if solution.status == Status.UNBOUNDED and share > LOOKED_AT / 10.0:
-        # It was stopped to be looked at: nothing is there, so it goes on.
+    if was_stopped(solution.status, share):
+        # Nothing is there, so it goes on.
         return settle(constraints, np.asarray(point.D), float(point.s), np.asarray(point.theta))
     return solution
+
+
+class _Value(NamedTuple):
+    status: Any
+    value: Any
+
+
+def is_likely(status: Any, rise: Any) -> Any:
+    """Return whether the criterion has a limit at zero, from the end and the slope at `PROBED`."""
+    return (status == Status.CONVERGED) & (rise > 0.0) & (rise < FALLING)
+
+
+def is_limit(end: Any, rise: Any, known: Any) -> Any:
+    """Return whether the end at `LIMIT` is an optimum, and no worse than what was known.
+
+    Args:
+        end: status and value there.
+        rise: its slope.
+        known: status and value of the solve that was looked at.
+    """
+    better = known.value - end.value + rise > -1e-7
+    return (end.status == Status.CONVERGED) & (rise <= LEVEL) & (
+        better | (known.status != Status.CONVERGED)
+    )
+
+
+def was_stopped(status: Any, share: Any) -> Any:
+    """Return whether a solve was stopped at `LOOKED_AT`, well before rounding stops all."""
+    return (status == Status.UNBOUNDED) & (share > 1e-3 * LOOKED_AT)
 
 
 def moved(

@@ -18,7 +18,7 @@ from ..constraints import read_constraints
 from ..estimation import Estimates, estimate, group_noise
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
-from ..solve import NEWTON_LIMIT, Constraints, Status
+from ..solve import NEWTON_LIMIT, Constraints, Status, is_optimal
 from . import factors
 from .factors import SharedFactors, shared_factors
 from .solve import (
@@ -189,7 +189,8 @@ class Solved(NamedTuple):
             L: combinations of the coefficients that were kept, (r, p).
         """
         p = self.to_user.shape[-1]
-        scale = self.estimates.scale[lanes, None, None]
+        # Positive where a residual variance is estimated as zero, and the errors are the limits.
+        scale = (np.exp(self.ends.s) * self.y_scale**2)[lanes, None, None]
         turned = L @ (self.to_user if self.to_user.ndim == 2 else self.to_user[lanes])
         inner = self.ends.beta_inverse[lanes, :p, :p] @ np.swapaxes(turned, -1, -2)
         V = scale * (turned @ inner)
@@ -299,12 +300,13 @@ def with_inference(
     free = np.append(free, constraints.scale_free)
     enough = free.sum() <= lanes.values("n_obs") - fit.settings.reml * len(kept)
     plain = not constraints.structures and not np.any(constraints.held)
+    free_scale = estimates.status != Status.ZERO_SCALE
     return Solved(
         estimates,
         ends,
         free,
         np.asarray(lanes.problem.x_inverse)[..., : len(kept), : len(kept)],
-        plain & enough,
+        plain & enough & free_scale,
         y_scale,
         snapped(ends, constraints, fit.terms, lanes.noise)[0],
         lanes.noise,
@@ -352,10 +354,11 @@ def _one(fit: Fit, y: np.ndarray) -> Estimates:
     if fit.estimates.constraints.structures:  # which may have several optima
         return estimate(compressed, fit.terms, fit.settings)
     D = fit.estimates.z_inverse @ _lifted(fit) @ fit.estimates.z_inverse.T
-    start = {"cov_re": fit.scale * D, "scale": fit.scale}
+    scale = fit.estimates.scale
+    start = {"cov_re": scale * D, "scale": scale}
     warm = replace(fit.settings, start=start, em_steps=0)
     estimates = estimate(compressed, fit.terms, warm)
-    if estimates.status is not Status.CONVERGED:
+    if not is_optimal(estimates.status):
         estimates = estimate(compressed, fit.terms, fit.settings)
     return estimates
 
@@ -371,8 +374,8 @@ def estimates_of(fit: Fit, estimates: Estimates | None = None) -> BatchEstimates
         params=params,
         bse=bse,
         cov_re=estimates.scale * estimates.D,
-        scale=np.asarray(estimates.scale),
+        scale=np.asarray(0.0 if estimates.zero_scale else estimates.scale),
         llf=np.asarray(-0.5 * estimates.criterion),
         status=np.asarray(int(estimates.status)),
-        singular=np.asarray(bool(estimates.boundary)),
+        singular=np.asarray(bool(estimates.boundary) or estimates.zero_scale),
     )

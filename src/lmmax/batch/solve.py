@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import zero_scale
 from ..constraints import Settings, TermColumns
 from ..em import moment_start
 from ..estimation import (
@@ -48,10 +49,11 @@ from ..solve import (
     advance,
     chart,
     evaluate,
+    is_optimal,
     point_of,
     whole_covariance,
 )
-from ..starts import structure_starts
+from ..starts import ROUGH_STEPS, ROUGH_TOL, SAME, expected, structure_starts
 from .devices import OverLanes, n_devices, side_by_side
 
 LANES = 256
@@ -149,6 +151,11 @@ class Ends(NamedTuple):
     x_slope: Any
     status: Any
     steps: Any
+    decrement: Any
+
+    def taken(self, lanes: np.ndarray) -> Ends:
+        """Return the ends of some lanes."""
+        return Ends(*(part[lanes] for part in self))
 
     def replaced(self, lanes: np.ndarray, new: Ends) -> None:
         """Put the ends of some lanes, of another solve, in their place."""
@@ -202,7 +209,7 @@ class BatchEstimates:
     @property
     def converged(self) -> np.ndarray:
         """Whether the optimum was reached, (n,)."""
-        return np.asarray(self.status == Status.CONVERGED)
+        return np.asarray(is_optimal(self.status))
 
     def take(self, which: Any) -> BatchEstimates:
         """Return the estimates for some of the responses."""
@@ -256,26 +263,78 @@ def solve(
     everyone = np.arange(len(lanes.natural))
     effort = Effort() if effort is None else effort
     others = partial(usual_starts, lanes, constraints) if others is None else others
+    # A structure may describe the data without a residual; the search would go on for ever.
+    n_obs = float(np.max(lanes.values("n_obs")))
+    stop = zero_scale.log_scale(n_obs, zero_scale.LOOKED_AT) if constraints.structures else -np.inf
 
-    def run(start: Start, which: np.ndarray, em_steps: int) -> Ends:
-        return _run(lanes, constraints, settings, start, which, em_steps, longest, effort)
+    def run(
+        start: Start, which: np.ndarray, constraints: Constraints = constraints, **options: Any
+    ) -> Ends:
+        chosen = {"max_steps": longest, **options}
+        return _run(lanes, constraints, settings, start, which, effort, **chosen)
 
-    if start is None:
-        starts, em_steps = others(everyone), usual_em
+    def finish(start: Start, which: np.ndarray, em_steps: int = 0) -> Ends:
+        """Solve some lanes as far as they go: off boundaries, and to a scale of zero."""
+        own = lanes if len(which) == len(everyone) else lanes.take(which)
+        ends = run(start, which, em_steps=em_steps, smallest_scale=stop)
+
+        def again(start: Start, local: np.ndarray, *changed: Constraints) -> Ends:
+            return run(start, which[local], *changed)
+
+        _leave_boundary(own, constraints, terms, ends, again)
+        _look_closer(own, constraints, ends, again)
+        return ends
+
+    if start is not None:
+        ends = finish(start, everyone, FIRST_EM * movable)
     else:
-        starts, em_steps = [start], FIRST_EM * movable
-    ends = run(starts[0], everyone, em_steps)
-    for other in starts[1:]:
-        _keep_better(ends, everyone, run(other, everyone, em_steps))
-    lost = np.flatnonzero(ends.status != Status.CONVERGED)
+        starts = others(everyone)
+        if len(starts) == 1:
+            ends = finish(starts[0], everyone, usual_em)
+        else:
+            rough = {
+                "em_steps": usual_em,
+                "max_steps": min(longest, ROUGH_STEPS),
+                "tol": ROUGH_TOL,
+                "smallest_scale": stop,
+            }
+            ends = _best([run(other, everyone, **rough) for other in starts], finish)
+    lost = np.flatnonzero(~is_optimal(ends.status))
     if lost.size:
         # From the usual starts; where these have failed, from the noise of an average group.
         squares = lanes.noise[lost, :, None] ** 2 * np.eye(len(constraints.blocks))
         again = starts_from(lanes, constraints, lost, squares) if start is None else others(lost)
         for other in again:
-            _keep_better(ends, lost, run(other, lost, usual_em))
-    _leave_boundary(lanes, constraints, terms, ends, run)
+            _keep_better(ends, lost, finish(other, lost, usual_em))
     return ends
+
+
+def _best(rough: list[Ends], finish: Callable[[Start, np.ndarray], Ends]) -> Ends:
+    """Return the best ends that rough ones lead to; over lanes what a single fit does.
+
+    Args:
+        rough: where each start led to, see :func:`lmmax.starts.search`.
+        finish: solves some lanes as far as they go.
+    """
+    heights = np.array([np.where(np.isfinite(end.value), end.value, np.inf) for end in rough])
+    led = np.array([expected(end.status, end.value, end.decrement) for end in rough])
+    order = np.argsort(heights, axis=0, kind="stable")
+    everyone = np.arange(heights.shape[1])
+
+    def go_on(which: np.ndarray, position: int) -> Ends:
+        chosen = order[position, which]
+        parts = [
+            np.stack([getattr(rough[i], name)[lane] for i, lane in zip(chosen, which, strict=True)])
+            for name in Start._fields
+        ]
+        return finish(Start(*parts), which)
+
+    best = go_on(everyone, 0)
+    for position in range(1, len(rough)):
+        which = np.flatnonzero(led[order[position], everyone] <= best.value - SAME)
+        if which.size:
+            _keep_better(best, which, go_on(which, position))
+    return best
 
 
 def _leave_boundary(
@@ -283,7 +342,7 @@ def _leave_boundary(
     constraints: Constraints,
     terms: Sequence[TermColumns],
     ends: Ends,
-    run: Callable[[Start, np.ndarray, int], Ends],
+    run: Callable[[Start, np.ndarray], Ends],
 ) -> None:
     """Solve the lanes again that stopped at a boundary where the criterion falls inwards."""
     noise = lanes.noise
@@ -296,7 +355,56 @@ def _leave_boundary(
         moved, better = _step_off(lanes, constraints, terms, ends, left, noise[left])
         left, better = left[moved], better.take(moved)
         if left.size:
-            ends.replaced(left, run(better, left, 0))
+            ends.replaced(left, run(better, left))
+
+
+def _look_closer(
+    lanes: Lanes, constraints: Constraints, ends: Ends, run: Callable[..., Ends]
+) -> None:
+    """Replace the ends of lanes that were heading for a scale of zero by what is there.
+
+    Over lanes what :func:`lmmax.zero_scale.look_closer` does.
+    """
+    if not constraints.scale_free:
+        return
+    n_obs = lanes.values("n_obs")
+    with np.errstate(over="ignore", invalid="ignore"):
+        share = np.exp(ends.s) * n_obs
+        bend = zero_scale.curvature(ends)
+    which = np.flatnonzero(zero_scale.is_suspicious(share, bend, ends.status))
+    if not which.size:
+        return
+    fixed = zero_scale.held(constraints)
+
+    def at(share: float, ends: Ends, which: np.ndarray) -> Ends:
+        parts = [
+            zero_scale.moved(constraints, point, zero_scale.log_scale(n, share))
+            for point, n in zip(_points(ends), n_obs[which], strict=True)
+        ]
+        return run(Start(*map(np.stack, zip(*parts, strict=True))), which, fixed)
+
+    mine = ends.taken(which)
+    probe = at(zero_scale.PROBED, mine, which)
+    likely = np.flatnonzero(zero_scale.is_likely(probe.status, zero_scale.slope(probe)))
+    found = np.zeros(which.size, dtype=bool)
+    if likely.size:
+        limit = at(zero_scale.LIMIT, probe.taken(likely), which[likely])
+        rise = zero_scale.slope(limit)
+        there = zero_scale.is_limit(limit, rise, ends.taken(which[likely]))
+        limit.status[there] = Status.ZERO_SCALE
+        # The limit at a scale of zero, to second order.
+        limit.value[there] -= rise[there]
+        found[likely[there]] = True
+        ends.replaced(which[likely[there]], limit.taken(there))
+    left = which[~found & zero_scale.was_stopped(mine.status, share[which])]
+    if left.size:
+        ends.replaced(left, run(Start(ends.D[left], ends.s[left], ends.theta[left]), left))
+
+
+def _points(ends: Ends) -> Iterator[Any]:
+    """Yield where each lane ended, in the shape of a point."""
+    for D, s, theta in zip(ends.D, ends.s, ends.theta, strict=True):
+        yield SimpleNamespace(D=D, s=s, theta=theta)
 
 
 def _interior(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -337,7 +445,7 @@ def starts_from(
 def _keep_better(ends: Ends, which: np.ndarray, new: Ends) -> None:
     """Replace the ends of lanes whose new end is better, as for a single fit."""
     gain = ends.value[which] - new.value
-    mine, yours = ends.status[which] == Status.CONVERGED, new.status == Status.CONVERGED
+    mine, yours = is_optimal(ends.status[which]), is_optimal(new.status)
     slack = np.where(yours & ~mine, -1e-6, np.where(mine & ~yours, 1e-6, 0.0))
     first = ~np.isfinite(ends.value[which]) & np.isfinite(new.value)
     better = np.flatnonzero((gain > slack) | first)
@@ -497,17 +605,15 @@ def _run(
     settings: Settings,
     start: Start,
     which: np.ndarray,
-    em_steps: int,
-    max_steps: int,
     effort: Effort,
+    **options: Any,
 ) -> Ends:
     """Run the solver in float64 on some lanes, chunk by chunk; the arrays returned are NumPy's."""
-    options = Options(
-        reml=float(settings.reml),
-        em_steps=em_steps,
-        max_steps=max_steps,
-        tol=tolerance(lanes.problem) if settings.tol is None else settings.tol,
-    )
+    usual = {
+        "em_steps": 0,
+        "tol": tolerance(lanes.problem) if settings.tol is None else settings.tol,
+    }
+    chosen = Options(reml=float(settings.reml), **(usual | options))
     size, in_turn = chunk_size(lanes), isinstance(lanes.problem, CrossedProblem)
     small = max(1, size // PARTS) * n_devices()
     size *= n_devices()
@@ -519,7 +625,7 @@ def _run(
         own = jax.tree.unflatten(structure, [leaf[local] for leaf in leaves])
         # What fills a chunk up has no work to do.
         own.status[1:][local[1:] == local[0]] = Status.STALLED
-        return jax.tree.leaves(_compiled(lanes.take(which[local]), constraints, options, own, most))
+        return jax.tree.leaves(_compiled(lanes.take(which[local]), constraints, chosen, own, most))
 
     while left.size:
         counts, chunks = zip(*_chunks(left, size, small), strict=True)
@@ -546,6 +652,7 @@ def _run(
         x_slope=point.at.x_slope,
         status=state.status,
         steps=state.evaluations,
+        decrement=state.decrement,
     )
 
 
@@ -703,4 +810,7 @@ def in_user_units(
     d = n_obs - settings.reml * p
     constant = 2.0 * (d * np.log(y_scale) + settings.reml * lanes.values("x_logdet"))
     criterion = ends.value + constant - lanes.values("log_weights")
+    at_zero = status == Status.ZERO_SCALE
+    scale = np.where(at_zero, 0.0, scale)
+    singular |= at_zero
     return BatchEstimates(params, bse, cov_re, scale, -0.5 * criterion, status, singular)

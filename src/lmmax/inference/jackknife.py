@@ -16,7 +16,7 @@ from ..constraints import read_constraints
 from ..estimation import estimate
 from ..fit import arrange, without_offset
 from ..likelihood.grouped import GroupedProblem
-from ..solve import Status
+from ..solve import is_optimal
 
 if TYPE_CHECKING:
     from ..compress import Layout
@@ -52,7 +52,7 @@ def leave_out_groups(fit: Fit) -> BatchEstimates:
     if m > MOST:
         part = np.random.default_rng(0).permutation(m) % MOST
     found = _vectorised(fit, part) if vectorises(fit) else _one_by_one(fit, factor, part)
-    failed = np.flatnonzero(found.status != Status.CONVERGED)
+    failed = np.flatnonzero(~is_optimal(found.status))
     if failed.size:
         raise JackknifeError(
             f"the fit without {_name(fit, factor, part, int(failed[0]))} does not converge"
