@@ -73,7 +73,7 @@ class Estimates:
         noise: standard deviation of one average group's mean, relative to the residual's, (q,).
         criterion_error: Monte Carlo standard error of the criterion.
         probes: number of random probes behind it.
-        ends: the criterion at the end of each search that found an optimum, ascending.
+        ends: the criterion at each optimum that was found, ascending.
     """
 
     beta: np.ndarray

@@ -69,8 +69,8 @@ class Convergence:
         gradient_norm: its Euclidean norm.
         hessian_eigenvalues: of the Hessian in the same parameters, ascending.
         boundary: terms whose covariance is singular.
-        ends: the criterion at the end of each search that found an optimum, ascending: where a
-            model may have several, it is searched from several starts, and the first end is taken.
+        ends: the criterion at each optimum that was found, ascending: models that may have several
+            are searched from several starts, and the first end is taken.
         history: per evaluation, criterion, decrement, damping, whether it was accepted, and the
             kind of step that followed (the first 64 evaluations).
     """

@@ -13,11 +13,12 @@ import numpy as np
 
 from .solve import TRACE_LENGTH, Constraints, Solution, Status, is_optimal
 
-ROUGH_TOL, ROUGH_STEPS = 1e-2, 20
+ROUGH_TOL, ROUGH_STEPS = 1e-3, 20
 """Newton decrement at which a start has been followed far enough to tell its minimum, and the most
 steps to there."""
-SAME = 1e-7
-"""Ends whose criteria differ by less are the same."""
+NEAR = 0.05
+"""Covariances of the random effects that differ by less, relative to the largest entry, lead to
+the same minimum."""
 
 
 class Pattern(NamedTuple):
@@ -64,7 +65,7 @@ class Search(NamedTuple):
 
     Attributes:
         solution: the best end.
-        ends: the criterion at the end of each start that found one, working units, ascending.
+        ends: the criterion at each minimum that was found, working units, ascending.
     """
 
     solution: Solution
@@ -110,9 +111,31 @@ def is_better(one: Solution, other: Solution) -> bool:
     return gain > 0.0
 
 
-def expected(status: Any, value: Any, decrement: Any) -> Any:
-    """Return the criterion that rough ends lead to; minus infinity where that is not known yet."""
-    return np.where(status == Status.CONVERGED, value - 0.5 * decrement, -np.inf)
+def is_hopeless(rough: Any, best: Any) -> Any:
+    """Return whether a rough end leads to no better minimum than the best; also over lanes.
+
+    Args:
+        rough: status, value and decrement of the rough end.
+        best: the value of the best one.
+    """
+    return (rough.status == Status.CONVERGED) & (rough.value - rough.decrement > best)
+
+
+def is_near(one: Any, other: Any) -> Any:
+    """Return whether two ends, each with D and s, have about the same natural covariance."""
+
+    def natural(end: Any) -> np.ndarray:
+        return np.asarray(np.exp(end.s)[..., None, None] * end.D)
+
+    a, b = natural(one), natural(other)
+    size = np.max(np.abs(b), axis=(-2, -1))
+    return np.max(np.abs(a - b), axis=(-2, -1)) <= NEAR * size
+
+
+class _Rough(NamedTuple):
+    status: Any
+    value: Any
+    decrement: Any
 
 
 def search(
@@ -127,20 +150,19 @@ def search(
         rough: solves from there to ``ROUGH_TOL``.
         settle: solves from a rough end as far as it goes.
     """
-    found = sorted(map(rough, starts), key=_height)
-    best = _settled(found[0], settle)
-    values = [_height(best)] if is_optimal(int(best.status)) else []
-    for end in found[1:]:
-        lowest = float(expected(end.status, end.point.at.value, end.decrement))
-        if lowest > best.point.at.value - SAME:
-            values.append(lowest)
+    first, *others = sorted(map(rough, starts), key=_height)
+    best = _settled(first, settle)
+    known = [best]
+    for end in others:
+        hopeless = is_hopeless(
+            _Rough(end.status, end.point.at.value, end.decrement), best.point.at.value
+        )
+        if hopeless or any(is_near(end.point, settled.point) for settled in known):
             continue
-        settled = _settled(end, settle)
-        if is_optimal(int(settled.status)):
-            values.append(_height(settled))
-        if is_better(settled, best):
-            best = settled
-    return Search(best, tuple(sorted(values)))
+        known.append(_settled(end, settle))
+        if is_better(known[-1], best):
+            best = known[-1]
+    return Search(best, tuple(sorted(_height(end) for end in known if is_optimal(end.status))))
 
 
 def _height(end: Solution) -> float:

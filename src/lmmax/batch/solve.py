@@ -53,7 +53,7 @@ from ..solve import (
     point_of,
     whole_covariance,
 )
-from ..starts import ROUGH_STEPS, ROUGH_TOL, SAME, expected, structure_starts
+from ..starts import ROUGH_STEPS, ROUGH_TOL, is_hopeless, is_near, structure_starts
 from .devices import OverLanes, n_devices, side_by_side
 
 LANES = 256
@@ -317,23 +317,30 @@ def _best(rough: list[Ends], finish: Callable[[Start, np.ndarray], Ends]) -> End
         finish: solves some lanes as far as they go.
     """
     heights = np.array([np.where(np.isfinite(end.value), end.value, np.inf) for end in rough])
-    led = np.array([expected(end.status, end.value, end.decrement) for end in rough])
     order = np.argsort(heights, axis=0, kind="stable")
     everyone = np.arange(heights.shape[1])
 
-    def go_on(which: np.ndarray, position: int) -> Ends:
-        chosen = order[position, which]
-        parts = [
-            np.stack([getattr(rough[i], name)[lane] for i, lane in zip(chosen, which, strict=True)])
-            for name in Start._fields
-        ]
-        return finish(Start(*parts), which)
+    def chosen(position: int) -> Ends:
+        """Return the rough ends that come at this position, one for each lane."""
+        parts = [np.stack(leaves)[order[position], everyone] for leaves in zip(*rough, strict=True)]
+        return Ends(*parts)
 
-    best = go_on(everyone, 0)
+    def start(ends: Ends) -> Start:
+        return Start(ends.D, ends.s, ends.theta)
+
+    best = finish(start(chosen(0)), everyone)
+    known = [best.taken(everyone)]
     for position in range(1, len(rough)):
-        which = np.flatnonzero(led[order[position], everyone] <= best.value - SAME)
+        ends = chosen(position)
+        left = ~is_hopeless(ends, best.value)
+        for settled in known:
+            left &= ~is_near(ends, settled)
+        which = np.flatnonzero(left)
         if which.size:
-            _keep_better(best, which, go_on(which, position))
+            found = finish(start(ends.taken(which)), which)
+            _keep_better(best, which, found)
+            known.append(known[0].taken(everyone))
+            known[-1].replaced(which, found)
     return best
 
 
