@@ -20,13 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .covariances import matrix_at
 from .parameters import pack_triangle
 from .solve import Constraints, Point, Solution, Status, Structured
+
+if TYPE_CHECKING:
+    from .estimation import Estimates
 
 LOOKED_AT = 1e-9
 """Scale, relative to the variance of the response, at which a search for the parameters of
@@ -169,6 +172,24 @@ def is_limit(end: Any, rise: Any, known: Any) -> Any:
 def was_stopped(status: Any, share: Any) -> Any:
     """Return whether a solve was stopped at `LOOKED_AT`, well before rounding stops all."""
     return (status == Status.UNBOUNDED) & (share > 1e-3 * LOOKED_AT)
+
+
+def check_residual(estimates: Estimates, what: str) -> None:
+    """Raise if the residual variance of a fit went to zero.
+
+    Args:
+        estimates: the estimates.
+        what: what does not exist then, for the message.
+
+    Raises:
+        ValueError: if it did, to a maximum there or without any.
+    """
+    if estimates.status in (Status.ZERO_SCALE, Status.UNBOUNDED):
+        raise ValueError(
+            f"{what} does not exist: the residual variance of the fit went to zero (status "
+            f"{estimates.status.name.lower()!r}); use fewer random effects, or hold it at a value "
+            "above zero with fix={'scale': ...}"
+        )
 
 
 def moved(

@@ -106,7 +106,7 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
     name = DEFAULT if ddf is None else ddf
     if name not in METHODS:
         raise ValueError(f"ddf={ddf!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
-    beta_cov = fit.scale * fit.estimates.beta_unscaled
+    beta_cov = fit.estimates.scale * fit.estimates.beta_unscaled
     if not np.isfinite(beta_cov).all():
         # The fit failed; its tables print all the same.
         return Fixed(name, beta_cov, np.full(len(beta_cov), np.nan))

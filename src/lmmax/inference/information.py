@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..parameters import unpack_symmetric
+from ..zero_scale import check_residual
 from .arguments import as_fit
 from .parameters import VarianceParameters
 
@@ -152,6 +153,7 @@ def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:
 
     Raises:
         EngineError: for the iterative engine.
+        ValueError: if the residual variance went to zero, where that likelihood is infinite.
 
     Example:
         >>> import lmmax
@@ -165,6 +167,7 @@ def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:
     97, 773-789, whose correction is ``tr(d fitted / d y)``.
     """
     as_fit(fit)
+    check_residual(fit.estimates, "the conditional likelihood")
     at, scale, n = fit.sensitivity, fit.scale, float(fit.nobs)
     rho = n - scale * (at.trace[-1] - float(np.sum(at.Phi * at.P_x[-1])))
     weights = np.ones(fit.nobs) if fit.design.weights is None else fit.design.weights

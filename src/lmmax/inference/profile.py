@@ -23,6 +23,7 @@ import pandas as pd
 from ..compress import EngineError
 from ..rendering import WIDTH, Cells, format_block, fragment, table_lines
 from ..solve import Status
+from ..zero_scale import check_residual
 from .arguments import as_fit
 from .charts import Charts, Parameter, Place
 from .held import Held, Searches
@@ -542,8 +543,10 @@ def profile_at(fit: Fit, effect: int, values: np.ndarray) -> np.ndarray:
         Minima of -2 log-likelihood over all other parameters, (k,); NaN where a search failed.
 
     Raises:
-        ValueError: for an effect whose standard deviation has no profile.
+        ValueError: for an effect whose standard deviation has no profile, or if the residual
+            variance went to zero.
     """
+    check_residual(fit.estimates, "a likelihood profile")
     charts = Charts(fit)
     parameter = charts.standard_deviation(effect)
     if parameter is None:
@@ -583,10 +586,16 @@ def follow(fit: Fit, parameters: str | Sequence[str] | None, cutoff: float) -> W
         )
     charts = Charts(fit)
     walk = Walk(fit, charts, select(charts, parameters))
-    if fit.converged:
+    if fit.converged and not fit.estimates.zero_scale:
         walk.follow(cutoff)
     else:
-        walk.notes.append(f"the fit has not converged ({fit.message}): it has no profiles")
+        reason = f"the fit has not converged ({fit.message}): it has no profiles"
+        if fit.converged:
+            reason = (
+                "the residual variance is estimated as zero, and away from the estimates it would "
+                "not stay there: there are no profiles; use method='wald' or method='bootstrap'"
+            )
+        walk.notes.append(reason)
         for pair in walk.sides.values():
             for side in pair:
                 side.failures = MAX_FAILURES + 1
@@ -657,7 +666,7 @@ def _notes(walk: Walk, status: Sequence[str], fit: Fit) -> tuple[str, ...]:
                 f"{parameter.name}: the criterion rises too little before the end of the parameter "
                 "space, which is the limit."
             )
-        elif word == "failed" and fit.converged:
+        elif word == "failed" and fit.converged and not fit.estimates.zero_scale:
             notes.append(
                 f"{parameter.name}: the search did not converge everywhere; its limits are NaN "
                 "where it did not."

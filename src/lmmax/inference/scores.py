@@ -75,8 +75,9 @@ def scores(fit: Fit, cluster: Any = None, *, reml: bool | None = None) -> pd.Dat
     large = Levels.serve(fit, clusters, by_row=False)
     parts = (_by_level if large else _by_batch)(fit, clusters, inverse)
     rows, columns = np.tril_indices(q)
-    Psi = fit.scale * fit.estimates.D[rows, columns]
-    of_scale = (parts.size - parts.vech @ Psi) / fit.scale
+    scale = fit.estimates.scale
+    Psi = scale * fit.estimates.D[rows, columns]
+    of_scale = (parts.size - parts.vech @ Psi) / scale
     natural = fit.natural_parameters
     of_beta = np.full((len(clusters), len(fit.design.x_names)), np.nan)
     of_beta[:, fit.layout.fixed.kept] = parts.beta @ fit.layout.fixed.R
@@ -133,7 +134,7 @@ class _Parts(NamedTuple):
 
 def _by_level(fit: Fit, clusters: Clusters, inverse: np.ndarray) -> _Parts:
     """Take complex steps through the elimination of nested factors."""
-    p, q, scale = len(inverse), len(fit.estimates.root), fit.scale
+    p, q, scale = len(inverse), len(fit.estimates.root), fit.estimates.scale
     blocks = [fit.estimates.D[own, own] for own in fit.layout.slices]
     levels = Levels(fit, clusters, by_row=False)
     at = levels.products(blocks)
@@ -157,7 +158,7 @@ def _by_level(fit: Fit, clusters: Clusters, inverse: np.ndarray) -> _Parts:
 
 def _by_batch(fit: Fit, clusters: Clusters, inverse: np.ndarray) -> _Parts:
     """Whiten the rows of each cluster."""
-    p, q, scale = len(inverse), len(fit.estimates.root), fit.scale
+    p, q, scale = len(inverse), len(fit.estimates.root), fit.estimates.scale
     root = np.linalg.cholesky(inverse) if inverse.any() else np.zeros((p, 0))
     of_beta, size = np.empty((len(clusters), p)), np.empty(len(clusters))
     of_Psi = np.zeros((len(clusters), q, q))
