@@ -195,6 +195,15 @@ class Solution(NamedTuple):
     trace: Array
 
 
+def continued(first: Solution, then: Solution) -> Solution:
+    """Return the end of a solve that went on where another ended, with the record of both."""
+    before, after = int(first.steps), int(then.steps)
+    rows = np.concatenate([first.trace[:before], then.trace[:after]])[:TRACE_LENGTH]
+    trace = np.full((TRACE_LENGTH, TRACE_COLUMNS), np.nan)
+    trace[: len(rows)] = rows
+    return then._replace(trace=trace, steps=np.int32(before + after))
+
+
 def point_of(make: Callable[..., Any], problem: Problem, n_theta: int) -> Point:
     """Return a point whose fields are ``make(*shape)``, in order."""
     q, p = len(problem.n_groups), len(problem.beta_origin)

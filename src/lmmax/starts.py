@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .solve import TRACE_LENGTH, Constraints, Solution, Status, is_optimal
+from .solve import Constraints, Solution, Status, continued, is_optimal
 
 ROUGH_TOL, ROUGH_STEPS = 1e-3, 20
 """Newton decrement at which a start has been followed far enough to tell its minimum, and the most
@@ -151,7 +151,7 @@ def search(
         settle: solves from a rough end as far as it goes.
     """
     first, *others = sorted(map(rough, starts), key=_height)
-    best = _settled(first, settle)
+    best = continued(first, settle(first))
     known = [best]
     for end in others:
         hopeless = is_hopeless(
@@ -159,7 +159,7 @@ def search(
         )
         if hopeless or any(is_near(end.point, settled.point) for settled in known):
             continue
-        known.append(_settled(end, settle))
+        known.append(continued(end, settle(end)))
         if is_better(known[-1], best):
             best = known[-1]
     return Search(best, tuple(sorted(_height(end) for end in known if is_optimal(end.status))))
@@ -168,13 +168,3 @@ def search(
 def _height(end: Solution) -> float:
     value = float(end.point.at.value)
     return value if np.isfinite(value) else np.inf
-
-
-def _settled(rough: Solution, settle: Callable[[Solution], Solution]) -> Solution:
-    """Return the end that a rough one leads to, with the record of both."""
-    end = settle(rough)
-    first, then = int(rough.steps), int(end.steps)
-    trace = np.concatenate([rough.trace[:first], end.trace[:then]])[:TRACE_LENGTH]
-    whole = np.full_like(rough.trace, np.nan)
-    whole[: len(trace)] = trace
-    return end._replace(trace=whole, steps=np.int32(first + then))

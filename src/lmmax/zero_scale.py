@@ -26,12 +26,12 @@ import numpy as np
 
 from .covariances import matrix_at
 from .parameters import pack_triangle
-from .solve import Constraints, Point, Solution, Status, Structured
+from .solve import Constraints, Point, Solution, Status, Structured, continued
 
 if TYPE_CHECKING:
     from .estimation import Estimates
 
-LOOKED_AT = 1e-9
+LOOKED_AT = 1e-6
 """Scale, relative to the variance of the response, at which a search for the parameters of
 structures stops, to see where it leads."""
 PROBED, LIMIT = 1e-8, 1e-12
@@ -138,10 +138,12 @@ def look_closer(
         rise = slope(derivatives_at(end.point))
         there = _Value(end.status, end.point.at.value)
         if is_limit(there, rise, _Value(solution.status, point.at.value)):
-            return end._replace(status=np.int32(Status.ZERO_SCALE))
+            whole = continued(solution, continued(probe, end))
+            return whole._replace(status=np.int32(Status.ZERO_SCALE))
     if was_stopped(solution.status, share):
         # Nothing is there, so it goes on.
-        return settle(constraints, np.asarray(point.D), float(point.s), np.asarray(point.theta))
+        here = np.asarray(point.D), float(point.s), np.asarray(point.theta)
+        return continued(solution, settle(constraints, *here))
     return solution
 
 

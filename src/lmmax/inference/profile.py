@@ -203,6 +203,9 @@ class Walk:
         self.parameters = tuple(parameters)
         self.searches = Searches(fit.compression.problem, estimates.constraints, fit.reml)
         self.notes: list[str] = []
+        self.refused = _refusal(fit)
+        if self.refused:
+            self.notes.append(self.refused)
         self.least = float(estimates.solution.point.at.value)
         chart, x = charts.chart(None, 0.0, charts.start)
         base = self.searches.run([chart], x[None], np.zeros(1))[0]
@@ -235,6 +238,10 @@ class Walk:
 
     def follow(self, cutoff: float) -> None:
         """Follow all profiles to the cutoff, the sides of all of them together."""
+        if self.refused:
+            for side in self._all_sides():
+                side.failures = MAX_FAILURES + 1
+            return
         for _ in range(CHALLENGES):
             self._approach(cutoff)
             if not self._challenge(cutoff):
@@ -586,20 +593,20 @@ def follow(fit: Fit, parameters: str | Sequence[str] | None, cutoff: float) -> W
         )
     charts = Charts(fit)
     walk = Walk(fit, charts, select(charts, parameters))
-    if fit.converged and not fit.estimates.zero_scale:
-        walk.follow(cutoff)
-    else:
-        reason = f"the fit has not converged ({fit.message}): it has no profiles"
-        if fit.converged:
-            reason = (
-                "the residual variance is estimated as zero, and away from the estimates it would "
-                "not stay there: there are no profiles; use method='wald' or method='bootstrap'"
-            )
-        walk.notes.append(reason)
-        for pair in walk.sides.values():
-            for side in pair:
-                side.failures = MAX_FAILURES + 1
+    walk.follow(cutoff)
     return walk
+
+
+def _refusal(fit: Fit) -> str:
+    """Return why a fit has no profiles; empty if it has."""
+    if not fit.converged:
+        return f"the fit has not converged ({fit.message}): it has no profiles"
+    if fit.estimates.zero_scale:
+        return (
+            "the residual variance is estimated as zero, and away from the estimates it would not "
+            "stay there: there are no profiles; use method='wald' or method='bootstrap'"
+        )
+    return ""
 
 
 def select(charts: Charts, parameters: str | Sequence[str] | None) -> list[Parameter]:
