@@ -37,6 +37,8 @@ structures stops, to see where it leads."""
 PROBED, LIMIT = 1e-8, 1e-12
 """Scales, likewise, that stand for zero: for the sign of the slope, which rounding hides further
 down, and for the estimates."""
+ROUNDING = 1e-24
+"""Scale, likewise, at which nothing but rounding errors is left of residuals."""
 SMALL, UNFINISHED = 1e-4, 1e-2
 """Scales, likewise, from which on a solve is looked at: one that converged, and one that did not."""
 LEVEL, FALLING = 1e-3, 0.5
@@ -172,8 +174,8 @@ def is_limit(end: Any, rise: Any, known: Any) -> Any:
 
 
 def was_stopped(status: Any, share: Any) -> Any:
-    """Return whether a solve was stopped at `LOOKED_AT`, well before rounding stops all."""
-    return (status == Status.UNBOUNDED) & (share > 1e-3 * LOOKED_AT)
+    """Return whether a solve was stopped at `LOOKED_AT`, not where rounding stops all."""
+    return (status == Status.UNBOUNDED) & (share > ROUNDING)
 
 
 def check_residual(estimates: Estimates, what: str) -> None:
