@@ -29,7 +29,6 @@ from .estimation import Estimates
 from .likelihood import crossed
 from .likelihood.nested import NestedProblem
 
-
 FAR_APART = 1e6
 """Size of the groups' effects, relative to the residual, above which their squares lose digits."""
 

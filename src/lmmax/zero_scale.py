@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .covariances import matrix_at
-from .parameters import pack_triangle
 from .solve import Constraints, Point, Solution, Status, Structured, continued
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ down, and for the estimates."""
 ROUNDING = 1e-24
 """Scale, likewise, at which nothing but rounding errors is left of residuals."""
 SMALL, UNFINISHED = 1e-4, 1e-2
-"""Scales, likewise, from which on a solve is looked at: one that converged, and one that did not."""
+"""Scales, likewise, below which a solve is looked at that converged, and one that did not."""
 LEVEL, FALLING = 1e-3, 0.5
 """Largest slope in ``s`` of a criterion that has a limit, and least one of a criterion that falls
 with each contrast."""
@@ -168,8 +167,10 @@ def is_limit(end: Any, rise: Any, known: Any) -> Any:
         known: status and value of the solve that was looked at.
     """
     better = known.value - end.value + rise > -1e-7
-    return (end.status == Status.CONVERGED) & (rise <= LEVEL) & (
-        better | (known.status != Status.CONVERGED)
+    return (
+        (end.status == Status.CONVERGED)
+        & (rise <= LEVEL)
+        & (better | (known.status != Status.CONVERGED))
     )
 
 
@@ -196,9 +197,7 @@ def check_residual(estimates: Estimates, what: str) -> None:
         )
 
 
-def moved(
-    constraints: Constraints, point: Point, s: float
-) -> tuple[np.ndarray, float, np.ndarray]:
+def moved(constraints: Constraints, point: Point, s: float) -> tuple[np.ndarray, float, np.ndarray]:
     """Return D, s and theta of the same natural covariances at another scale."""
     ratio = float(np.exp(point.s - s))
     theta = np.array(point.theta)
