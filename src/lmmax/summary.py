@@ -200,13 +200,15 @@ def _structure_rows(fit: Fit, term: TermColumns) -> list[list[Any]]:
 
 
 def _residual_quantiles(fit: Fit) -> pd.Series:
+    names = ["Min", "1Q", "Median", "3Q", "Max"]
+    if fit.estimates.zero_scale:  # zeros, and nothing to scale them by
+        return pd.Series(np.nan, index=names)
     values = fit.design.y - fit.fittedvalues.to_numpy()
     if fit.design.weights is not None:
         values = values * np.sqrt(fit.design.weights)
     # Not finite only where the fit failed; the summary must still print.
     with np.errstate(divide="ignore", invalid="ignore"):
         values = values / np.sqrt(fit.scale)
-    names = ["Min", "1Q", "Median", "3Q", "Max"]
     return pd.Series(np.quantile(values, [0.0, 0.25, 0.5, 0.75, 1.0]), index=names)
 
 
