@@ -1,4 +1,4 @@
-"""Starts of covariance structures: the best of several ends, in fits and in batches."""
+"""Starts of covariance structures: the best of several ends."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def other_starts(structure: str, fit: lmmax.Fit, n: int) -> list[dict[str, objec
     return starts
 
 
+# Of the other starts some are odd enough to end nowhere.
+@pytest.mark.filterwarnings("ignore::lmmax.ConvergenceWarning")
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("reml", [True, False])
 def test_no_other_start_ends_lower(structure: str, reml: bool) -> None:
@@ -53,17 +55,6 @@ def test_no_other_start_ends_lower(structure: str, reml: bool) -> None:
         for start in other_starts(structure, fit, 8):
             other = lmmax.fit(formula, data, reml=reml, start=start)
             assert not other.converged or other.deviance >= fit.deviance - 1e-6, seed
-
-
-def test_batches_find_the_same_optima() -> None:
-    data = few_subjects(0)
-    rng = np.random.default_rng(2)
-    responses = np.column_stack([data["y"], rng.normal(size=(len(data), 5))])
-    formula = "y ~ x + hetar1(0 + C(t) | g)"
-    many = lmmax.fit_many(formula, data, responses)
-    single = [lmmax.fit(formula, data.assign(y=y)) for y in responses.T]
-    np.testing.assert_allclose(many.llf, [fit.llf for fit in single], atol=1e-8)
-    assert many.certificate["status"].tolist() == [fit.status for fit in single]
 
 
 def test_record_tells_several_optima() -> None:
