@@ -150,6 +150,11 @@ class Guess(NamedTuple):
     s: float
 
 
+def usual_log_scale(problem: Problem) -> float:
+    """Return the logarithm of half the variance of the working response, where searches start."""
+    return float(np.log(0.5 / float(problem.n_obs)))
+
+
 def read_constraints(
     problem: Problem, terms: Sequence[TermColumns], settings: Settings
 ) -> tuple[Constraints, Guess]:
@@ -182,9 +187,9 @@ def read_constraints(
         )
     D: np.ndarray | None = None
     theta: np.ndarray | None = None
-    s = np.log(0.5 / float(problem.n_obs))
+    s = usual_log_scale(problem)
     if settings.start is not None:
-        D, scale = _read_start(settings.start, terms, q)
+        D, scale = _read_start(settings.start, terms, q, 1e-6 * y_scale**2 / float(problem.n_obs))
         # What a structure cannot reproduce it approximates.
         parts = [part.covariance.theta_of(D[slice(*part.columns), slice(*part.columns)])
                  for part in structures]  # fmt: skip
@@ -206,8 +211,13 @@ def read_constraints(
     return constraints, Guess(D, theta, float(s))
 
 
-def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.ndarray, float]:
-    """Return relative covariance and scale from an earlier fit, a mapping, or theta."""
+def _read_start(
+    start: Any, terms: Sequence[TermColumns], q: int, smallest: float
+) -> tuple[np.ndarray, float]:
+    """Return relative covariance and scale from an earlier fit, a mapping, or theta.
+
+    A scale of zero is taken as the smallest one.
+    """
     if hasattr(start, "cov_re") and hasattr(start, "scale"):
         start = {"cov_re": start.cov_re, "scale": start.scale}
     if isinstance(start, Mapping):
@@ -217,7 +227,9 @@ def _read_start(start: Any, terms: Sequence[TermColumns], q: int) -> tuple[np.nd
                 f"got {sorted(map(str, start))}"
             )
         given = start["scale"]
-        scale = _check_positive(given, f"start['scale']={given!r}", ConstraintError)
+        # A fit whose residual variance is zero may be where another starts, a little inside.
+        inside = smallest if np.ndim(given) == 0 and given == 0.0 else given
+        scale = _check_positive(inside, f"start['scale']={given!r}", ConstraintError)
         Psi, covered = _read_covariance(start["cov_re"], terms, q, "start['cov_re']")
         if not np.diag(covered).all():
             raise ConstraintError("start['cov_re'] must give every term's covariance")

@@ -29,6 +29,9 @@ from .estimation import Estimates
 from .likelihood import crossed
 from .likelihood.nested import NestedProblem
 
+FAR_APART = 1e6
+"""Size of the groups' effects, relative to the residual, above which their squares lose digits."""
+
 
 class Effects(NamedTuple):
     """Conditional effects of one grouping factor, in the user's units.
@@ -127,10 +130,29 @@ def _grouped(statistics: Statistics, estimates: Estimates) -> tuple[np.ndarray, 
     r = np.einsum("kxm,x->km", statistics.Y, _residual(estimates, statistics.Y.shape[1] - 1))
     root = estimates.working_root
     G = np.einsum("ijm,jk->mik", statistics.U, root)
-    gram = np.eye(G.shape[2]) + np.swapaxes(G, 1, 2) @ G
-    u = np.linalg.solve(gram, np.einsum("mik,im->mk", G, r)[..., None])[..., 0]
-    covariance = np.einsum("ij,mjk,lk->mil", root, np.linalg.inv(gram), root, optimize=True)
+    if np.max(np.abs(G), initial=0.0) > FAR_APART:
+        u, inverse = _far_apart(G, r.T)
+    else:
+        gram = np.eye(G.shape[2]) + np.swapaxes(G, 1, 2) @ G
+        u = np.linalg.solve(gram, np.einsum("mik,im->mk", G, r)[..., None])[..., 0]
+        inverse = np.linalg.inv(gram)
+    covariance = np.einsum("ij,mjk,lk->mil", root, inverse, root, optimize=True)
     return u @ root.T, covariance
+
+
+def _far_apart(G: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``(I + G'G)^-1 G'r`` (m, q) and ``(I + G'G)^-1`` (m, q, q) for effects far apart.
+
+    By the singular values of G (m, u, q), whose squares would leave nothing of the identity.
+    """
+    left, values, right = np.linalg.svd(G, full_matrices=True)
+    weights = np.zeros((len(G), G.shape[2]))
+    weights[:, : values.shape[1]] = values
+    along = np.einsum("miv,mi->mv", left[:, :, : values.shape[1]], r)
+    shrunk = values / (1.0 + values**2) * along
+    u = np.einsum("mv,mvk->mk", shrunk, right[:, : values.shape[1]])
+    kept = 1.0 / (1.0 + weights**2)
+    return u, np.einsum("mvk,mv,mvl->mkl", right, kept, right, optimize=True)
 
 
 def _nested(

@@ -31,7 +31,7 @@ from .modes import Effects, conditional_effects
 from .optima import distinct
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
-from .solve import Status
+from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
     from .summary import Summary
@@ -45,6 +45,10 @@ MESSAGES = {
         "the residual variance went to zero: the random effects alone describe the data, and the "
         "likelihood has no maximum with a residual; use fewer random effects, or "
         "fix={'scale': ...}"
+    ),
+    Status.ZERO_SCALE: (
+        "converged with a residual variance of zero: the likelihood is largest at this boundary, "
+        "where the random effects alone describe the data; standard errors take it as given"
     ),
     # Of many responses; for a single one these are errors.
     Status.INFINITE: "the response has infinite values",
@@ -199,10 +203,10 @@ class Fit:
         values = np.full((len(names), len(names)), np.nan)
         kept = self.layout.fixed.kept
         if self.unidentified is None:
-            values[np.ix_(kept, kept)] = self.scale * self.estimates.beta_unscaled
+            values[np.ix_(kept, kept)] = self.estimates.scale * self.estimates.beta_unscaled
         else:
             sure = ~self.unidentified.concerns(np.eye(len(kept)))
-            inside = self.scale * self.estimates.beta_unscaled[np.ix_(sure, sure)]
+            inside = self.estimates.scale * self.estimates.beta_unscaled[np.ix_(sure, sure)]
             values[np.ix_(kept[sure], kept[sure])] = inside
         return pd.DataFrame(values, index=names, columns=names)
 
@@ -321,8 +325,11 @@ class Fit:
 
     @property
     def scale(self) -> float:
-        """Residual variance (of an observation with weight one)."""
-        return self.estimates.scale
+        """Residual variance (of an observation with weight one).
+
+        Exactly zero where the likelihood is largest there, which :attr:`status` tells.
+        """
+        return 0.0 if self.estimates.zero_scale else self.estimates.scale
 
     @cached_property
     def cov_re(self) -> pd.DataFrame:
@@ -332,7 +339,8 @@ class Fit:
         effect.
         """
         labels = self._effect_labels
-        return pd.DataFrame(self.scale * self.estimates.D, index=labels, columns=labels)
+        values = self.estimates.scale * self.estimates.D
+        return pd.DataFrame(values, index=labels, columns=labels)
 
     @property
     def _effect_labels(self) -> pd.Index:
@@ -350,7 +358,8 @@ class Fit:
         """Relative Cholesky factor, lower triangle row by row, term after term, (k,).
 
         lme4 lists the same numbers column by column.  A term with a covariance structure has the
-        structure's own parameters instead (see :mod:`lmmax.covariances`).
+        structure's own parameters instead (see :mod:`lmmax.covariances`).  All are NaN where the
+        residual variance, which they are relative to, is zero.
         """
         parts = []
         own = {part.columns: part.parameters for part in self.estimates.constraints.structures}
@@ -364,7 +373,8 @@ class Fit:
                 parts.append(term.covariance.theta_of(lower @ lower.T))
             else:
                 parts.append(pack_triangle(lower)[pack_triangle(pattern) > 0.0])
-        return np.concatenate(parts)
+        theta = np.concatenate(parts)
+        return np.full_like(theta, np.nan) if self.estimates.zero_scale else theta
 
     def varcorr(self) -> pd.DataFrame:
         """Variances, covariances and the residual, a row each, in the way of lme4's ``VarCorr``.
@@ -641,23 +651,26 @@ class Fit:
     @property
     def converged(self) -> bool:
         """Whether the optimum was reached, judged by the gradient."""
-        return self.estimates.status is Status.CONVERGED
+        return bool(is_optimal(self.estimates.status))
 
     @property
     def status(self) -> str:
-        """Name of the solver's status: "converged", "max_steps", "stalled", ..."""
+        """Name of the solver's status: "converged", "zero_scale", "max_steps", "stalled", ...
+
+        With "zero_scale" the fit has converged too, to a residual variance of zero.
+        """
         return self.estimates.status.name.lower()
 
     @property
     def singular(self) -> bool:
         """Whether some variance is zero or some correlation one: a maximum on the boundary."""
-        return bool(self.estimates.boundary)
+        return bool(self.estimates.boundary) or self.estimates.zero_scale
 
     @property
     def message(self) -> str:
         """The status in words, which terms are singular, and what is not identified."""
         text = MESSAGES[self.estimates.status]
-        if self.singular:
+        if self.estimates.boundary:
             terms = ", ".join(self.estimates.boundary)
             text += f"; singular: the covariance of {terms} lies on the boundary"
         if self.unidentified is not None:

@@ -86,7 +86,7 @@ def residual_sd(fit: Fit) -> np.ndarray:
 
 def new_effects(fit: Fit, rng: np.random.Generator) -> list[np.ndarray]:
     """Draw the random effects of each factor, (m, q) each."""
-    root = np.sqrt(fit.scale) * fit.estimates.root
+    root = np.sqrt(fit.estimates.scale) * fit.estimates.root
     effects = []
     for grouping, here in zip(fit.design.groupings, fit.layout.slices, strict=True):
         standard = rng.standard_normal((len(grouping.levels), here.stop - here.start))

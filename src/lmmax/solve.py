@@ -53,7 +53,11 @@ L-BFGS is the default."""
 
 
 class Status(IntEnum):
-    """How a solve ended; the last four are responses of many that no solve was begun for."""
+    """How a solve ended.
+
+    ``ZERO_SCALE`` is a maximum at a residual variance of zero, see :mod:`lmmax.zero_scale`;
+    ``INFINITE`` to ``TOO_FEW`` are responses of many that no solve was begun for.
+    """
 
     RUNNING = 0
     CONVERGED = 1
@@ -65,6 +69,16 @@ class Status(IntEnum):
     CONSTANT = 7
     EXPLAINED = 8
     TOO_FEW = 9
+    ZERO_SCALE = 10
+
+
+OPTIMAL = (Status.CONVERGED, Status.ZERO_SCALE)
+"""The statuses of a solve that found an optimum."""
+
+
+def is_optimal(status: Any) -> Any:
+    """Return whether a solve found an optimum, for a status or an array of them."""
+    return np.isin(status, OPTIMAL)
 
 
 class Structured(NamedTuple):
@@ -125,12 +139,22 @@ class Constraints:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Options:
-    """Options of the solve, all of them data: changing one does not recompile."""
+    """Options of the solve, all of them data: changing one does not recompile.
+
+    Attributes:
+        reml: 1.0 for the restricted criterion, 0.0 for the other.
+        em_steps: most EM steps.
+        max_steps: most steps after them.
+        tol: Newton decrement that counts as converged.
+        smallest_scale: logarithm of the scale below which Newton's method gives up; never below
+            what rounding leaves of a residual.
+    """
 
     reml: Any
     em_steps: Any
     max_steps: Any
     tol: Any
+    smallest_scale: Any = -np.inf
 
 
 class Point(NamedTuple):
@@ -197,6 +221,16 @@ def root_columns(problem: Problem, constraints: Constraints) -> np.ndarray:
     if narrow(problem, constraints):
         return constraints.columns
     return np.arange(len(problem.n_groups))
+
+
+def continued(first: Solution, then: Solution) -> Solution:
+    """Return the end of a solve that went on where another ended, with the record of both."""
+    before, after = int(first.steps), int(then.steps)
+    as_array: Any = np.asarray  # the records of solves are in NumPy
+    rows = np.concatenate([first.trace[:before], then.trace[:after]])[:TRACE_LENGTH]
+    trace = np.full((TRACE_LENGTH, TRACE_COLUMNS), np.nan)
+    trace[: len(rows)] = rows
+    return then._replace(trace=as_array(trace), steps=as_array(np.int32(before + after)))
 
 
 def point_of(make: Callable[..., Any], problem: Problem, constraints: Constraints) -> Point:
@@ -609,6 +643,11 @@ def better(value: Any, converged: Any, other_value: Any, other_converged: Any, x
     return (gain > least) | (xp.isfinite(value) & ~xp.isfinite(other_value))
 
 
+def merit(solution: Solution) -> tuple[float, bool]:
+    """Return what :func:`better` compares of the end of a search, on the host."""
+    return float(solution.point.at.value), bool(is_optimal(int(solution.status)))
+
+
 def is_credible(problem: Problem, status: Any) -> Any:
     """Return whether an end of a search that began far away is what it seems.
 
@@ -616,7 +655,8 @@ def is_credible(problem: Problem, status: Any) -> Any:
     digits left there; grouped and nested ones lose none, and see where a criterion has no minimum.
     """
     exact = not problem.effect_shapes
-    return (status == Status.CONVERGED) | ((status == Status.UNBOUNDED) & exact)
+    found = (status == Status.CONVERGED) | (status == Status.ZERO_SCALE)
+    return found | ((status == Status.UNBOUNDED) & exact)
 
 
 def newton_from_each(
@@ -701,10 +741,9 @@ def advance(
     # Rounding in the gradient grows with the number of observations.
     tol = jnp.maximum(options.tol, 10.0 * eps**2 * problem.n_obs)
     # Residuals a thousand roundings in size are none: the response has unit length.
-    smallest_scale = 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
-    if constraints.structures:
-        # A structure may describe the data without a residual; the search would go on for ever.
-        smallest_scale = jnp.log(1e-8) - jnp.log(problem.n_obs)
+    smallest_scale = jnp.maximum(
+        options.smallest_scale, 2.0 * jnp.log(1e3 * eps) - jnp.log(problem.n_obs)
+    )
 
     old = state.point
     first = state.evaluations == 0
@@ -744,7 +783,7 @@ def advance(
     outcomes = [
         (settled & ~stuck, Status.CONVERGED),
         (first & ~accept, Status.NOT_FINITE),
-        (point.s < smallest_scale, Status.UNBOUNDED),
+        ((point.s < smallest_scale) & constraints.scale_free, Status.UNBOUNDED),
         (damping > 1e12, Status.STALLED),
         (evaluations >= options.max_steps + options.em_steps, Status.MAX_STEPS),
     ]

@@ -17,6 +17,11 @@ from .inference.wald import missing
 from .rendering import html, text
 from .results import MESSAGES, Fit
 
+ZERO_SCALE = (
+    "The residual variance is estimated as zero: the random effects describe the data best "
+    "without a residual. This is a legitimate maximum at the boundary, not a failure; no standard "
+    "error can be given for it, all others take it as given, and there are no scaled residuals."
+)
 MANY_PARAMETERS = 4
 """Most parameters of a structure that a note spells out."""
 DDF_NOTES = {
@@ -200,13 +205,15 @@ def _structure_rows(fit: Fit, term: TermColumns) -> list[list[Any]]:
 
 
 def _residual_quantiles(fit: Fit) -> pd.Series:
+    names = ["Min", "1Q", "Median", "3Q", "Max"]
+    if fit.estimates.zero_scale:  # zeros, and nothing to scale them by
+        return pd.Series(np.nan, index=names)
     values = fit.design.y - fit.fittedvalues.to_numpy()
     if fit.design.weights is not None:
         values = values * np.sqrt(fit.design.weights)
     # Not finite only where the fit failed; the summary must still print.
     with np.errstate(divide="ignore", invalid="ignore"):
         values = values / np.sqrt(fit.scale)
-    names = ["Min", "1Q", "Median", "3Q", "Max"]
     return pd.Series(np.quantile(values, [0.0, 0.25, 0.5, 0.75, 1.0]), index=names)
 
 
@@ -232,6 +239,8 @@ def _notes(fit: Fit, ddf: str) -> tuple[str, ...]:
             f"{_sentence(str(fit.unidentified))} Other values fit as well, so they have no "
             "standard errors, nor do coefficients that depend on them; all other tests are right."
         )
+    if fit.estimates.zero_scale:
+        notes.append(ZERO_SCALE)
     notes += [_singular_note(fit, label) for label in fit.estimates.boundary]
     notes += _structure_notes(fit)
     if fit.settings.fix:

@@ -19,7 +19,7 @@ from ..estimation import Estimates, group_noise
 from ..far_apart import estimate_closely, is_far, is_off_center, needs_rows
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
-from ..solve import NEWTON_LIMIT, Constraints, Status, narrow
+from ..solve import NEWTON_LIMIT, Constraints, Status, is_optimal, narrow
 from . import factors
 from .factors import SharedFactors, shared_factors
 from .solve import (
@@ -208,7 +208,8 @@ class Solved(NamedTuple):
             L: combinations of the coefficients that were kept, (r, p).
         """
         p = self.to_user.shape[-1]
-        scale = self.estimates.scale[lanes, None, None]
+        # Positive where a residual variance is estimated as zero, and the errors are the limits.
+        scale = (np.exp(self.ends.s) * self.y_scale**2)[lanes, None, None]
         turned = L @ (self.to_user if self.to_user.ndim == 2 else self.to_user[lanes])
         inner = self.ends.beta_inverse[lanes, :p, :p] @ np.swapaxes(turned, -1, -2)
         V = scale * (turned @ inner)
@@ -372,7 +373,7 @@ def with_inference(
     free = np.append(free, constraints.scale_free)
     enough = free.sum() <= lanes.values("n_obs") - fit.settings.reml * len(kept)
     plain = not constraints.structures and not np.any(constraints.held)
-    plain = plain & enough
+    plain = plain & enough & (estimates.status != Status.ZERO_SCALE)
     if fit.unidentified is not None:
         # With as many parameters held as there are flat directions, the others tell as much.
         free[fit.unidentified.redundant] = False
@@ -434,9 +435,10 @@ def _one(fit: Fit, y: np.ndarray) -> Estimates:
     if fit.estimates.constraints.structures:  # which may have several optima
         return solved(fit.settings)
     D = fit.estimates.z_inverse @ _lifted(fit) @ fit.estimates.z_inverse.T
-    start = {"cov_re": fit.scale * D, "scale": fit.scale}
+    scale = fit.estimates.scale
+    start = {"cov_re": scale * D, "scale": scale}
     estimates = solved(replace(fit.settings, start=start, em_steps=0))
-    return estimates if estimates.status is Status.CONVERGED else solved(fit.settings)
+    return estimates if is_optimal(estimates.status) else solved(fit.settings)
 
 
 def estimates_of(fit: Fit, estimates: Estimates | None = None) -> BatchEstimates:
@@ -450,8 +452,8 @@ def estimates_of(fit: Fit, estimates: Estimates | None = None) -> BatchEstimates
         params=params,
         bse=bse,
         cov_re=estimates.scale * estimates.D,
-        scale=np.asarray(estimates.scale),
+        scale=np.asarray(0.0 if estimates.zero_scale else estimates.scale),
         llf=np.asarray(-0.5 * estimates.criterion),
         status=np.asarray(int(estimates.status)),
-        singular=np.asarray(bool(estimates.boundary)),
+        singular=np.asarray(bool(estimates.boundary) or estimates.zero_scale),
     )

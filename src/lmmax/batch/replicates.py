@@ -24,7 +24,7 @@ from ..design import DataError
 from ..fit import ConvergenceWarning, IdentifiabilityWarning, Prepared, prepare
 from ..matrices import Design
 from ..results import Fit
-from ..solve import Status
+from ..solve import is_optimal
 from . import line_fits, line_statistics, shared_by_responses, solve_responses
 from .engines import (
     Engine,
@@ -88,7 +88,7 @@ class LineTester:
         found = line_fits.fits(line, stats, self.engine.settings.reml)
         unscaled = line.unscaled_covariance(found.variance, self.L)[0]
         tested = wald(found.beta @ self.L.T, found.scale[:, None, None] * unscaled)
-        return np.where(found.status == Status.CONVERGED, tested, np.nan)
+        return np.where(is_optimal(found.status), tested, np.nan)
 
     def replicates(self, errors: np.ndarray) -> Replicates:
         """See `Tester`."""
@@ -168,7 +168,7 @@ class FitTester:
                 found = self.template.refit(np.ascontiguousarray(errors)).estimates
             except DataError:
                 return np.nan
-        if found.status is not Status.CONVERGED:
+        if not is_optimal(found.status):
             return np.nan
         V = found.scale * self.L @ found.beta_unscaled @ self.L.T
         return float(wald((self.L @ found.beta)[None], V[None])[0])
@@ -354,7 +354,7 @@ def drawer(
         lanes: numbers of the responses, (lanes,).
     """
     record = null.engine.fit(errors)
-    usable = record.status == Status.CONVERGED
+    usable = is_optimal(record.status)
     cov = np.where(usable[:, None, None], record.cov_re, 0.0)
     roots = []
     for here in null.prepared.layout.slices:

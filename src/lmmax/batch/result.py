@@ -22,7 +22,7 @@ from ..inference.denominator import f_pvalues, t_pvalues, t_quantiles
 from ..inference.wald import linear_hypotheses
 from ..matrices import Design
 from ..results import Fit
-from ..solve import Status
+from ..solve import Status, is_optimal
 from .engines import Hypothesis, Record
 from .multiple import qvalues
 from .sources import Columns
@@ -231,13 +231,14 @@ class BatchFit:
     @property
     def converged(self) -> np.ndarray:
         """Whether each optimum was reached, (n,)."""
-        return np.asarray(self.record.status == Status.CONVERGED)
+        return np.asarray(is_optimal(self.record.status))
 
     @property
     def certificate(self) -> pd.DataFrame:
         """How each fit ended: status, whether it is singular, steps, gradient, rows used.
 
-        The status is ``converged``; ``max_steps``, ``stalled``, ``unbounded`` or ``not_finite``,
+        The status is ``converged``; ``zero_scale``, if the optimum has a residual variance of
+        zero; ``max_steps``, ``stalled``, ``unbounded`` or ``not_finite``,
         as for a single fit, if the search ended elsewhere; or, for a response that no search was
         begun for, ``infinite`` (it has infinite values), ``constant`` (it does not vary),
         ``explained`` (it is an exact linear combination of the fixed effects) or ``too_few`` (rows

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import zero_scale
 from ..constraints import Settings, TermColumns
 from ..em import moment_start
 from ..estimation import (
@@ -33,7 +34,6 @@ from ..estimation import (
     RESTARTS,
     free_terms,
     grown,
-    theta_starts,
     tolerance,
 )
 from ..likelihood.crossed import CrossedProblem
@@ -52,9 +52,11 @@ from ..solve import (
     chart,
     evaluate,
     is_credible,
+    is_optimal,
     point_of,
     whole_covariance,
 )
+from ..starts import ROUGH_STEPS, ROUGH_TOL, is_hopeless, is_near, structure_starts
 from .devices import OverLanes, n_devices, side_by_side
 
 LANES = 256
@@ -152,6 +154,7 @@ class Ends(NamedTuple):
     x_slope: Any
     status: Any
     steps: Any
+    decrement: Any
 
     def take(self, lanes: np.ndarray) -> Ends:
         """Return some of the ends."""
@@ -209,7 +212,7 @@ class BatchEstimates:
     @property
     def converged(self) -> np.ndarray:
         """Whether the optimum was reached, (n,)."""
-        return np.asarray(self.status == Status.CONVERGED)
+        return np.asarray(is_optimal(self.status))
 
     def take(self, which: Any) -> BatchEstimates:
         """Return the estimates for some of the responses."""
@@ -263,29 +266,87 @@ def solve(
     everyone = np.arange(len(lanes.natural))
     effort = Effort() if effort is None else effort
     others = partial(usual_starts, lanes, constraints) if others is None else others
+    # A structure may describe the data without a residual; the search would go on for ever.
+    n_obs = float(np.max(lanes.values("n_obs")))
+    stop = zero_scale.log_scale(n_obs, zero_scale.LOOKED_AT) if constraints.structures else -np.inf
 
-    def run(start: Start, which: np.ndarray, em_steps: int) -> Ends:
-        return _run(lanes, constraints, settings, start, which, em_steps, longest, effort)
+    def run(
+        start: Start, which: np.ndarray, constraints: Constraints = constraints, **options: Any
+    ) -> Ends:
+        chosen = {"max_steps": longest, **options}
+        return _run(lanes, constraints, settings, start, which, effort, **chosen)
 
-    if start is None:
-        starts, em_steps = others(everyone), usual_em
+    def finish(start: Start, which: np.ndarray, em_steps: int = 0) -> Ends:
+        """Solve some lanes as far as they go: off boundaries, and to a scale of zero."""
+        own = lanes if np.array_equal(which, everyone) else lanes.take(which)
+        ends = run(start, which, em_steps=em_steps, smallest_scale=stop)
+
+        def again(start: Start, local: np.ndarray, *changed: Constraints) -> Ends:
+            return run(start, which[local], *changed)
+
+        _leave_boundary(own, constraints, terms, ends, again)
+        _look_closer(own, constraints, ends, again)
+        return ends
+
+    if start is not None:
+        ends = finish(start, everyone, FIRST_EM * movable)
     else:
-        starts, em_steps = [start], FIRST_EM * movable
-    ends = run(starts[0], everyone, em_steps)
-    for other in starts[1:]:
-        _keep_better(ends, everyone, run(other, everyone, em_steps))
-    lost = np.flatnonzero(ends.status != Status.CONVERGED)
+        starts = others(everyone)
+        if len(starts) == 1:
+            ends = finish(starts[0], everyone, usual_em)
+        else:
+            rough: dict[str, Any] = {
+                "em_steps": usual_em,
+                "max_steps": min(longest, ROUGH_STEPS),
+                "tol": ROUGH_TOL,
+                "smallest_scale": stop,
+            }
+            ends = _best([run(other, everyone, **rough) for other in starts], finish)
+    lost = np.flatnonzero(~is_optimal(ends.status))
     if lost.size:
         # From the usual starts; where these have failed, from the noise of an average group.
         squares = lanes.noise[lost, :, None] ** 2 * np.eye(len(constraints.blocks))
         again = starts_from(lanes, constraints, lost, squares) if start is None else others(lost)
         for other in again:
-            _keep_better(ends, lost, run(other, lost, usual_em))
-    _leave_boundary(lanes, constraints, terms, ends, run, everyone)
+            _keep_better(ends, lost, finish(other, lost, usual_em))
     if settings.start is None:
-        improved = _search_further(lanes, constraints, terms, ends, run)
-        _leave_boundary(lanes, constraints, terms, ends, run, improved)
+        _search_further(lanes, constraints, terms, ends, finish)
     return ends
+
+
+def _best(rough: list[Ends], finish: Callable[[Start, np.ndarray], Ends]) -> Ends:
+    """Return the best ends that rough ones lead to; over lanes what a single fit does.
+
+    Args:
+        rough: where each start led to, see :func:`lmmax.starts.search`.
+        finish: solves some lanes as far as they go.
+    """
+    heights = np.array([np.where(np.isfinite(end.value), end.value, np.inf) for end in rough])
+    order = np.argsort(heights, axis=0, kind="stable")
+    everyone = np.arange(heights.shape[1])
+
+    def chosen(position: int) -> Ends:
+        """Return the rough ends that come at this position, one for each lane."""
+        parts = [np.stack(leaves)[order[position], everyone] for leaves in zip(*rough, strict=True)]
+        return Ends(*parts)
+
+    def start(ends: Ends) -> Start:
+        return Start(ends.D, ends.s, ends.theta)
+
+    best = finish(start(chosen(0)), everyone)
+    known = [best.take(everyone)]
+    for position in range(1, len(rough)):
+        ends = chosen(position)
+        left = ~is_hopeless(ends, best.value)
+        for settled in known:
+            left &= ~is_near(ends, settled)
+        which = np.flatnonzero(left)
+        if which.size:
+            found = finish(start(ends.take(which)), which)
+            _keep_better(best, which, found)
+            known.append(known[0].take(everyone))
+            known[-1].replaced(which, found)
+    return best
 
 
 def _search_further(
@@ -293,9 +354,9 @@ def _search_further(
     constraints: Constraints,
     terms: Sequence[TermColumns],
     ends: Ends,
-    run: Callable[[Start, np.ndarray, int], Ends],
-) -> np.ndarray:
-    """Solve again, from elsewhere, lanes that may have another optimum; return which had one."""
+    finish: Callable[[Start, np.ndarray], Ends],
+) -> None:
+    """Solve again, from elsewhere, lanes that may have another optimum."""
     noise, cost = lanes.noise, work(lanes.one(0))
     inside = (ends.status == Status.CONVERGED) & _interior(ends.D, noise)
     again = looks_again(ends.root, ends.hessian, inside, cost, constraints)
@@ -309,18 +370,16 @@ def _search_further(
     units = [block for _, blocks in free_terms(terms, constraints) for block in blocks]
     sizes = spread_starts(constraints, units, cost)
     if not left.size or not sizes:
-        return left[:0]
-    before = ends.value[left].copy()
+        return
     # All together, the starts one after the other: a step of many lanes takes as long as of few.
     many = np.tile(left, len(sizes))
     variances = noise[many] ** 2 * np.repeat(sizes, len(left), axis=0)
     D = variances[:, :, None] * np.eye(variances.shape[1])
-    found = run(Start(D, np.log(0.5 / lanes.values("n_obs")[many]), ends.theta[many]), many, 0)
+    found = finish(Start(D, np.log(0.5 / lanes.values("n_obs")[many]), ends.theta[many]), many)
     for first in range(0, len(many), len(left)):
         own_ends = Ends(*(part[first : first + len(left)] for part in found))
         believed = np.flatnonzero(is_credible(lanes.problem, own_ends.status))
         _keep_better(ends, left[believed], own_ends.take(believed))
-    return left[ends.value[left] != before]
 
 
 def _leave_boundary(
@@ -328,12 +387,11 @@ def _leave_boundary(
     constraints: Constraints,
     terms: Sequence[TermColumns],
     ends: Ends,
-    run: Callable[[Start, np.ndarray, int], Ends],
-    which: np.ndarray,
+    run: Callable[[Start, np.ndarray], Ends],
 ) -> None:
     """Solve lanes again that stopped at a boundary where the criterion falls inwards."""
     noise = lanes.noise
-    left = which[ends.status[which] == Status.CONVERGED]
+    left = np.flatnonzero(ends.status == Status.CONVERGED)
     for _ in range(RESTARTS):
         inside = _interior(ends.D[left], noise[left])
         left = left[~inside & (ends.status[left] == Status.CONVERGED)]
@@ -342,7 +400,56 @@ def _leave_boundary(
         moved, start = _step_off(lanes, constraints, terms, ends, left, noise[left])
         left, start = left[moved], start.take(moved)
         if left.size:
-            ends.replaced(left, run(start, left, 0))
+            ends.replaced(left, run(start, left))
+
+
+def _look_closer(
+    lanes: Lanes, constraints: Constraints, ends: Ends, run: Callable[..., Ends]
+) -> None:
+    """Replace the ends of lanes that were heading for a scale of zero by what is there.
+
+    Over lanes what :func:`lmmax.zero_scale.look_closer` does.
+    """
+    if not constraints.scale_free:
+        return
+    n_obs = lanes.values("n_obs")
+    with np.errstate(over="ignore", invalid="ignore"):
+        share = np.exp(ends.s) * n_obs
+        bend = zero_scale.curvature(ends)
+    which = np.flatnonzero(zero_scale.is_suspicious(share, bend, ends.status))
+    if not which.size:
+        return
+    fixed = zero_scale.held(constraints)
+
+    def at(share: float, ends: Ends, which: np.ndarray) -> Ends:
+        parts = [
+            zero_scale.moved(constraints, point, zero_scale.log_scale(n, share))
+            for point, n in zip(_points(ends), n_obs[which], strict=True)
+        ]
+        return run(Start(*map(np.stack, zip(*parts, strict=True))), which, fixed)
+
+    mine = ends.take(which)
+    probe = at(zero_scale.PROBED, mine, which)
+    likely = np.flatnonzero(zero_scale.is_likely(probe.status, zero_scale.slope(probe)))
+    found = np.zeros(which.size, dtype=bool)
+    if likely.size:
+        limit = at(zero_scale.LIMIT, probe.take(likely), which[likely])
+        rise = zero_scale.slope(limit)
+        there = zero_scale.is_limit(limit, rise, ends.take(which[likely]))
+        limit.status[there] = Status.ZERO_SCALE
+        # The limit at a scale of zero, to second order.
+        limit.value[there] -= rise[there]
+        found[likely[there]] = True
+        ends.replaced(which[likely[there]], limit.take(there))
+    left = which[~found & zero_scale.was_stopped(mine.status, share[which])]
+    if left.size:
+        ends.replaced(left, run(Start(ends.D[left], ends.s[left], ends.theta[left]), left))
+
+
+def _points(ends: Ends) -> Iterator[Any]:
+    """Yield where each lane ended, in the shape of a point."""
+    for D, s, theta in zip(ends.D, ends.s, ends.theta, strict=True):
+        yield SimpleNamespace(D=D, s=s, theta=theta)
 
 
 def _interior(D: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -369,7 +476,7 @@ def starts_from(
     inverses = np.broadcast_to(np.asarray(lanes.take(which).problem.z_inverse), D.shape)
     if constraints.structures:
         thetas = [
-            theta_starts(constraints, inverse, np.diag(own))
+            structure_starts(constraints, inverse, np.diag(own))
             for inverse, own in zip(inverses, D, strict=True)
         ]
     else:
@@ -382,9 +489,9 @@ def starts_from(
 
 def _keep_better(ends: Ends, which: np.ndarray, new: Ends) -> None:
     """Replace the ends of lanes whose new end is better, as for a single fit."""
-    mine, yours = ends.status[which] == Status.CONVERGED, new.status == Status.CONVERGED
+    mine, yours = is_optimal(ends.status[which]), is_optimal(new.status)
     won = np.flatnonzero(better(new.value, yours, ends.value[which], mine))
-    ends.replaced(which[won], Ends(*(part[won] for part in new)))
+    ends.replaced(which[won], new.take(won))
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -540,17 +647,15 @@ def _run(
     settings: Settings,
     start: Start,
     which: np.ndarray,
-    em_steps: int,
-    max_steps: int,
     effort: Effort,
+    **options: Any,
 ) -> Ends:
     """Run the solver in float64 on some lanes, chunk by chunk; the arrays returned are NumPy's."""
-    options = Options(
-        reml=float(settings.reml),
-        em_steps=em_steps,
-        max_steps=max_steps,
-        tol=tolerance(lanes.problem) if settings.tol is None else settings.tol,
-    )
+    usual = {
+        "em_steps": 0,
+        "tol": tolerance(lanes.problem) if settings.tol is None else settings.tol,
+    }
+    chosen = Options(reml=float(settings.reml), **(usual | options))
     size, in_turn = chunk_size(lanes), isinstance(lanes.problem, CrossedProblem)
     small = max(1, size // PARTS) * n_devices()
     size *= n_devices()
@@ -562,7 +667,7 @@ def _run(
         own = jax.tree.unflatten(structure, [leaf[local] for leaf in leaves])
         # What fills a chunk up has no work to do.
         own.status[1:][local[1:] == local[0]] = Status.STALLED
-        return jax.tree.leaves(_compiled(lanes.take(which[local]), constraints, options, own, most))
+        return jax.tree.leaves(_compiled(lanes.take(which[local]), constraints, chosen, own, most))
 
     while left.size:
         counts, chunks = zip(*_chunks(left, size, small), strict=True)
@@ -589,6 +694,7 @@ def _run(
         x_slope=point.at.x_slope,
         status=state.status,
         steps=state.evaluations,
+        decrement=state.decrement,
     )
 
 
@@ -746,4 +852,7 @@ def in_user_units(
     d = n_obs - settings.reml * p
     constant = 2.0 * (d * np.log(y_scale) + settings.reml * lanes.values("x_logdet"))
     criterion = ends.value + constant - lanes.values("log_weights")
+    at_zero = status == Status.ZERO_SCALE
+    scale = np.where(at_zero, 0.0, scale)
+    singular |= at_zero
     return BatchEstimates(params, bse, cov_re, scale, -0.5 * criterion, status, singular)

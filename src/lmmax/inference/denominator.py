@@ -158,7 +158,7 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
         raise ValueError(f"ddf={ddf!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
     p = len(fit.estimates.beta)
     to_x = fit.layout.fixed.inverse
-    cov_x = fit.scale * np.asarray(fit.estimates.solution.point.at.beta_inverse)[:p, :p]
+    cov_x = fit.estimates.scale * np.asarray(fit.estimates.solution.point.at.beta_inverse)[:p, :p]
     if not np.isfinite(cov_x).all():
         # The fit failed; its tables print all the same.
         return Fixed(name, cov_x, np.full(p, np.nan), to_x)

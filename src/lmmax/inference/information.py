@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..parameters import unpack_symmetric
+from ..zero_scale import check_residual
 from .arguments import as_fit
 from .inverse import RANK, Inverse, inverted
 from .parameters import VarianceParameters
@@ -206,6 +207,7 @@ def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:
 
     Raises:
         EngineError: for the iterative engine.
+        ValueError: if the residual variance went to zero, where that likelihood is infinite.
 
     Example:
         >>> import lmmax
@@ -219,7 +221,8 @@ def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:
     97, 773-789, whose correction is ``tr(d fitted / d y)``.
     """
     as_fit(fit)
-    at, scale, n = fit.sensitivity, fit.scale, float(fit.nobs)
+    check_residual(fit.estimates, "the conditional likelihood")
+    at, scale, n = fit.sensitivity, fit.estimates.scale, float(fit.nobs)
     rho = n - scale * (at.trace[-1] - float(np.sum(at.Phi * at.P_x[-1])))
     weights = np.ones(fit.nobs) if fit.design.weights is None else fit.design.weights
     residuals = fit.resid.to_numpy()
@@ -242,7 +245,7 @@ def _estimation(fit: Fit, weights: np.ndarray, residuals: np.ndarray) -> float:
     """
     from ..fit import residuals_given_variances
 
-    estimates, scale = fit.estimates, fit.scale
+    estimates, scale = fit.estimates, fit.estimates.scale
     values, vectors = np.linalg.eigh(estimates.working_variance_cov)
     kept = values > RANK * np.max(values, initial=0.0)
     # Rows of R y, and by group of Z'R y.

@@ -17,7 +17,7 @@ from ..far_apart import estimate_closely
 from ..fit import arrange, without_offset
 from ..likelihood.grouped import GroupedProblem
 from ..relationship import semidefinite_root
-from ..solve import Status
+from ..solve import is_optimal
 
 if TYPE_CHECKING:
     from ..compress import Layout
@@ -53,7 +53,7 @@ def leave_out_groups(fit: Fit) -> BatchEstimates:
     if m > MOST:
         part = np.random.default_rng(0).permutation(m) % MOST
     found = _vectorised(fit, part) if vectorises(fit) else _one_by_one(fit, factor, part)
-    failed = np.flatnonzero(found.status != Status.CONVERGED)
+    failed = np.flatnonzero(~is_optimal(found.status))
     if failed.size:
         raise JackknifeError(
             f"the fit without {_name(fit, factor, part, int(failed[0]))} does not converge"

@@ -180,7 +180,7 @@ def covariances_like(small: Submodel, large: Fit) -> Array:
     for residual, left, right in _probes(fit.design, large.design, len(theirs) + 1 + SPARE):
         rows.append([*(np.sum(E * right[b]) for b, E in theirs), residual])
         known = [np.sum(_block(Psi, term) * left[a]) for a, term in enumerate(fit.terms)]
-        asked.append(np.sum(known) + fit.scale * residual)
+        asked.append(np.sum(known) + fit.estimates.scale * residual)
     unit = np.linalg.norm(rows, axis=0)
     weights = np.linalg.lstsq(np.array(rows) / unit, np.array(asked), rcond=None)[0] / unit
     for weight, (b, E) in zip(weights, theirs, strict=False):

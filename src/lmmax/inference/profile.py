@@ -23,6 +23,7 @@ import pandas as pd
 from ..compress import EngineError
 from ..rendering import WIDTH, Cells, format_block, fragment, table_lines
 from ..solve import Status
+from ..zero_scale import check_residual
 from .arguments import as_fit
 from .charts import Charts, Parameter, Place
 from .held import Held, Searches
@@ -207,6 +208,9 @@ class Walk:
         self.parameters = tuple(parameters)
         self.searches = Searches(fit.compression.problem, estimates.constraints, fit.reml)
         self.notes: list[str] = []
+        self.refused = _refusal(fit)
+        if self.refused:
+            self.notes.append(self.refused)
         self.least = float(estimates.solution.point.at.value)
         chart, x = charts.chart(None, 0.0, charts.start)
         base = self.searches.run([chart], x[None], np.zeros(1))[0]
@@ -257,6 +261,10 @@ class Walk:
 
     def follow(self, cutoff: float) -> None:
         """Follow all profiles to the cutoff, the sides of all of them together."""
+        if self.refused:
+            for side in self._all_sides():
+                side.failures = MAX_FAILURES + 1
+            return
         for _ in range(CHALLENGES):
             self._approach(cutoff)
             if not self._challenge(cutoff):
@@ -574,8 +582,10 @@ def profile_at(fit: Fit, effect: int, values: np.ndarray) -> np.ndarray:
         Minima of -2 log-likelihood over all other parameters, (k,); NaN where a search failed.
 
     Raises:
-        ValueError: for an effect whose standard deviation has no profile.
+        ValueError: for an effect whose standard deviation has no profile, or if the residual
+            variance went to zero.
     """
+    check_residual(fit.estimates, "a likelihood profile")
     charts = Charts(fit)
     parameter = charts.standard_deviation(effect)
     if parameter is None:
@@ -615,14 +625,20 @@ def follow(fit: Fit, parameters: str | Sequence[str] | None, cutoff: float) -> W
         )
     charts = Charts(fit)
     walk = Walk(fit, charts, select(charts, parameters))
-    if fit.converged:
-        walk.follow(cutoff)
-    else:
-        walk.notes.append(f"the fit has not converged ({fit.message}): it has no profiles")
-        for pair in walk.sides.values():
-            for side in pair:
-                side.failures = MAX_FAILURES + 1
+    walk.follow(cutoff)
     return walk
+
+
+def _refusal(fit: Fit) -> str:
+    """Return why a fit has no profiles; empty if it has."""
+    if not fit.converged:
+        return f"the fit has not converged ({fit.message}): it has no profiles"
+    if fit.estimates.zero_scale:
+        return (
+            "the residual variance is estimated as zero, and away from the estimates it would not "
+            "stay there: there are no profiles; use method='wald' or method='bootstrap'"
+        )
+    return ""
 
 
 def select(charts: Charts, parameters: str | Sequence[str] | None) -> list[Parameter]:
@@ -691,7 +707,7 @@ def _notes(walk: Walk, status: Sequence[str], fit: Fit) -> tuple[str, ...]:
                 f"{parameter.name}: the criterion rises too little before the end of the parameter "
                 "space, which is the limit."
             )
-        elif word == "failed" and fit.converged:
+        elif word == "failed" and fit.converged and not fit.estimates.zero_scale:
             notes.append(
                 f"{parameter.name}: the search did not converge everywhere; its limits are NaN "
                 "where it did not."

@@ -140,12 +140,12 @@ class _Parts(NamedTuple):
         """Return those for (vech of the working Psi, scale), (m, q (q + 1) / 2 + 1)."""
         root = fit.estimates.working_root
         d = pack_triangle(root @ root.T)
-        return np.column_stack([self.vech, self.size / fit.scale - self.vech @ d])
+        return np.column_stack([self.vech, self.size / fit.estimates.scale - self.vech @ d])
 
 
 def _by_level(fit: Fit, clusters: Clusters, inverse: np.ndarray) -> _Parts:
     """Take complex steps through the elimination of nested factors."""
-    p, q, scale = len(inverse), len(fit.estimates.root), fit.scale
+    p, q, scale = len(inverse), len(fit.estimates.root), fit.estimates.scale
     blocks = [root @ root.T for root in factor_roots(fit)]
     levels = Levels(fit, clusters, by_row=False)
     at = levels.products(blocks)
@@ -169,7 +169,7 @@ def _by_level(fit: Fit, clusters: Clusters, inverse: np.ndarray) -> _Parts:
 
 def _by_batch(fit: Fit, clusters: Clusters, inverse: np.ndarray) -> _Parts:
     """Whiten the rows of each cluster."""
-    p, q, scale = len(inverse), len(fit.estimates.root), fit.scale
+    p, q, scale = len(inverse), len(fit.estimates.root), fit.estimates.scale
     root = np.linalg.cholesky(inverse) if inverse.any() else np.zeros((p, 0))
     of_beta, size = np.empty((len(clusters), p)), np.empty(len(clusters))
     of_Psi = np.zeros((len(clusters), q, q))

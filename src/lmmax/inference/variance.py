@@ -105,8 +105,11 @@ def table(
                 )
             records.append((group, names[j], names[i], Psi[i, j], vcov_se[i, j], r, se))
     scale, scale_se = estimates.scale, scale_error(estimates)
+    if estimates.zero_scale:
+        scale = 0.0
     sigma = float(np.sqrt(scale))
-    records.append(("Residual", None, None, scale, scale_se, sigma, scale_se / (2.0 * sigma)))
+    sigma_se = scale_se / (2.0 * sigma) if sigma > 0.0 else np.nan
+    records.append(("Residual", None, None, scale, scale_se, sigma, sigma_se))
     columns = ["group", "var1", "var2", "vcov", "vcov_se", "sdcor", "sdcor_se"]
     # Objects first: a column of strings would turn None into NaN.
     frame = pd.DataFrame(records, columns=columns, dtype=object)
