@@ -24,7 +24,8 @@ INDEPENDENT = 1e-5
 """Columns of which the ones before leave less than this fraction get a closer look."""
 FEW_GROUPS = 16
 """Smallest number of groups that data sets are padded to."""
-FIELDS = tuple(field.name for field in fields(GroupedProblem))
+FIELDS = tuple(field.name for field in fields(GroupedProblem) if field.name != "patterns")
+"""What several data sets have side by side; each group counts as having a design of its own."""
 
 
 class Rows(NamedTuple):
