@@ -70,7 +70,7 @@ def test_triangular_solves(q: int) -> None:
     assert np.allclose(solve_unit_upper(jnp.asarray(L), jnp.asarray(B)), np.linalg.solve(L.T, B))
 
 
-@pytest.mark.parametrize("p", [0, 1, 3, 8])
+@pytest.mark.parametrize("p", [0, 1, 3, 8, 70, 300])
 def test_gls_against_numpy(p: int) -> None:
     S = spd(p + 1, ())
     beta, inverse, rss, logdet = gls(jnp.asarray(S))
@@ -79,6 +79,14 @@ def test_gls_against_numpy(p: int) -> None:
     assert np.allclose(inverse, np.linalg.inv(A), rtol=1e-10, atol=1e-12)
     assert np.isclose(rss, S[p, p] - b @ np.linalg.solve(A, b), rtol=1e-10)
     assert np.isclose(logdet, np.linalg.slogdet(A)[1] if p else 0.0, rtol=1e-12)
+
+
+def test_gls_of_many_coefficients_in_lanes() -> None:
+    S = np.stack([spd(71, (), seed) for seed in range(3)])
+    together = jax.vmap(gls)(jnp.asarray(S))
+    for lane, own in enumerate(S):
+        for found, alone in zip(together, gls(jnp.asarray(own)), strict=True):
+            assert np.allclose(found[lane], alone, rtol=1e-12)
 
 
 def test_gls_rule_against_plain_autodiff_to_second_order() -> None:

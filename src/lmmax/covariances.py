@@ -30,10 +30,9 @@ onto ``s >= 0`` is flat at zero, and the plainest is ``s = u ** 2``.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache
 from itertools import pairwise
@@ -478,22 +477,24 @@ class _Lagged(_Ordered):
     """
 
     places: tuple[int, ...]
+    uneven: str
 
     def prepare(self, effects: Effects) -> Covariance:
-        """See `Covariance`; warns where levels that are numbers are not equally far apart."""
+        """See `Covariance`; says in `uneven` if levels that are numbers are not evenly spaced."""
         super().prepare(effects)
         q = len(effects.names)
         places = tuple(range(q)) if effects.places is None else effects.places
+        uneven = ""
         if not effects.declared and not _evenly_spaced(effects.levels or (), places):
-            warnings.warn(
+            uneven = (
                 f"the levels of {effects.factor!r} are not equally far apart "
                 f"({listing(effects.levels or (), 6)}), and {self.name!r} in {effects.label} "
                 "takes those next to each other as one step apart: 'ou' goes by the distance "
-                "between numbers, or declare the steps with C(f, levels=[...])",
-                stacklevel=2,
+                "between numbers, or declare the steps with C(f, levels=[...])"
             )
         consecutive = all(b - a == 1 for a, b in pairwise(places))
-        return self if consecutive else replace(self, places=places)  # type: ignore[call-arg]
+        places = () if consecutive else places
+        return replace(self, places=places, uneven=uneven)  # type: ignore[type-var]
 
     def _lags(self, q: int) -> np.ndarray:
         """Return the lags of all pairs of effects, (q, q)."""
@@ -510,10 +511,12 @@ class Autoregressive(_Lagged):
     Args:
         hom: whether the effects share one variance.
         places: (q,) the steps at which the effects are, where there are gaps; found by `prepare`.
+        uneven: what is to be said of levels that are not evenly spaced; likewise.
     """
 
     hom: bool = True
     places: tuple[int, ...] = ()
+    uneven: str = field(default="", compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -560,10 +563,12 @@ class Toeplitz(_Lagged):
     Args:
         hom: whether the effects share one variance.
         places: (q,) the steps at which the effects are, where there are gaps; found by `prepare`.
+        uneven: what is to be said of levels that are not evenly spaced; likewise.
     """
 
     hom: bool = False
     places: tuple[int, ...] = ()
+    uneven: str = field(default="", compare=False, repr=False)
 
     @property
     def name(self) -> str:

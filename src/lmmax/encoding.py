@@ -165,9 +165,9 @@ class _LabelledContrasts(CustomContrasts):  # type: ignore[misc]
         super().__init__(values, None if unnamed else [str(name) for name in frame.columns])
         self.labels, self._what = frame.index, what
 
-    def aligned(self, levels: Sequence[Any]) -> CustomContrasts:
+    def aligned(self, levels: Iterable[Any]) -> CustomContrasts:
         """Return contrasts with a row for each of the levels, in their order."""
-        wanted = pd.Index(levels)
+        wanted = pd.Index(list(levels))
         where = f"the index of the contrasts for {self._what}"
         remedy = "pass contrasts.to_numpy() if its rows are in the order of the levels"
         rows = label_positions(wanted, self.labels, where, remedy)
@@ -228,7 +228,9 @@ def _custom(contrasts: Any, names: Sequence[Any] | None = None) -> Contrasts:
     frame = _as_labelled(contrasts)
     if frame is None:
         return CustomContrasts(contrasts, names)
-    return _LabelledContrasts(frame if names is None else frame.set_axis(names, axis=1), "C()")
+    return _LabelledContrasts(
+        frame if names is None else frame.set_axis(list(names), axis=1), "C()"
+    )
 
 
 class _Registry(ContrastsRegistry):  # type: ignore[misc]

@@ -38,6 +38,7 @@ from .solve import (
     Starts,
     Status,
     better,
+    is_credible,
     lbfgs_from,
     narrow,
     newton_from_each,
@@ -229,7 +230,7 @@ class Estimates:
         if self.boundary or self.probes:
             return True
         free = self.solution.point.free > 0.0
-        hessian = self.solution.point.hessian[np.ix_(free, free)]
+        hessian = np.asarray(self.solution.point.hessian)[np.ix_(free, free)]
         if not np.isfinite(hessian).all() or not hessian.size:
             return False
         unit = self._units(np.asarray(hessian))
@@ -363,12 +364,10 @@ def estimate(
 
     # EM moves what is in the root; of a model with structures only it has nothing to move.
     em_steps = settings.em_steps if constraints.rooted.any() and at is None else 0
-    D, s, theta = guess.D, guess.s, guess.theta
-    if at is not None:
-        D, s, theta = at.D, at.s, at.theta
-    elif D is None:
+    D, theta, s = guess if at is None else at
+    if D is None:
         D = np.diag(compression.start) * constraints.blocks
-    else:
+    elif at is None:
         # A start is a hint: from absurdly large variances rounding hides the way down.
         D = D / max(1.0, np.max(np.diag(D)) / (1e4 * np.max(compression.start)))
     others: list[np.ndarray] = []
@@ -392,7 +391,7 @@ def estimate(
         far = _further_starts(problem, constraints, terms, usual, noise)
         if far:
             here = np.asarray(usual.point.theta)
-            solution = search.best_of([Start(own, s, here, 0) for own in far], usual)
+            solution = search.best_of([Start(own, s, here, 0) for own in far], usual, far=True)
             if solution is not usual:
                 solution = _certified(search, solution, terms, noise)
     estimates = _in_user_units(compression, terms, settings, constraints, solution, solver)
@@ -544,17 +543,23 @@ class _Search:
     solver: str
     ends: list[float] = field(default_factory=list)
 
-    def best_of(self, starts: Sequence[Start], known: Solution | None = None) -> Solution:
-        """Return the best end of searches from some starts, or ``known`` if none is better."""
+    def best_of(
+        self, starts: Sequence[Start], known: Solution | None = None, *, far: bool = False
+    ) -> Solution:
+        """Return the best end of searches from some starts, or ``known`` if none is better.
+
+        Where the starts are far from where the optimum is likely, not all ends are believed.
+        """
         best, together = known, TOGETHER if self.solver == "newton" else 1
         for first in range(0, len(starts), together):
-            new = self._run(starts[first : first + together], together)
-            if best is None or better(*_merit(new), *_merit(best)):
+            new = self._run(starts[first : first + together], together, far)
+            believed = not far or is_credible(self.problem, new.status)
+            if best is None or (believed and better(*_merit(new), *_merit(best))):
                 best = new
         assert best is not None
         return best
 
-    def _run(self, starts: Sequence[Start], together: int) -> Solution:
+    def _run(self, starts: Sequence[Start], together: int, far: bool) -> Solution:
         options = Options(
             reml=float(self.settings.reml),
             em_steps=starts[0].em_steps,
@@ -568,6 +573,7 @@ class _Search:
             theta=np.zeros((together, k)),
             em_steps=np.zeros(together, np.int32),
             count=len(starts),
+            far=far,
         )
         for i, start in enumerate(starts):
             many.D[i], many.s[i], many.theta[i], many.em_steps[i] = start
@@ -670,7 +676,7 @@ def _canonical(constraints: Constraints, solution: Solution) -> Solution:
 
     Where signs do not matter, that is; derivatives turn with the parameters.
     """
-    point = solution.point
+    point: Any = solution.point
     theta = np.array(point.theta)
     for part in constraints.structures:
         at, q = slice(*part.parameters), part.columns[1] - part.columns[0]

@@ -26,7 +26,8 @@ from .compress.iterative import Rows
 from .compress.layout import turned
 from .constraints import Guess, Settings, TermColumns
 from .estimation import Estimates, estimate
-from .solve import Constraints, Status
+from .optima import distinct
+from .solve import Constraints, Status, better
 
 FAR = 1e-3
 """Effects are far apart if the residual variance is less than this part of the mean square of the
@@ -36,6 +37,9 @@ ALIGNED = 1e-3
 OFF_CENTER = 1e4
 """What fixed effects may explain, in residual variances per observation, before digits of what is
 left are worth another centre."""
+STRENGTHS = (3.0, 5.0, 7.0, 9.0)
+"""Parameters of correlations, on the scale of atanh, from which searches begin: ``1 - rho`` is the
+square of how much less the levels of a group vary than the groups do."""
 LOOKS = 3
 """Most times that coordinates are chosen anew."""
 
@@ -68,11 +72,21 @@ def estimate_closely(
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
     """
     found = Closer(layout, compression, estimate(compression, terms, settings))
-    for _ in range(LOOKS):
-        if not _is_unclear(found, terms):
+    for look in range(LOOKS):
+        strong = look == 0 and _has_strong(found)
+        if not strong and not _is_unclear(found, terms):
             break
-        found = _closer(y, found, terms, settings)
+        found = _closer(y, found, terms, settings, strong)
     return found
+
+
+def _has_strong(found: Closer) -> bool:
+    """Return whether a structure may have correlations too close to one for a search to find."""
+    estimates = found.estimates
+    far = is_far(estimates.solution.point.s, float(found.compression.problem.n_obs))
+    # Without a residual at all, a structure describes the data by itself.
+    known = estimates.status is not Status.UNBOUNDED
+    return bool(far and known and estimates.constraints.structures)
 
 
 def _is_unclear(found: Closer, terms: Sequence[TermColumns]) -> bool:
@@ -169,9 +183,16 @@ def _turnable(constraints: Constraints, terms: Sequence[TermColumns]) -> list[sl
 
 
 def _closer(
-    y: np.ndarray, found: Closer, terms: Sequence[TermColumns], settings: Settings
+    y: np.ndarray,
+    found: Closer,
+    terms: Sequence[TermColumns],
+    settings: Settings,
+    strong: bool,
 ) -> Closer:
-    """Solve again around the coefficients found, along the axes of the covariance found."""
+    """Solve again around the coefficients found, along the axes of the covariance found.
+
+    And with ``strong`` from correlations close to one, as those of levels of groups far apart are.
+    """
     layout, compression, estimates = found
     problem, point = compression.problem, estimates.solution.point
     p = int(problem.n_fixed)
@@ -190,10 +211,24 @@ def _closer(
     )
     root = turn.T @ np.asarray(point.root)
     s = float(point.s) + 2.0 * float(np.log(unit / again.problem.y_scale))
-    here = Guess(root @ root.T, np.asarray(point.theta), s)
-    best = estimate(again, terms, settings, here)
-    if best.status is not Status.CONVERGED:
-        other = estimate(again, terms, settings)
-        if other.status is Status.CONVERGED or other.criterion < best.criterion:
+    end = Guess(root @ root.T, np.asarray(point.theta), s)
+    best = estimate(again, terms, settings, end)
+    # Which of several optima is the best one, digits decide.
+    unsure = best.status is not Status.CONVERGED or len(distinct(estimates.ends)) > 1
+    others: list[Guess | None] = [None] if unsure else []
+    if strong:
+        others += [end._replace(theta=theta) for theta in _strong(estimates)]
+    for start in others:
+        other = estimate(again, terms, settings, start)
+        converged = other.status is Status.CONVERGED, best.status is Status.CONVERGED
+        if better(other.criterion, converged[0], best.criterion, converged[1]):
             best = other
     return Closer(layout, again, best)
+
+
+def _strong(estimates: Estimates) -> list[np.ndarray]:
+    """Return parameters of the structures with correlations that are closer and closer to one."""
+    parts = estimates.constraints.structures
+    is_sd = [part.covariance.is_sd(part.columns[1] - part.columns[0]) for part in parts]
+    theta = np.asarray(estimates.solution.point.theta)
+    return [np.where(np.concatenate(is_sd), theta, strength) for strength in STRENGTHS]

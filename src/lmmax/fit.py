@@ -18,6 +18,7 @@ from .far_apart import estimate_closely
 from .formula import parse_formula
 from .frames import real_numbers
 from .identifiability import Unidentified, check_residual, unidentified
+from .matrices import check_range
 from .results import Fit
 from .spec import ModelSpec
 
@@ -286,7 +287,16 @@ def prepare(design: Design, engine: str = "auto", settings: Settings | None = No
 
 def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
+    warn_of_steps(design, stacklevel=4)
     return _fit_checked(prepare(design, settings.engine, settings), settings, verbose)
+
+
+def warn_of_steps(design: Design, stacklevel: int = 3) -> None:
+    """Warn of structures that count steps between levels which are numbers unevenly spaced."""
+    for block in design.blocks:
+        uneven = getattr(block.covariance, "uneven", "")
+        if uneven:
+            warnings.warn(uneven, stacklevel=stacklevel)
 
 
 def fit_prepared(prepared: Prepared, settings: Settings, *, verbose: bool = False) -> Fit:
@@ -306,9 +316,11 @@ def _fit_checked(prepared: Prepared, settings: Settings, verbose: bool) -> Fit:
 
 def arrange(design: Design) -> tuple[tuple[FactorColumns, ...], tuple[TermColumns, ...]]:
     """Gather the random terms by grouping factor; the terms stay in the order of the formula."""
+    check_range(design.X, design.x_names)
     by_factor: list[list[RandomBlock]] = [[] for _ in design.groupings]
     for block in design.blocks:
         _check_columns(block)
+        check_range(block.Z, block.names, f" of {block.term}")
         by_factor[block.grouping].append(block)
     factors, places, at = [], {}, 0
     for position, (grouping, blocks) in enumerate(zip(design.groupings, by_factor, strict=True)):

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .compress import Layout
+from .compress.columns import triangle
 from .constraints import TermColumns
 from .covariances import matrix_at, slopes
 from .frames import DataError
@@ -146,12 +147,14 @@ def directions(
         size = term.covariance.n_parameters(width)
         somewhere = np.random.default_rng(0).uniform(0.5, 1.5, size)
         where = somewhere if theta is None else theta[term.label]
-        A = layout.A[here, here]
         own = np.moveaxis(slopes(term.covariance, where, width), -1, 0)
+        if not own.any(axis=(1, 2)).all():
+            # At a boundary some parameters move nothing, which the designs do not cause.
+            where = somewhere
+            own = np.moveaxis(slopes(term.covariance, where, width), -1, 0)
+        A = layout.A[here, here]
         base[here, here] = A @ matrix_at(term.covariance, where, width) @ A.T
-        # At a boundary some move nothing, which the designs do not cause.
-        moving = np.flatnonzero(np.abs(own).max(axis=(1, 2), initial=0.0) > 0.0)
-        structures.append(Structure(here, A @ own[moving] @ A.T, at + moving))
+        structures.append(Structure(here, A @ own @ A.T, np.arange(at, at + size)))
         at += size
     none = [np.zeros(0, dtype=int)]
     i, j = np.concatenate(rows or none), np.concatenate(columns or none)
@@ -461,7 +464,7 @@ def unidentified(
         directions=np.column_stack([_natural(at, t) for t in null.T]),
         n_entries=triangle_size(at.q),
         # A covariance that does not change at all changes no coefficient.
-        bends=np.linalg.qr(of.residual(moved), mode="r") if reml else np.zeros((0, p)),
+        bends=triangle(of.residual(moved)) if reml else np.zeros((0, p)),
         moves=of.X.T @ moved if reml else np.zeros((p, p)),
         to_x=layout.fixed.inverse,
     )
@@ -481,7 +484,7 @@ def _null(of: Covariances, at: Directions, rng: np.random.Generator) -> np.ndarr
             seen, norm = _sketched(of, at, size, rng)
             sketch, norms = np.vstack([sketch, seen]), np.hypot(norms, norm)
             if len(sketch) > 2 * size + k:
-                sketch = np.linalg.qr(sketch, mode="r")
+                sketch = triangle(sketch)
         drawn += more
         unit = np.where(norms > 0.0, norms, 1.0) / np.sqrt(drawn * of.n)
         _, values, right = np.linalg.svd(sketch / (unit * np.sqrt(drawn * of.n)))

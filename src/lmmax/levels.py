@@ -72,12 +72,12 @@ def _check_kinds(values: Any) -> None:
     known = column.dropna()
     logical = known.map(lambda value: isinstance(value, (bool, np.bool_)))
     number = ~logical & known.map(lambda value: isinstance(value, numbers.Number))
-    same = known[logical].unique()
+    same, name = known[logical].unique(), "groups" if column.name is None else column.name
     for value in known[number].unique():
         if value in same:
             raise DataError(
-                f"the labels of {column.name or 'groups'!r} hold both {value!r} and "
-                f"{bool(value)}, which are one label to Python: convert them to text"
+                f"the labels of {name!r} hold both {value!r} and {bool(value)}, which are one "
+                "label to Python: convert them to text"
             )
 
 

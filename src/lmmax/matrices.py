@@ -204,9 +204,38 @@ def check_matrix(matrix: np.ndarray, names: Iterable[str], index: pd.Index) -> N
         check_finite(name, column, index)
 
 
+# Squares of numbers beyond these, and sums of so many, leave double precision.
+_SMALLEST, _LARGEST = 1e-152, 1e152
+# A response is divided by its size before it is squared, but not much before.
+_SMALLEST_RESPONSE = 1e-160
+
+
+def check_range(
+    matrix: np.ndarray, names: Sequence[str], where: str = "", smallest: float = _SMALLEST
+) -> None:
+    """Raise for a column whose unit is such that squares of its values are no numbers.
+
+    Args:
+        matrix: (n, p).
+        names: (p,) of its columns.
+        where: what they are part of, for messages.
+        smallest: the least size of the largest value.
+    """
+    if not len(matrix):
+        return
+    size = np.maximum(matrix.max(axis=0, initial=0.0), -matrix.min(axis=0, initial=0.0))
+    for name, largest in zip(names, size, strict=True):
+        if 0.0 < largest < smallest or _LARGEST < largest < np.inf:
+            raise DataError(
+                f"the largest value of {name!r}{where} is {largest:.3g}, whose square is beyond "
+                "double precision: use another unit, for instance divide by that number"
+            )
+
+
 def check_response(name: str, y: np.ndarray, index: pd.Index) -> None:
-    """Raise for a response that is infinite or constant."""
+    """Raise for a response that is infinite or constant, or in an impossible unit."""
     check_finite(name, y, index)
+    check_range(y[:, None], [name], smallest=_SMALLEST_RESPONSE)
     if y.min() == y.max():
         raise DataError(
             f"response {name!r} is constant (every value is {y[0]:g}): there is nothing to explain"

@@ -573,6 +573,7 @@ class Starts(NamedTuple):
         theta: parameters of structures, (K, k).
         em_steps: most EM steps from each, (K,).
         count: how many count.
+        far: whether they are far from where the optimum is likely; see :func:`is_credible`.
     """
 
     D: Any
@@ -580,6 +581,7 @@ class Starts(NamedTuple):
     theta: Any
     em_steps: Any
     count: Any
+    far: Any
 
 
 class Best(NamedTuple):
@@ -607,6 +609,16 @@ def better(value: Any, converged: Any, other_value: Any, other_converged: Any, x
     return (gain > least) | (xp.isfinite(value) & ~xp.isfinite(other_value))
 
 
+def is_credible(problem: Problem, status: Any) -> Any:
+    """Return whether an end of a search that began far away is what it seems.
+
+    On its way to an optimum a search may stop at covariances so large that crossed factors have no
+    digits left there; grouped and nested ones lose none, and see where a criterion has no minimum.
+    """
+    exact = not problem.effect_shapes
+    return (status == Status.CONVERGED) | ((status == Status.UNBOUNDED) & exact)
+
+
 def newton_from_each(
     problem: Problem, constraints: Constraints, options: Options, starts: Starts
 ) -> Best:
@@ -621,13 +633,14 @@ def newton_from_each(
         own = replace(options, em_steps=starts.em_steps[i])
         new = newton(problem, constraints, own, starts.D[i], starts.s[i], starts.theta[i])
         old = best.solution
-        wins = (i == 0) | better(
+        wins = ~is_credible(problem, old.status) & starts.far | better(
             new.point.at.value,
             new.status == Status.CONVERGED,
             old.point.at.value,
             old.status == Status.CONVERGED,
             jnp,
         )
+        wins = (i == 0) | (wins & (~starts.far | is_credible(problem, new.status)))
         return i + 1, Best(
             solution=jax.tree.map(lambda a, b: jnp.where(wins, a, b), new, old),
             values=best.values.at[i].set(new.point.at.value),

@@ -468,6 +468,97 @@ def _starts(charts, rng):
     return [at._replace(root=at.root + 0.7 * change) for change in noise]
 
 
+# --- branches -------------------------------------------------------------------------------------
+
+
+def some_groups(seed, skip):
+    """A few rows in some groups, the last of a stream of data sets."""
+    rng = np.random.default_rng(seed)
+    for _ in range(skip + 1):
+        n, m, k = int(rng.integers(12, 36)), int(rng.integers(2, 6)), int(rng.integers(2, 5))
+        x = rng.normal(size=n) + rng.choice([0, 3])
+        g, s = rng.integers(0, m, n), rng.integers(0, k, n)
+        y = rng.normal(size=n) + rng.choice([0, 0.3, 2]) * rng.normal(size=m)[g]
+        y += rng.choice([0, 0.5, 2]) * rng.normal(size=k)[s]
+        y += rng.choice([0, 0.5]) * rng.normal(size=m)[g] * x
+        rng.integers(2)
+        rng.integers(3)
+    return pd.DataFrame({"y": y, "x": x, "g": g})
+
+
+def least(criterion, starts):
+    """Return the least minimum of a search from each start."""
+    options = {"xatol": 1e-8, "fatol": 1e-10, "maxiter": 4000}
+    found = [optimize.minimize(criterion, z, method="Nelder-Mead", options=options) for z in starts]
+    return min(each.fun for each in found)
+
+
+def dense(data, reml, sds, r, sigma, shift=0.0, columns=("1", "x")):
+    """The n x n criterion of (1 + x | g), the coefficients of some columns at their best."""
+    ones, x = np.ones(len(data)), data["x"].to_numpy()
+    same = data["g"].to_numpy()[:, None] == data["g"].to_numpy()
+    Z = np.column_stack([ones, x])
+    Psi = np.outer(sds, sds) * np.array([[1.0, r], [r, 1.0]])
+    V = same * (Z @ Psi @ Z.T) + sigma**2 * np.eye(len(x))
+    X = Z[:, [("1", "x").index(column) for column in columns]]
+    W, y = np.linalg.solve(V, X), data["y"].to_numpy() - shift
+    e = y - X @ np.linalg.solve(X.T @ W, W.T @ y)
+    found = np.linalg.slogdet(V)[1] + e @ np.linalg.solve(V, e)
+    found += np.linalg.slogdet(X.T @ W)[1] if reml else 0.0
+    return found + (len(x) - reml * X.shape[1]) * np.log(2.0 * np.pi)
+
+
+def both_limits(fit, name):
+    """Limits, the same whether the curve was asked for or not."""
+    limits = confint(fit, name).loc[name].to_numpy()
+    np.testing.assert_allclose(profile(fit, name).conf_int().loc[name], limits, rtol=1e-6)
+    return limits
+
+
+@pytest.mark.parametrize(("seed", "effect"), [(22, "1"), (51, "x")])
+def test_a_correlation_may_be_anything_where_a_variance_may_be_zero(seed, effect):
+    rng = np.random.default_rng(seed)
+    m, per = int(rng.integers(5, 25)), int(rng.integers(3, 8))
+    g, n = np.repeat(np.arange(m), per), m * per
+    x, sd = rng.normal(size=n) + rng.choice([0, 0, 2]), rng.choice([0.1, 0.3, 0.6])
+    b = rng.normal(size=m)
+    slope = 0.5 * b + rng.normal(size=m) * 0.85
+    data = pd.DataFrame({"g": g, "x": x, "y": b[g] + sd * slope[g] * x + rng.normal(size=n)})
+    fit = lmmax.fit("y ~ x + (1 + x | g)", data)
+    assert not fit.singular
+    # Without the other effect the correlation means nothing, and the criterion is below the cutoff.
+    smaller = lmmax.fit(f"y ~ x + (0 + {effect} | g)", data)
+    assert smaller.deviance - fit.deviance < CUTOFF**2
+    assert both_limits(fit, "g: cor(Intercept, x)").tolist() == [-1.0, 1.0]
+
+
+def test_a_standard_deviation_beside_a_perfect_correlation_of_the_other_sign():
+    data = some_groups(11, 11)
+    fit = lmmax.fit("y ~ x + (1 + x | g)", data)
+    assert fit.varcorr()["sdcor"].iloc[2] == pytest.approx(1.0)
+    lower, upper = both_limits(fit, "g: sd(x)")
+    assert lower == 0.0
+
+    def criterion(z):
+        return dense(data, True, (np.exp(z[0]), upper), np.tanh(z[1]), np.exp(z[2]))
+
+    found = least(criterion, [(0.0, 3.0, 0.0), (0.0, -3.0, 0.0), (1.5, -3.0, 0.0)])
+    assert found - fit.deviance == pytest.approx(CUTOFF**2, abs=1e-3)
+
+
+def test_a_coefficient_where_a_variance_comes_off_zero():
+    data = some_groups(12, 14)
+    fit = lmmax.fit("y ~ x + (1 | g)", data, reml=False)
+    assert fit.singular
+    lower, _ = both_limits(fit, "Intercept")
+
+    def criterion(z):
+        return dense(data, False, (np.exp(z[0]), 0.0), 0.0, np.exp(z[1]), lower, ("x",))
+
+    found = least(criterion, [(0.0, 0.0), (1.0, 0.0), (-9.0, 0.0)])
+    assert found - fit.deviance == pytest.approx(CUTOFF**2, abs=1e-3)
+
+
 # --- bad requests and failures --------------------------------------------------------------------
 
 

@@ -61,8 +61,12 @@ of zero is a stationary point by symmetry."""
 
 
 def vectorises(fit: Fit) -> bool:
-    """Return whether the model has one grouping factor, and its responses run in lanes."""
-    return fit.engine.name == "grouped" and _by_newton(fit)
+    """Return whether the model has one grouping factor, and its responses run in lanes.
+
+    A single series has as many effects as times: lanes of so many take minutes to compile.
+    """
+    several = fit.engine.name == "grouped" and fit.layout.factors[0].n_groups > 1
+    return several and _by_newton(fit)
 
 
 def _by_newton(fit: Fit) -> bool:

@@ -12,6 +12,7 @@ import pandas as pd
 from ..constraints import Settings
 from ..design import DataError, Design, build_design
 from ..encoding import Factor, factor_names
+from ..fit import warn_of_steps
 from ..formula import FormulaError, parse_formula, parse_response
 from ..frames import as_table, in_rows_of, listing, n_rows
 from ..simulate import check_count
@@ -69,6 +70,7 @@ def begin(
             design = build_design(spec, with_column(table, name, changed.column(0)), **options)
         else:
             varying["scan"] = changed
+    warn_of_steps(design)
     design = _labelled(design, label)
     rows = np.asarray(design.index, dtype=np.int64)
     source = columns(responses, as_table(data), rows, names)
@@ -166,4 +168,5 @@ def read_design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.nda
     for name in ("weights", "offset"):
         options[name] = in_rows_of(options.get(name), name, as_table(data))
     design = build_design(spec, _placed(data), **options)
+    warn_of_steps(design)
     return _labelled(design, label), np.asarray(design.index, dtype=np.int64)

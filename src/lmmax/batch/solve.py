@@ -51,6 +51,7 @@ from ..solve import (
     better,
     chart,
     evaluate,
+    is_credible,
     point_of,
     whole_covariance,
 )
@@ -317,7 +318,8 @@ def _search_further(
     found = run(Start(D, np.log(0.5 / lanes.values("n_obs")[many]), ends.theta[many]), many, 0)
     for first in range(0, len(many), len(left)):
         own_ends = Ends(*(part[first : first + len(left)] for part in found))
-        _keep_better(ends, left, own_ends)
+        believed = np.flatnonzero(is_credible(lanes.problem, own_ends.status))
+        _keep_better(ends, left[believed], own_ends.take(believed))
     return left[ends.value[left] != before]
 
 

@@ -23,6 +23,7 @@ from ..far_apart import unclear_lanes
 from ..fit import (
     arrange,
     check_identified,
+    warn_of_steps,
     without_offset,
 )
 from ..formula import parse_formula
@@ -121,6 +122,7 @@ def read_subsets(
         labels = pd.RangeIndex(len(codes))
     table, infinite = _made_finite(table, spec.response)
     design = build_design(spec, table, missing=missing, **options)
+    warn_of_steps(design)
     design.y[np.isin(design.index, infinite)] = np.inf
     at = np.asarray(design.index, dtype=np.int64)
     kept = np.flatnonzero(~lacking[at])

@@ -160,7 +160,8 @@ class SufficientStatistics:
         width = sum(len(block.names) for block in model.blocks)
         kept = [self.design.x_names.index(name) for name in model.x_names]
         rest = np.setdiff1d(np.arange(len(self.design.x_names)), kept)
-        records, lanes, names, apart = [], [], [], ()
+        records, lanes, names = [], [], []
+        apart: tuple[str, ...] = ()
         with progress_bar(len(self), progress) as bar:
             for part in self.parts:
                 whole = part.rows(self.design)

@@ -63,7 +63,7 @@ class VariedWork(Work):
         return f"designs that differ, {how}"
 
     @cached_property
-    def not_identified(self) -> tuple[str, ...]:  # type: ignore[override]
+    def not_identified(self) -> tuple[str, ...]:
         """See `Work`; what no model tells apart."""
         found = apart_without(self.design, self.columns, self.settings)
         return () if found is None else (str(found),)

@@ -24,7 +24,7 @@ PAIR_SECONDS, FLOP_SECONDS = 6e-9, 1e-11
 """Rough cost of a pair of cells and of a multiplication in a dense product, for choosing."""
 DENSE_CELLS_LIMIT = 1 << 27
 """Most entries of a dense array of cells (1 GB)."""
-ROTATED_LIMIT, ROTATED_FLOPS = 1 << 24, 2e11
+ROTATED_LIMIT, ROTATED_FLOPS = 1 << 25, 2e11
 """Most entries of dense columns of the tail by row, and multiplications, for which they are made
 orthonormal."""
 

@@ -130,7 +130,9 @@ class Bootstrap:
             )
         elif kind == "bca":
             lower, upper = self._quantiles(self._corrected(levels))
-            beyond = self.observed.index[np.isnan(lower + upper)].difference(self.hidden)
+            beyond = self.observed.index[np.isnan(lower + upper)].difference(
+                list(self.hidden), sort=False
+            )
             if len(beyond):
                 warnings.warn(
                     f"the BCa limits of {', '.join(map(repr, beyond))} lie beyond the replicates, "
@@ -219,7 +221,9 @@ class Bootstrap:
                 f"{_sentence(str(self.fit.unidentified))} So {', '.join(self.hidden)} "
                 f"{'have' if len(self.hidden) > 1 else 'has'} no bootstrap distribution."
             )
-        defined = self.observed.index[self.observed.notna()].difference(self.hidden)  # not aliased
+        defined = self.observed.index[self.observed.notna()].difference(
+            list(self.hidden), sort=False
+        )  # not aliased
         undefined = self.replicates.loc[self.estimates.converged, defined].isna().sum()
         for name, count in undefined[undefined > 0].items():
             notes.append(f"{name} is undefined in {_count(int(count))}, left out there.")

@@ -297,8 +297,8 @@ def combined(nu: np.ndarray) -> np.ndarray:
 def orthonormal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return an orthonormal basis (r, p) of rows ``x (r, p)``, and R and sizes (r,) of the rows.
 
-    ``x = sizes R' basis``: contrasts of covariates far from zero are nearly parallel, and
-    this loses none of the digits that tell them apart.
+    ``x = sizes R' basis``: contrasts of covariates far from zero are nearly parallel, and this
+    loses none of the digits that tell them apart.
     """
     sizes = np.linalg.norm(x, axis=1)
     Q, R = np.linalg.qr((x / sizes[:, None]).T)

@@ -246,10 +246,12 @@ class FixedTerms:
         here = self.columns(term)
         later = [self.columns(other) for other in self.coded.named if other.label in last]
         others = np.setdiff1d(np.arange(len(self.kept)), np.concatenate([here, *later]))
-        theirs = _added(_basis(self.R[:, others]), self.R[:, here])
-        rest, own = self._split(term, last)
-        ours = _added(rest, own)
-        return theirs.shape == ours.shape and _added(ours, theirs).shape[1] == 0
+        rest, _, a = self._spaces(term, last)
+        return (
+            (len(others), len(here)) == (rest.shape[1], a.shape[1])
+            and _within(rest, self.R[:, others])
+            and _within(np.hstack([rest, a]), self.R[:, here])
+        )
 
     def _last(self, term: Term, kind: SumsOfSquares) -> set[str]:
         """Return the labels of the terms that a term is not adjusted for."""
@@ -258,21 +260,36 @@ class FixedTerms:
             return set(labels[labels.index(term.label) + 1 :])
         return {other.label for other in self.coded.containing(term)}
 
-    def _split(self, term: Term, last: AbstractSet[str]) -> tuple[Array, Array]:
-        """Return a basis of what a term is adjusted for, (p, r_o), and its own cells, (p, c_t)."""
-        others = [
-            self.W[:, here]
-            for label, here in self.cells.slices.items()
-            if label != term.label and label not in last
-        ]
-        own = self.W[:, self.cells.slices[term.label]]
-        return _basis(np.hstack([own[:, :0], *others])), own
+    def _spaces(self, term: Term, last: AbstractSet[str]) -> tuple[Array, Array, Array]:
+        """Return what the hypothesis of a term follows from.
+
+        Args:
+            term: the term.
+            last: labels of the terms that it is not adjusted for.
+
+        Returns:
+            An orthonormal basis of what it is adjusted for, (p, r_o), its own cells, (p, c_t), and
+            a basis of what these add, (p, r).
+        """
+        key = (term.label, frozenset(last))
+        if key not in self._known:
+            others = np.ones(self.W.shape[1], dtype=bool)
+            for label in (term.label, *last):
+                others[self.cells.slices[label]] = False
+            rest = _added(self.W[:, :0], self.W[:, others])
+            own = self.W[:, self.cells.slices[term.label]]
+            self._known[key] = rest, own, _added(rest, own)
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, frozenset[str]], tuple[Array, Array, Array]]:
+        return {}
 
     def _hypothesis(self, term: Term, kind: SumsOfSquares) -> Array:
         last = self._last(term, kind)
-        rest, own = self._split(term, last)
-        a = _added(rest, own)
+        rest, own, a = self._spaces(term, last)
         r = a.shape[1]
+        sequential = kind == "I" or (kind == "II" and last) or len(self.coded.named) == 1
         if kind == "III" and last:
             containing = np.hstack([self.W[:, self.cells.slices[label]] for label in sorted(last)])
             pure = _added(np.hstack([rest, a]), containing)
@@ -283,13 +300,18 @@ class FixedTerms:
         # else an orthonormal one, of which all have the same degrees of freedom.
         plain = self.cells.plain[self.cells.slices[term.label]]
         for chosen in (own[:, plain], own):
-            if chosen.shape[1] == r and _added(rest, chosen).shape[1] == r:
-                if kind == "I" or (kind == "II" and last) or len(self.coded.named) == 1:
-                    Q, triangle = np.linalg.qr(_without(rest, chosen))
-                    a = Q / np.diag(triangle)
-                else:
-                    a = np.linalg.solve(a.T @ chosen, a.T).T
-                break
+            if chosen.shape[1] != r:
+                continue
+            part = a.T @ chosen
+            sizes = np.linalg.norm(part, axis=0)
+            if not np.all(sizes) or np.linalg.cond(part / sizes) > 1.0 / RANK_TOLERANCE:
+                continue
+            if sequential:
+                Q, triangle = np.linalg.qr(part)
+                a = a @ (Q / np.diag(triangle))
+            else:
+                a = np.linalg.solve(part, a.T).T
+            break
         L = a.T @ self.R
         sizes = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(self.R, axis=0))
         return np.where(np.abs(L) <= ROUNDING * sizes, 0.0, L)
@@ -301,10 +323,10 @@ class FixedTerms:
             The hypothesis L (r, p), and B (p, p - r): the columns of the smaller model are
             ``X_kept B``.
         """
-        rest, _ = self._split(term, frozenset())
+        rest, _, _ = self._spaces(term, frozenset())
         L = self._hypothesis(term, "II")
         others = np.setdiff1d(np.arange(len(self.kept)), self.columns(term))
-        if len(others) == rest.shape[1] and not _added(rest, self.R[:, others]).shape[1]:
+        if len(others) == rest.shape[1] and _within(rest, self.R[:, others]):
             # Nothing of the term is left in the others: its columns are what is tested.
             return L, np.eye(len(self.kept))[:, others]
         cells = np.delete(np.arange(self.W.shape[1]), np.r_[self.cells.slices[term.label]])
@@ -314,27 +336,26 @@ class FixedTerms:
         return L, np.where(np.abs(B) <= ROUNDING * whole, 0.0, B)
 
 
-def _basis(columns: Array) -> Array:
-    """Return an orthonormal basis of the span of columns."""
-    return _added(columns[:, :0], columns)
-
-
 def _added(basis: Array, columns: Array) -> Array:
     """Return an orthonormal basis of what columns add to the span of an orthonormal basis.
 
     Each column counts in units of its own size.
     """
-    from scipy.linalg import qr
-
     sizes = np.linalg.norm(columns, axis=0)
     real = sizes > 0.0
     left = _without(basis, columns[:, real] / sizes[real])
-    if not left.size:
-        return left[:, :0]
-    Q, R, _ = qr(left, mode="economic", pivoting=True)
-    rank = int(np.sum(np.abs(np.diag(R)) > RANK_TOLERANCE))
+    vectors, values, _ = np.linalg.svd(left, full_matrices=False)
+    rank = int(np.sum(values > RANK_TOLERANCE))
+    if not rank or not basis.shape[1]:
+        return np.asarray(vectors[:, :rank])
     # Little may be left of all columns: then what is left is orthogonal to rounding of the whole.
-    return np.asarray(np.linalg.qr(_without(basis, Q[:, :rank]))[0])
+    return np.asarray(np.linalg.qr(_without(basis, vectors[:, :rank]))[0])
+
+
+def _within(basis: Array, columns: Array) -> bool:
+    """Return whether columns add nothing to the span of an orthonormal basis."""
+    left = np.linalg.norm(_without(basis, columns), axis=0)
+    return bool(np.all(left <= RANK_TOLERANCE * np.linalg.norm(columns, axis=0)))
 
 
 def _without(basis: Array, columns: Array) -> Array:

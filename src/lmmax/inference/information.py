@@ -249,10 +249,8 @@ def _estimation(fit: Fit, weights: np.ndarray, residuals: np.ndarray) -> float:
     smooth = weights * residuals / scale
     sums = []
     for at, factor in enumerate(fit.layout.factors):
-        Z = fit.layout.random_columns(at, slice(None))
-        sums.append(
-            (Z, np.stack([np.bincount(factor.codes, z * smooth, factor.n_groups) for z in Z]))
-        )
+        Z, m = fit.layout.random_columns(at, slice(None)), factor.n_groups
+        sums.append((Z, np.stack([np.bincount(factor.codes, z * smooth, m) for z in Z])))
     total = 0.0
     for direction in (vectors[:, kept] * np.sqrt(values[kept])).T:
         change = unpack_symmetric(direction[:-1])

@@ -42,6 +42,12 @@ class KenwardRoger(Denominator):
                 f"ddf={self.method!r} is defined for REML fits, whose bias it corrects, and this "
                 "one is by maximum likelihood; fit with reml=True, or use ddf='satterthwaite'"
             )
+        known = fit.unidentified
+        if known is not None and not linear and known.directions[known.n_entries + 1 :].any():
+            raise ValueError(
+                f"ddf={self.method!r} depends on the parameters of covariance structures, of which "
+                "the data do not identify all; use ddf='kenward-roger-linear', or 'satterthwaite'"
+            )
         at, steady = fit.sensitivity, fit.natural_parameters.steady
         J = steady.slope
         self.to_x, self.Phi = at.to_x, at.Phi

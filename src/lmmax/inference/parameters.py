@@ -231,7 +231,7 @@ def _base(estimates: Estimates, term: TermColumns) -> tuple[np.ndarray, np.ndarr
     for block in term.sets:
         # By orthogonal rotations of the root beside that of the noise, no digits are lost.
         both = np.concatenate([root[block], np.diag(noise[block])], axis=1)
-        B[np.ix_(block, block)] = np.linalg.qr(both.T, mode="r").T
+        B[np.ix_(block, block)] = np.asarray(np.linalg.qr(both.T, mode="r")).T
     A = np.linalg.inv(estimates.z_inverse[here, here])
     return B, np.linalg.solve(B, A)
 
@@ -246,7 +246,7 @@ def _free(
     k = len(rows)
     names = [
         f"var({effects[i]})" if i == j else f"cov({effects[j]}, {effects[i]})"
-        for i, j in zip(rows, columns, strict=True)
+        for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
     ]
     E = np.zeros((q, q, k))
     E[rows, columns, np.arange(k)] = E[columns, rows, np.arange(k)] = 1.0

@@ -111,8 +111,8 @@ def resampled(fit: Fit, n: int, seed: int) -> Iterator[np.ndarray]:
         effects_drawn = []
         for u, grouping in zip(modes, design.groupings, strict=True):
             drawn = u[rng.integers(len(u), size=len(u))]
-            root = grouping.root
-            effects_drawn.append(drawn if root is None else _columns(root) @ drawn)
+            matrix = grouping.root
+            effects_drawn.append(drawn if matrix is None else _columns(matrix) @ drawn)
         drawn = errors[rng.integers(len(errors), size=len(errors))] / np.sqrt(weights)
         yield mean + spread_effects(fit, effects_drawn) + drawn
 

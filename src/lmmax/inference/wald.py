@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: str | None) -> Contrast
     return ContrastTable(table.set_axis(names))
 
 
-def missing(test: Denominator, names: Sequence[Any], numbers: Any) -> str:
+def missing(test: Denominator, names: Iterable[Any], numbers: Any) -> str:
     """Return which numbers (r,) a method does not have, and why, in words; empty if none."""
     lost = [str(name) for name, number in zip(names, numbers, strict=True) if np.isnan(number)]
     if not lost or not test.limits:
@@ -107,7 +107,7 @@ def missing(test: Denominator, names: Sequence[Any], numbers: Any) -> str:
     return f"no standard error or test of {shown} by ddf={test.method!r}: {test.limits}"
 
 
-def warn_of_missing(test: Denominator, names: Sequence[Any], numbers: Any) -> None:
+def warn_of_missing(test: Denominator, names: Iterable[Any], numbers: Any) -> None:
     """Warn of the numbers that a method does not have."""
     message = missing(test, names, numbers)
     if message:
@@ -254,9 +254,9 @@ def _by_coefficient(matrix: Any, names: list[str]) -> Any:
         names: the coefficients.
     """
     if isinstance(matrix, pd.Series):
-        labels, values = matrix.index, matrix.to_numpy()
+        labels, values = matrix.index, np.asarray(matrix)
     elif isinstance(matrix, pd.DataFrame):
-        labels, values = matrix.columns, matrix.to_numpy()
+        labels, values = matrix.columns, np.asarray(matrix)
     else:
         return matrix
     if isinstance(labels, pd.RangeIndex) or len(labels) != len(names):
