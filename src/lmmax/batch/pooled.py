@@ -177,19 +177,15 @@ def joined(parts: Sequence[Pooled]) -> list[Pooled]:
     by_shape: dict[Any, list[Pooled]] = {}
     for part in parts:
         by_shape.setdefault(part.problem.Y.shape[1:], []).append(part)
-    return [
-        Pooled(
-            np.concatenate([part.numbers for part in same]),
-            GroupedProblem(
-                **{
-                    name: np.concatenate([getattr(part.problem, name) for part in same])
-                    for name in FIELDS
-                }
-            ),
-            np.concatenate([part.total for part in same]),
-        )
-        for same in by_shape.values()
-    ]
+    found = []
+    for same in by_shape.values():
+        numbers = np.concatenate([part.numbers for part in same])
+        total = np.concatenate([part.total for part in same])
+        leaves: dict[str, Any] = {
+            name: np.concatenate([getattr(part.problem, name) for part in same]) for name in FIELDS
+        }
+        found.append(Pooled(numbers, GroupedProblem(**leaves), total))
+    return found
 
 
 def lane_groups(count: int) -> int:
@@ -228,7 +224,7 @@ def _far_apart(C: np.ndarray) -> np.ndarray:
     return np.asarray(left < 1e-4 * C[:, p, p])
 
 
-def _padded(parts: dict[str, np.ndarray], extra: int) -> dict[str, np.ndarray]:
+def _padded(parts: dict[str, np.ndarray], extra: int) -> dict[str, Any]:
     """Add columns of X that are nothing but themselves, before the response."""
     if not extra:
         return parts
