@@ -9,7 +9,7 @@ they are compressed one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ INDEPENDENT = 1e-5
 FEW_GROUPS = 16
 """Smallest number of groups that data sets are padded to."""
 FIELDS = tuple(field.name for field in fields(GroupedProblem) if field.name != "patterns")
+"""What several data sets have side by side; each group counts as having a design of its own."""
 
 
 class Rows(NamedTuple):
@@ -148,7 +149,7 @@ def pooled(rows: Rows, mixed: Sequence[tuple[slice, bool]]) -> list[Pooled]:
         lane[numbers] = np.arange(len(numbers))
         groups = np.flatnonzero(lane[group_own] >= 0)
         at = lane[group_own[groups]], position[groups]
-        parts: dict[str, Any] = {name: value[numbers] for name, value in values.items()}
+        parts = {name: value[numbers] for name, value in values.items()}
         parts["U"] = np.zeros((len(numbers), q, q, size))
         parts["Y"] = np.zeros((len(numbers), q, p + 1, size))
         parts["weight"] = np.zeros((len(numbers), size))
@@ -162,7 +163,7 @@ def pooled(rows: Rows, mixed: Sequence[tuple[slice, bool]]) -> list[Pooled]:
 
 def alone(number: int, problem: GroupedProblem, total: float) -> Pooled:
     """Return one compressed data set, not padded, in the shape of several."""
-    parts: dict[str, Any] = {name: np.asarray(getattr(problem, name))[None] for name in FIELDS}
+    parts = {name: np.asarray(getattr(problem, name))[None] for name in FIELDS}
     m = parts["weight"].shape[-1]
     for name in ("U", "Y", "weight"):
         widths = [(0, 0)] * (parts[name].ndim - 1) + [(0, lane_groups(m) - m)]
@@ -176,14 +177,15 @@ def joined(parts: Sequence[Pooled]) -> list[Pooled]:
     by_shape: dict[Any, list[Pooled]] = {}
     for part in parts:
         by_shape.setdefault(part.problem.Y.shape[1:], []).append(part)
-    return [
-        Pooled(
-            np.concatenate([part.numbers for part in same]),
-            replace(same[0].problem, **_together(same)),
-            np.concatenate([part.total for part in same]),
-        )
-        for same in by_shape.values()
-    ]
+    found = []
+    for same in by_shape.values():
+        numbers = np.concatenate([part.numbers for part in same])
+        total = np.concatenate([part.total for part in same])
+        leaves: dict[str, Any] = {
+            name: np.concatenate([getattr(part.problem, name) for part in same]) for name in FIELDS
+        }
+        found.append(Pooled(numbers, GroupedProblem(**leaves), total))
+    return found
 
 
 def lane_groups(count: int) -> int:
@@ -222,14 +224,7 @@ def _far_apart(C: np.ndarray) -> np.ndarray:
     return np.asarray(left < 1e-4 * C[:, p, p])
 
 
-def _together(parts: Sequence[Pooled]) -> dict[str, Any]:
-    """Return the fields of data sets of equal shapes, one set after the other."""
-    return {
-        name: np.concatenate([getattr(part.problem, name) for part in parts]) for name in FIELDS
-    }
-
-
-def _padded(parts: dict[str, Any], extra: int) -> dict[str, Any]:
+def _padded(parts: dict[str, np.ndarray], extra: int) -> dict[str, Any]:
     """Add columns of X that are nothing but themselves, before the response."""
     if not extra:
         return parts
