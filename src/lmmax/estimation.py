@@ -116,8 +116,7 @@ class Estimates:
     @property
     def narrow(self) -> bool:
         """Whether second derivatives are along the solver's coordinates; see `solve.narrow`."""
-        point = self.solution.point
-        return len(point.at.hessian) == len(point.free) + 1 != len(point.at.gradient)
+        return _is_narrow(self.solution.point)
 
     @property
     def root_columns(self) -> np.ndarray:
@@ -665,6 +664,11 @@ def theta_starts(
     return [start, strong, np.where(fixed, 2.0 * start, strong)]
 
 
+def _is_narrow(point: Point) -> bool:
+    """Return whether second derivatives are along the solver's coordinates."""
+    return len(point.at.hessian) == len(point.free) + 1 != len(point.at.gradient)
+
+
 def _canonical(constraints: Constraints, solution: Solution) -> Solution:
     """Return the end of a solve with standard deviations that are not negative.
 
@@ -683,8 +687,16 @@ def _canonical(constraints: Constraints, solution: Solution) -> Solution:
         return solution
     signs = np.ones(len(point.free))
     signs[len(signs) - len(theta) :][turned] = -1.0
+    at = point.at
+    if _is_narrow(point):
+        along = np.append(signs, 1.0)
+        at = at._replace(
+            hessian=at.hessian * np.outer(along, along),
+            x_slope=at.x_slope * signs[:, None, None],
+        )
     point = point._replace(
         theta=theta,
+        at=at,
         gradient=point.gradient * signs,
         hessian=point.hessian * np.outer(signs, signs),
     )
