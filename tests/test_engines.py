@@ -14,7 +14,8 @@ import pytest
 from jax import Array
 
 import lmmax
-from lmmax.compress import Engine, layout
+from lmmax.compress import Engine, FactorColumns, layout
+from lmmax.compress.layout import choose_engine
 from lmmax.covariances import Covariance
 from lmmax.design import build_design
 from lmmax.fit import arrange
@@ -177,6 +178,22 @@ def test_nested_data_in_the_crossed_form(reml: bool, data: pd.DataFrame, nested:
         np.testing.assert_allclose(
             one.random_effects_cov[name], two.random_effects_cov[name], rtol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("n_fixed", "parents", "name"),
+    [(20, 10, "nested"), (800, 10, "crossed"), (20, 50_000, "nested"), (100, 100_000, "nested")],
+)
+def test_nested_factors_with_many_columns(n_fixed: int, parents: int, name: str) -> None:
+    """Cross-products of many columns by group are larger than a dense factor of few groups."""
+    coarse = np.arange(parents)
+    Z = (np.ones((2 * parents, 1)),)
+    factors = (
+        FactorColumns("fine", np.arange(2 * parents), 2 * parents, Z, (True,)),
+        FactorColumns("coarse", np.repeat(coarse, 2), parents, Z, (True,)),
+    )
+    assert choose_engine(factors, "auto", n_fixed)[0].name == name
+    assert choose_engine(factors, "nested", n_fixed)[0].name == "nested"
 
 
 def test_asking_for_what_auto_takes_changes_nothing(

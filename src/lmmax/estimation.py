@@ -119,8 +119,7 @@ class Estimates:
     @property
     def narrow(self) -> bool:
         """Whether second derivatives are along the solver's coordinates; see `solve.narrow`."""
-        point = self.solution.point
-        return len(point.at.hessian) == len(point.free) + 1 != len(point.at.gradient)
+        return _is_narrow(self.solution.point)
 
     @property
     def root_columns(self) -> np.ndarray:
@@ -715,6 +714,11 @@ def group_noise(problem: Problem) -> np.ndarray:
     return np.asarray(np.sqrt(np.asarray(problem.n_groups) / float(problem.n_obs)))
 
 
+def _is_narrow(point: Point) -> bool:
+    """Return whether second derivatives are along the solver's coordinates."""
+    return len(point.at.hessian) == len(point.free) + 1 != len(point.at.gradient)
+
+
 def _canonical(constraints: Constraints, solution: Solution) -> Solution:
     """Return the end of a solve with standard deviations that are not negative.
 
@@ -733,8 +737,16 @@ def _canonical(constraints: Constraints, solution: Solution) -> Solution:
         return solution
     signs = np.ones(len(point.free))
     signs[len(signs) - len(theta) :][turned] = -1.0
+    at = point.at
+    if _is_narrow(point):
+        along = np.append(signs, 1.0)
+        at = at._replace(
+            hessian=at.hessian * np.outer(along, along),
+            x_slope=at.x_slope * signs[:, None, None],
+        )
     point = point._replace(
         theta=theta,
+        at=at,
         gradient=point.gradient * signs,
         hessian=point.hessian * np.outer(signs, signs),
     )

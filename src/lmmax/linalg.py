@@ -8,6 +8,7 @@ on a CPU as on a GPU.  ``jnp.linalg`` is not used on batches: on CPU it is slow,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -224,17 +225,17 @@ def gls(S: Array) -> tuple[Array, Array, Array, Array]:
     return beta, inverse, d[p], jnp.sum(jnp.log(d[:p]), axis=0)
 
 
-@sequential_vmap
-def _gls_large(S: Array) -> tuple[Array, Array, Array, Array]:
-    """Return what :func:`gls` does for many coefficients: nearly all of it products of matrices.
-
-    One matrix after the other where there are several: a batch of LAPACK's factors may hang.
-    """
+def _gls_of_one(S: Array) -> tuple[Array, Array, Array, Array]:
+    """Return what :func:`gls` does for many coefficients: nearly all of it products of matrices."""
     p = S.shape[0] - 1
     half = inverse_lower(lax.linalg.cholesky(S[:p, :p], symmetrize_input=False))
     onto = half @ S[:p, p]
     rss = jnp.maximum(S[p, p] - onto @ onto, 0.0)
     return half.T @ onto, gram_lower(half), rss, -2.0 * jnp.sum(jnp.log(jnp.diagonal(half)))
+
+
+# One matrix after the other under `vmap`: a batch of LAPACK's factors may hang.
+_gls_large: Callable[[Array], tuple[Array, Array, Array, Array]] = sequential_vmap(_gls_of_one)
 
 
 @gls.defjvp
