@@ -303,14 +303,16 @@ def estimate(
 
     if theta is not None or not constraints.structures:
         solution = finish(D, s, np.zeros(0) if theta is None else theta, em_steps)
-        ends = (float(solution.point.at.value),)
+        ends: tuple[float, ...] = (float(solution.point.at.value),)
     else:
         longest = min(settings.max_steps or starts.ROUGH_STEPS, starts.ROUGH_STEPS)
         rough = {"em_steps": em_steps, "max_steps": longest, "tol": starts.ROUGH_TOL, **options}
         solution, ends = starts.search(
             starts.structure_starts(constraints, z_inverse, variances),
             lambda theta: solve(constraints, D, s, theta, **rough),
-            lambda end: finish(end.point.D, float(end.point.s), end.point.theta),
+            lambda end: finish(
+                np.asarray(end.point.D), float(end.point.s), np.asarray(end.point.theta)
+            ),
         )
     return _in_user_units(compression, terms, settings, constraints, solution, solver, ends)
 

@@ -189,10 +189,10 @@ class Solution(NamedTuple):
     """
 
     point: Point
-    status: Array
-    steps: Array
-    decrement: Array
-    trace: Array
+    status: Any
+    steps: Any
+    decrement: Any
+    trace: Any
 
 
 def continued(first: Solution, then: Solution) -> Solution:

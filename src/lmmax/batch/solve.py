@@ -292,7 +292,7 @@ def solve(
         if len(starts) == 1:
             ends = finish(starts[0], everyone, usual_em)
         else:
-            rough = {
+            rough: dict[str, Any] = {
                 "em_steps": usual_em,
                 "max_steps": min(longest, ROUGH_STEPS),
                 "tol": ROUGH_TOL,
