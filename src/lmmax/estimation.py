@@ -479,7 +479,7 @@ def _in_user_units(
         scale=float((settings.fix or {}).get("scale", np.exp(point.s) * y_scale**2)),
         working_root=root,
         structure_theta=theta,
-        criterion=value + constant,
+        criterion=float(value + constant),
         reml=settings.reml,
         status=status,
         solver=solver,
@@ -489,7 +489,7 @@ def _in_user_units(
         z_inverse=z_inverse,
         contrasts=d,
         noise=noise,
-        ends=tuple(end + constant for end in ends),
+        ends=tuple(float(end + constant) for end in ends),
     )
 
 

@@ -198,10 +198,10 @@ class Solution(NamedTuple):
     """
 
     point: Point
-    status: Array
-    steps: Array
-    decrement: Array
-    trace: Array
+    status: Any
+    steps: Any
+    decrement: Any
+    trace: Any
 
 
 def narrow(problem: Problem, constraints: Constraints) -> bool:

@@ -377,7 +377,7 @@ def _results(
         scale=estimates.scale,
         llf=found.llf,
         converged=found.converged,
-        singular=found.singular,
+        singular=bool(found.estimates.boundary),
         message=found.message,
         free=None if mask is None else model._freepat,
         fe_cov=fe_cov,
