@@ -154,7 +154,7 @@ def solve_alone(fit: Any) -> Callable[[], Any]:
 
     from lmmax import estimation
     from lmmax.constraints import read_constraints
-    from lmmax.solve import Options
+    from lmmax.solve import Options, Starts
 
     problem, start = fit.compression.problem, fit.compression.start
     constraints, guess = read_constraints(problem, fit.terms, fit.settings)
@@ -164,15 +164,23 @@ def solve_alone(fit: Any) -> Callable[[], Any]:
         max_steps=estimation.MAX_STEPS["newton"],
         tol=estimation.tolerance(problem),
     )
-    D, theta = np.diag(start), np.zeros(0)
+    # As a fit does: one start, and room for more.
+    D = np.broadcast_to(np.diag(start), (estimation.TOGETHER, *np.shape(start) * 2)).copy()
+    starts = Starts(
+        D=D,
+        s=np.full(len(D), float(guess.s)),
+        theta=np.zeros((len(D), 0)),
+        em_steps=np.full(len(D), fit.settings.em_steps, np.int32),
+        count=1,
+        far=False,
+    )
     solve = estimation._compiled["newton"]
     with jax.enable_x64(True):
         problem = jax.device_put(problem)
 
     def call() -> None:
         with jax.enable_x64(True):
-            arguments = (problem, constraints, options, D, float(guess.s), theta)
-            jax.block_until_ready(solve(*arguments))
+            jax.block_until_ready(solve(problem, constraints, options, starts))
 
     return call
 
