@@ -737,16 +737,16 @@ def _canonical(constraints: Constraints, solution: Solution) -> Solution:
         return solution
     signs = np.ones(len(point.free))
     signs[len(signs) - len(theta) :][turned] = -1.0
-    at = point.at
+    found = point.at
     if _is_narrow(point):
         along = np.append(signs, 1.0)
-        at = at._replace(
-            hessian=at.hessian * np.outer(along, along),
-            x_slope=at.x_slope * signs[:, None, None],
+        found = found._replace(
+            hessian=found.hessian * np.outer(along, along),
+            x_slope=found.x_slope * signs[:, None, None],
         )
     point = point._replace(
         theta=theta,
-        at=at,
+        at=found,
         gradient=point.gradient * signs,
         hessian=point.hessian * np.outer(signs, signs),
     )
