@@ -91,7 +91,7 @@ def test_where_mappings_are_not_counted_nothing_is_dropped(monkeypatch, tmp_path
 def test_dropped_executables_give_their_mappings_back(monkeypatch) -> None:
     made = compilation.MAPPINGS[0]
     case = simulate(0, p=3, sizes=np.full(15, 4))
-    solve = Compiled(estimation._flat(estimation.newton))
+    solve = Compiled(estimation._flat(estimation.newton_from_each))
     monkeypatch.setitem(estimation._compiled, "newton", solve)
 
     def fit() -> lmmax.Fit:
