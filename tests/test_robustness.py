@@ -397,8 +397,19 @@ def assert_at_optimum(fit: lmmax.Fit, data: pd.DataFrame, effects: tuple[str, ..
         assert abs(plus - minus) < 0.02 * (plus + minus)
 
 
-@pytest.mark.parametrize("rows", [5, 6])
-@pytest.mark.parametrize("reml", [True, False], ids=["reml", "ml"])
+def test_coefficients_and_groups_that_span_all_rows(data: pd.DataFrame) -> None:
+    """Maximum likelihood has no maximum: without a residual V is singular, and fits exactly."""
+    few = data.iloc[[0, 1, 9, 10, 17]]
+    with pytest.warns(lmmax.ConvergenceWarning, match="no maximum"):
+        fit = lmmax.fit(INTERCEPT, few, reml=False)
+    assert fit.status == "unbounded"
+    problem = matrices(few, ("1",))
+    at = [dense.criterion(**problem, D=np.array([[D]]), reml=False) for D in (1e7, 1e8, 1e9)]
+    # Of five ranks, two are missing in Z D Z'.
+    np.testing.assert_allclose(np.diff(at), -2.0 * np.log(10.0), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("rows", "reml"), [(5, True), (6, True), (6, False)])
 def test_hardly_more_rows_than_coefficients(data: pd.DataFrame, rows: int, reml: bool) -> None:
     few = data.iloc[[0, 1, 9, 10, 17, 18][:rows]]
     fit = lmmax.fit(INTERCEPT, few, reml=reml)

@@ -214,12 +214,10 @@ def read_constraints(
 def _read_start(
     start: Any, terms: Sequence[TermColumns], q: int, smallest: float
 ) -> tuple[np.ndarray, float]:
-    """Return relative covariance and scale from an earlier fit, a mapping, or theta.
-
-    A scale of zero is taken as the smallest one.
-    """
+    """Return relative covariance and scale from an earlier fit, a mapping, or theta."""
     if hasattr(start, "cov_re") and hasattr(start, "scale"):
-        start = {"cov_re": start.cov_re, "scale": start.scale}
+        # A fit whose residual variance is zero is where another starts, a little inside.
+        start = {"cov_re": start.cov_re, "scale": start.scale or smallest}
     if isinstance(start, Mapping):
         if set(start) != {"cov_re", "scale"}:
             raise ConstraintError(
@@ -227,9 +225,7 @@ def _read_start(
                 f"got {sorted(map(str, start))}"
             )
         given = start["scale"]
-        # A fit whose residual variance is zero may be where another starts, a little inside.
-        inside = smallest if np.ndim(given) == 0 and given == 0.0 else given
-        scale = _check_positive(inside, f"start['scale']={given!r}", ConstraintError)
+        scale = _check_positive(given, f"start['scale']={given!r}", ConstraintError)
         Psi, covered = _read_covariance(start["cov_re"], terms, q, "start['cov_re']")
         if not np.diag(covered).all():
             raise ConstraintError("start['cov_re'] must give every term's covariance")

@@ -45,6 +45,8 @@ from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 TRACE_LENGTH, TRACE_COLUMNS = 64, 5
 NEAR = 5.0
 """Newton decrement, about two standard errors squared, below which EM has nothing to add."""
+UNSEEN = 1e-6
+"""Newton decrement that may be left where rounding in D hides any further decrease."""
 SAME = 1e-7
 """Difference of the criterion up to which two ends of a search are the same."""
 NEWTON_LIMIT = 22
@@ -748,6 +750,7 @@ def advance(
     old = state.point
     first = state.evaluations == 0
     slack = 100.0 * eps * (jnp.abs(old.at.value) + problem.n_obs)
+    visible = jnp.maximum(slack, UNSEEN)
     # That of D's entries counts where large ones hide a direction of small variance.
     whole = unpack_symmetric(old.at.gradient[:-1]) * (0.5 + 0.5 * np.eye(q))
     slack = slack + eps * jnp.sum(jnp.abs(whole * old.D))
@@ -764,6 +767,8 @@ def advance(
     # Where rounding hides any further decrease, Newton has arrived if it has also stopped
     # getting closer.
     arrived = (decrement <= slack) & (decrement >= 0.25 * state.decrement)
+    # Where D hides more than that, it has not arrived but lost its way.
+    arrived &= decrement <= visible
     settled = accept & ~em & ((decrement <= tol) | arrived)
     # A stationary point by symmetry only: leave it along the pivots of negative curvature.
     curvature = jnp.diag(point.hessian)

@@ -46,6 +46,9 @@ LEVEL, FALLING = 1e-3, 0.5
 """Largest slope in ``s`` of a criterion that has a limit, and least one of a criterion that falls
 with each contrast."""
 
+INDEFINITE = 1e-6
+"""Negative curvature, relative to that of single parameters, that is more than rounding."""
+
 Settle = Callable[[Constraints, np.ndarray, float, np.ndarray], Solution]
 """Solve under constraints from D, s and theta, as far as rounding allows."""
 
@@ -139,7 +142,7 @@ def look_closer(
         return solution
     bend = _curvature_at(problem, constraints, point, reml)
     if not is_suspicious(share, bend, int(solution.status)):
-        return solution
+        return _judged(problem, solution)
     fixed = held(constraints)
 
     def at(share: float, point: Point) -> Solution:
@@ -158,8 +161,27 @@ def look_closer(
     if was_stopped(solution.status, share):
         # Nothing is there, so it goes on.
         here = np.asarray(point.D), float(point.s), np.asarray(point.theta)
-        return continued(solution, settle(constraints, *here))
-    return solution
+        solution = continued(solution, settle(constraints, *here))
+    return _judged(problem, solution)
+
+
+def _judged(problem: Any, solution: Solution) -> Solution:
+    """Return a solution that says so where rounding, far down, passed for an optimum.
+
+    With almost no residual the criterion may fall along a valley that digits do not resolve.  At an
+    optimum it bends upwards in all that moves.
+    """
+    share = np.exp(float(solution.point.s)) * float(problem.n_obs)
+    if solution.status != Status.CONVERGED or share > LOOKED_AT:
+        return solution
+    free = np.asarray(solution.point.free) > 0.0
+    hessian = np.asarray(solution.point.hessian)[np.ix_(free, free)]
+    unit = np.sqrt(np.abs(np.diag(hessian)))
+    unit = np.where(unit > 0.0, unit, 1.0)
+    if np.linalg.eigvalsh(hessian / np.outer(unit, unit))[0] >= -INDEFINITE:
+        return solution
+    status: Any = np.int32(Status.STALLED)
+    return solution._replace(status=status)
 
 
 class _Value(NamedTuple):

@@ -153,7 +153,10 @@ def model(formula: str, data: pd.DataFrame) -> Any:
         else:
             some = (np.diag(np.arange(1.0, q + 1)) + 0.3) * term.pattern
         cov_re[term.columns, term.columns] = some
-    return SimpleNamespace(design=design, terms=terms, cov_re=cov_re, scale=0.6)
+    estimates = SimpleNamespace(scale=0.6)
+    return SimpleNamespace(
+        design=design, terms=terms, cov_re=cov_re, scale=0.6, estimates=estimates
+    )
 
 
 def covariance(fit: Any, Psi: np.ndarray) -> np.ndarray:

@@ -24,6 +24,8 @@ def fit_record(record: dict[str, Any], formula: str = "formula") -> lmmax.Fit:
         contrasts = {k: v.removeprefix("contr.") for k, v in record["contrasts"].items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lmmax.RankWarning)
+        if "over-parametrised" in record["tags"]:
+            warnings.simplefilter("ignore", lmmax.IdentifiabilityWarning)
         return lmmax.fit(
             record[formula],
             load_data(record["dataset"]),
@@ -43,12 +45,23 @@ def test_new_rows(name: str) -> None:
         values["sumsq"] / n - (values["sum"] / n) ** 2 + results["residuals"]["sumsq"] / n
     )
     new = {k: np.array(v) for k, v in results["predict"]["newdata"].items()}
-    marginal = fit.predict(new, random_effects=False)
-    expected = matrix(results["predict"]["population"])
-    assert np.max(np.abs(marginal - expected)) < 1e-5 * unit
-    conditional = fit.predict(new, new_levels="population")
-    expected = matrix(results["predict"]["conditional"])
-    assert np.max(np.abs(conditional - expected)) < 1e-5 * unit
+    # lme4 takes the coefficients of dropped columns for zero, also in rows whose mean cannot be
+    # estimated: those are off the line on which the column was another's multiple.
+    known = np.ones(len(matrix(results["predict"]["population"])), dtype=bool)
+    if name.startswith("syn_rankdef_exact"):
+        known = np.isclose(new["x3"], new["x1"] + 2.0 * new["x2"])
+        assert not known.all()
+    for values, expected in (
+        ({"random_effects": False}, results["predict"]["population"]),
+        ({"new_levels": "population"}, results["predict"]["conditional"]),
+    ):
+        if known.all():
+            found = fit.predict(new, **values)
+        else:
+            with pytest.warns(lmmax.RankWarning, match="cannot be estimated"):
+                found = fit.predict(new, **values)
+        assert np.max(np.abs(found - matrix(expected))[known]) < 1e-5 * unit
+        assert found[~known].isna().all()
 
 
 @pytest.mark.parametrize(
