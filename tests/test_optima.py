@@ -158,6 +158,8 @@ def test_subfactors_without_their_parent_in_either_order(seed: int) -> None:
     two = lmmax.fit("y ~ x + (1 | site:hour) + (1 | site:day)", data)
     parts = [lmmax.fit(f"y ~ x + (1 | site:{name})", data).llf for name in ("day", "hour")]
     assert one.llf == pytest.approx(two.llf, abs=1e-7)
+    other = lmmax.fit("y ~ x + (1 | site:day) + (1 | site:hour)", data, solver="lbfgs")
+    assert other.llf == pytest.approx(one.llf, abs=1e-6)
     assert min(one.llf, two.llf) >= max(parts) - 1e-7
     sd = [np.array([[np.sqrt(v / one.scale)]]) for v in one.varcorr()["vcov"][:2]]
     assert one.deviance == pytest.approx(dense_criterion(one, sd), rel=1e-9)

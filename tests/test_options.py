@@ -148,7 +148,7 @@ def test_a_richer_fit_starts_a_simpler_one(data: pd.DataFrame, plain: lmmax.Fit)
         ({"cov_re": np.eye(3), "scale": 1.0}, r"start\['cov_re'\] must be a 2 x 2 matrix"),
         ({"cov_re": "a", "scale": 1.0}, r"start\['cov_re'\] must be a 2 x 2 matrix"),
         ({"cov_re": [[1.0, 2.0], [3.0]], "scale": 1.0}, r"start\['cov_re'\] must be a 2 x 2"),
-        ({"cov_re": np.eye(2), "scale": 0.0}, r"start\['scale'\]=0.0 must be a positive number"),
+        ({"cov_re": np.eye(2), "scale": -1.0}, r"start\['scale'\]=-1.0 must be a positive number"),
         ({"cov_re": np.eye(2), "scale": "1"}, r"start\['scale'\]='1' must be a positive number"),
         ({"cov_re": -np.eye(2), "scale": 1.0}, r"start\['cov_re'\] must be positive semidef"),
         ({"cov_re": {"(1|g)": 1.0}, "scale": 1.0}, r"'\(1\|g\)'.*terms are '\(1 \+ x \| g\)'"),

@@ -107,9 +107,10 @@ def test_what_a_zero_scale_lacks_has_a_reason(at_zero: lmmax.Fit, data: pd.DataF
         limits = lmmax.confint(at_zero)
     assert limits.isna().to_numpy().all()
     assert np.isfinite(lmmax.confint(at_zero, method="wald")).to_numpy().all()
-    again = lmmax.fit(FORMULA, data, start=at_zero)
-    assert again.status == "zero_scale"
-    assert again.deviance == pytest.approx(at_zero.deviance, abs=1e-9)
+    for start in (at_zero, {"cov_re": at_zero.cov_re, "scale": at_zero.scale}):
+        again = lmmax.fit(FORMULA, data, start=start)
+        assert again.status == "zero_scale"
+        assert again.deviance == pytest.approx(at_zero.deviance, abs=1e-9)
 
 
 def test_batches_end_at_a_zero_scale_as_fits_do(data: pd.DataFrame) -> None:

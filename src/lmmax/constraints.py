@@ -214,10 +214,12 @@ def read_constraints(
 def _read_start(
     start: Any, terms: Sequence[TermColumns], q: int, smallest: float
 ) -> tuple[np.ndarray, float]:
-    """Return relative covariance and scale from an earlier fit, a mapping, or theta."""
+    """Return relative covariance and scale from an earlier fit, a mapping, or theta.
+
+    A scale of zero is taken as the smallest one: a fit may have ended there, and another start.
+    """
     if hasattr(start, "cov_re") and hasattr(start, "scale"):
-        # A fit whose residual variance is zero is where another starts, a little inside.
-        start = {"cov_re": start.cov_re, "scale": start.scale or smallest}
+        start = {"cov_re": start.cov_re, "scale": start.scale}
     if isinstance(start, Mapping):
         if set(start) != {"cov_re", "scale"}:
             raise ConstraintError(
@@ -225,7 +227,8 @@ def _read_start(
                 f"got {sorted(map(str, start))}"
             )
         given = start["scale"]
-        scale = _check_positive(given, f"start['scale']={given!r}", ConstraintError)
+        inside = smallest if np.ndim(given) == 0 and given == 0.0 else given
+        scale = _check_positive(inside, f"start['scale']={given!r}", ConstraintError)
         Psi, covered = _read_covariance(start["cov_re"], terms, q, "start['cov_re']")
         if not np.diag(covered).all():
             raise ConstraintError("start['cov_re'] must give every term's covariance")

@@ -497,7 +497,7 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
     """Search from elsewhere too, where there may be another optimum.
 
     Args:
-        search: the model.
+        search: searches of the model.
         usual: the end of the usual search.
 
     Returns:
@@ -508,7 +508,8 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
     inside = usual.status == Status.CONVERGED and _is_interior(point.D, search.noise)
     root, hessian = np.asarray(point.root)[None], np.asarray(point.at.hessian)[None]
     again = looks_again(root, hessian, np.array([inside]), cost, constraints)
-    if search.solver != "newton" or not again[0] or is_balanced(problem, constraints):
+    many = len(search.noise) > NEWTON_LIMIT
+    if many or not again[0] or is_balanced(problem, constraints):
         return usual, []
     units = [block for _, blocks in free_terms(search.terms, constraints) for block in blocks]
     sizes = spread_starts(constraints, units, cost)
@@ -516,7 +517,8 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
         return usual, []
     s = usual_log_scale(problem) if constraints.scale_free else float(point.s)
     theta = np.asarray(point.theta)
-    found = search.run(
+    # From far away L-BFGS is easily lost, and models that have so few parameters do not need it.
+    found = replace(search, solver="newton").run(
         [Start(np.diag(search.noise**2 * size), s, theta, 0) for size in sizes], far=True
     )
     ends = found.values[found.statuses == Status.CONVERGED].tolist()
