@@ -523,7 +523,7 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
     )
     ends = found.values[found.statuses == Status.CONVERGED].tolist()
     new = found.solution
-    if is_credible(problem, new.status) and better(*merit(new), *merit(usual)):
+    if is_credible(problem, new.status, float(new.point.s)) and better(*merit(new), *merit(usual)):
         new = search.finish(start_at(new))
         if better(*merit(new), *merit(usual)):
             return new, ends

@@ -45,6 +45,8 @@ from .parameters import pack_triangle, unpack_lower, unpack_symmetric
 TRACE_LENGTH, TRACE_COLUMNS = 64, 5
 NEAR = 5.0
 """Newton decrement, about two standard errors squared, below which EM has nothing to add."""
+VANISHING = 1e-9
+"""Scale, relative to the variance of the response, below which there is hardly a residual."""
 UNSEEN = 1e-6
 """Newton decrement that may be left where rounding in D hides any further decrease."""
 SAME = 1e-7
@@ -650,15 +652,22 @@ def merit(solution: Solution) -> tuple[float, bool]:
     return float(solution.point.at.value), bool(is_optimal(int(solution.status)))
 
 
-def is_credible(problem: Problem, status: Any) -> Any:
+def is_credible(problem: Problem, status: Any, s: Any) -> Any:
     """Return whether an end of a search that began far away is what it seems.
 
-    On its way to an optimum a search may stop at covariances so large that crossed factors have no
-    digits left there; grouped and nested ones lose none, and see where a criterion has no minimum.
+    On its way to an optimum a search may stop at covariances so large that cross-products of
+    crossed factors have no digits left there; other forms lose none, and see where a criterion has
+    no minimum.
+
+    Args:
+        problem: the problem.
+        status: how the search ended.
+        s: logarithm of the scale where it did.
     """
-    exact = not problem.effect_shapes
     found = (status == Status.CONVERGED) | (status == Status.ZERO_SCALE)
-    return found | ((status == Status.UNBOUNDED) & exact)
+    lost = (status == Status.STALLED) | (status == Status.MAX_STEPS)
+    vanishing = lost & (s < np.log(VANISHING) - jnp.log(problem.n_obs))
+    return found | (((status == Status.UNBOUNDED) | vanishing) & (not problem.costly))
 
 
 def newton_from_each(
@@ -675,14 +684,14 @@ def newton_from_each(
         own = replace(options, em_steps=starts.em_steps[i])
         new = newton(problem, constraints, own, starts.D[i], starts.s[i], starts.theta[i])
         old = best.solution
-        wins = ~is_credible(problem, old.status) & starts.far | better(
+        wins = ~is_credible(problem, old.status, old.point.s) & starts.far | better(
             new.point.at.value,
             new.status == Status.CONVERGED,
             old.point.at.value,
             old.status == Status.CONVERGED,
             jnp,
         )
-        wins = (i == 0) | (wins & (~starts.far | is_credible(problem, new.status)))
+        wins = (i == 0) | (wins & (~starts.far | is_credible(problem, new.status, new.point.s)))
         return i + 1, Best(
             solution=jax.tree.map(lambda a, b: jnp.where(wins, a, b), new, old),
             values=best.values.at[i].set(new.point.at.value),

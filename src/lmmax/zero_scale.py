@@ -158,6 +158,9 @@ def look_closer(
             whole = continued(solution, continued(probe, end))
             status: Any = np.int32(Status.ZERO_SCALE)
             return whole._replace(status=status)
+    elif share < PROBED and is_falling(probe.status, slope(derivatives_at(probe.point))):
+        endless: Any = np.int32(Status.UNBOUNDED)
+        return solution._replace(status=endless)
     if was_stopped(solution.status, share):
         # Nothing is there, so it goes on.
         here = np.asarray(point.D), float(point.s), np.asarray(point.theta)
@@ -192,6 +195,11 @@ class _Value(NamedTuple):
 def is_likely(status: Any, rise: Any) -> Any:
     """Return whether the criterion has a limit at zero, from the end and the slope at `PROBED`."""
     return (status == Status.CONVERGED) & (rise > 0.0) & (rise < FALLING)
+
+
+def is_falling(status: Any, rise: Any) -> Any:
+    """Return whether the criterion falls without end, likewise."""
+    return (status == Status.CONVERGED) & (rise >= FALLING)
 
 
 def is_limit(end: Any, rise: Any, known: Any) -> Any:

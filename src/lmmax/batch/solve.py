@@ -378,7 +378,7 @@ def _search_further(
     found = finish(Start(D, np.log(0.5 / lanes.values("n_obs")[many]), ends.theta[many]), many)
     for first in range(0, len(many), len(left)):
         own_ends = Ends(*(part[first : first + len(left)] for part in found))
-        believed = np.flatnonzero(is_credible(lanes.problem, own_ends.status))
+        believed = np.flatnonzero(is_credible(lanes.one(0), own_ends.status, own_ends.s))
         _keep_better(ends, left[believed], own_ends.take(believed))
 
 
