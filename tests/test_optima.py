@@ -210,3 +210,19 @@ def test_curvature_in_relative_changes_counts_groups() -> None:
 def test_equal_ends_are_one_optimum() -> None:
     assert distinct([3.0, 1.0, 1.0 + 1e-9, 3.0 - 1e-8]).tolist() == [1.0, 3.0 - 1e-8]
     assert distinct([]).tolist() == []
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5, 10, 11])
+def test_crossed_factors_and_coefficients_that_span_all_rows(seed: int) -> None:
+    """Without a residual everything is fitted, and V is singular: ML falls with its logarithm."""
+    rng = np.random.default_rng(seed)
+    data = pd.DataFrame({"a": rng.integers(0, 8, 13), "b": rng.integers(0, 6, 13)})
+    data["x"], data["z"], data["y"] = rng.normal(size=(3, 13))
+    Z = np.column_stack([pd.get_dummies(data[name]) for name in "ab"]).astype(float)
+    X = np.column_stack([np.ones(13), data[["x", "z"]]])
+    assert np.linalg.matrix_rank(Z) < 13 == np.linalg.matrix_rank(np.column_stack([X, Z]))
+    with pytest.warns(lmmax.ConvergenceWarning, match="no maximum"):
+        fit = lmmax.fit("y ~ x + z + (1 | a) + (1 | b)", data, reml=False)
+    assert fit.status == "unbounded"
+    # A restricted likelihood of these data has one.
+    assert lmmax.fit("y ~ x + z + (1 | a) + (1 | b)", data).converged

@@ -26,7 +26,7 @@ from .compress.iterative import Rows
 from .compress.layout import turned
 from .constraints import Guess, Settings, TermColumns
 from .estimation import Estimates, estimate
-from .optima import FREE_WORK, distinct, work
+from .optima import distinct, may_vanish
 from .solve import Constraints, Status, better
 
 FAR = 1e-3
@@ -71,7 +71,8 @@ def estimate_closely(
     Raises:
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
     """
-    if _may_vanish(compression, settings) and needs_rows(layout, compression):
+    if may_vanish(compression.problem, settings.reml) and needs_rows(layout, compression):
+        # Only exact digits tell.
         compression = compress(y, layout, earlier=compression, far_apart=True)
     found = Closer(layout, compression, estimate(compression, terms, settings))
     for look in range(LOOKS):
@@ -80,17 +81,6 @@ def estimate_closely(
             break
         found = _closer(y, found, terms, settings, strong)
     return found
-
-
-def _may_vanish(compression: Compression, settings: Settings) -> bool:
-    """Return whether maximum likelihood may have no maximum, as all rows may be spanned.
-
-    Coefficients and random effects that together fit every row let the residual go to zero, and the
-    likelihood with it where the effects alone do not; only exact digits tell.
-    """
-    problem = compression.problem
-    columns = float(problem.n_fixed) + float(np.sum(problem.n_groups))
-    return not settings.reml and columns >= float(problem.n_obs) and work(problem) <= FREE_WORK
 
 
 def _has_strong(found: Closer) -> bool:

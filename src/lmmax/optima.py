@@ -29,7 +29,7 @@ ROWS_PER_EFFECT = 4.0
 """Rows for each random effect from which one of many models, of whom a search is a small part of a
 millisecond and six more a multiple of it, is searched once.  In trials no likelihood of so many had
 a second maximum, but for data whose rows had been repeated."""
-SMALL, MIDDLING, LARGE = 1e-2, 1e2, 1e5
+SMALL, MIDDLING, LARGE, VAST = 1e-2, 1e2, 1e5, 1e10
 """Variances to start from, in units of the sampling variance of an average group's effect."""
 ON_A_LINE = (1e-2, 1e1, 1e3, 1e5, 1e8)
 """The same with one effect only."""
@@ -137,6 +137,16 @@ def looks_again(
         least = least_determined(root[inside], hessian[inside], constraints)
         again[inside] = least < WELL_DETERMINED
     return again
+
+
+def may_vanish(problem: Problem, reml: bool) -> bool:
+    """Return whether maximum likelihood may have no maximum, as all rows may be spanned.
+
+    Coefficients and random effects that together fit every row let the residual go to zero, and the
+    criterion falls without end where the effects alone do not fit them.
+    """
+    columns = float(problem.n_fixed) + float(np.sum(problem.n_groups))
+    return not reml and columns >= float(problem.n_obs) and work(problem) <= FREE_WORK
 
 
 def spread_starts(

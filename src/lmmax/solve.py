@@ -76,13 +76,9 @@ class Status(IntEnum):
     ZERO_SCALE = 10
 
 
-OPTIMAL = (Status.CONVERGED, Status.ZERO_SCALE)
-"""The statuses of a solve that found an optimum."""
-
-
 def is_optimal(status: Any) -> Any:
     """Return whether a solve found an optimum, for a status or an array of them."""
-    return np.isin(status, OPTIMAL)
+    return (status == Status.CONVERGED) | (status == Status.ZERO_SCALE)
 
 
 class Structured(NamedTuple):
