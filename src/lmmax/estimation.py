@@ -26,7 +26,7 @@ from .compress.iterative import Rows
 from .constraints import Guess, Settings, TermColumns, read_constraints, usual_log_scale
 from .covariances import matrix_at, slopes
 from .likelihood import Problem
-from .optima import VAST, is_balanced, looks_again, may_vanish, spread_starts, work
+from .optima import is_balanced, looks_again, spread_starts, work
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
@@ -522,11 +522,6 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
         [Start(np.diag(search.noise**2 * size), s, theta, 0) for size in sizes], far=True
     )
     ends = found.values[found.statuses == Status.CONVERGED].tolist()
-    if may_vanish(problem, search.settings.reml) and constraints.scale_free:
-        # A maximum beside a likelihood that rises without end is none, however far its rise begins.
-        endless = search.finish(Start(np.diag(search.noise**2 * VAST), s, theta, 0))
-        if endless.status == Status.UNBOUNDED and not problem.costly:
-            return endless, ends
     new = found.solution
     if is_credible(problem, new.status, float(new.point.s)) and better(*merit(new), *merit(usual)):
         new = search.finish(start_at(new))

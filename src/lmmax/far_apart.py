@@ -71,8 +71,10 @@ def estimate_closely(
     Raises:
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
     """
-    if may_vanish(compression.problem, settings.reml) and needs_rows(layout, compression):
-        # Only exact digits tell.
+    # Only exact digits tell.  Between related levels the rise begins beyond what anyone means.
+    unrelated = all(factor.root is None for factor in layout.factors)
+    endless = unrelated and may_vanish(compression.problem, settings.reml)
+    if endless and needs_rows(layout, compression):
         compression = compress(y, layout, earlier=compression, far_apart=True)
     found = Closer(layout, compression, estimate(compression, terms, settings))
     for look in range(LOOKS):

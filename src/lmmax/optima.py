@@ -29,7 +29,7 @@ ROWS_PER_EFFECT = 4.0
 """Rows for each random effect from which one of many models, of whom a search is a small part of a
 millisecond and six more a multiple of it, is searched once.  In trials no likelihood of so many had
 a second maximum, but for data whose rows had been repeated."""
-SMALL, MIDDLING, LARGE, VAST = 1e-2, 1e2, 1e5, 1e10
+SMALL, MIDDLING, LARGE = 1e-2, 1e2, 1e5
 """Variances to start from, in units of the sampling variance of an average group's effect."""
 ON_A_LINE = (1e-2, 1e1, 1e3, 1e5, 1e8)
 """The same with one effect only."""

@@ -158,7 +158,8 @@ def look_closer(
             whole = continued(solution, continued(probe, end))
             status: Any = np.int32(Status.ZERO_SCALE)
             return whole._replace(status=status)
-    elif share < PROBED and is_falling(probe.status, slope(derivatives_at(probe.point))):
+    lost = int(solution.status) in (Status.STALLED, Status.MAX_STEPS)
+    if lost and share < LIMIT and is_falling(probe.status, slope(derivatives_at(probe.point))):
         endless: Any = np.int32(Status.UNBOUNDED)
         return solution._replace(status=endless)
     if was_stopped(solution.status, share):
@@ -198,7 +199,7 @@ def is_likely(status: Any, rise: Any) -> Any:
 
 
 def is_falling(status: Any, rise: Any) -> Any:
-    """Return whether the criterion falls without end, likewise."""
+    """Return whether the criterion falls with each contrast, likewise."""
     return (status == Status.CONVERGED) & (rise >= FALLING)
 
 
