@@ -26,7 +26,7 @@ from .compress.iterative import Rows
 from .constraints import Guess, Settings, TermColumns, read_constraints, usual_log_scale
 from .covariances import matrix_at, slopes
 from .likelihood import Problem
-from .optima import is_balanced, looks_again, spread_starts, work
+from .optima import FREE_WORK, is_balanced, looks_again, spread_starts, work
 from .parameters import factor, lower_from_root, pack_triangle, unpack_symmetric
 from .solve import (
     NEWTON_LIMIT,
@@ -396,7 +396,7 @@ def estimate(
         rough: dict[str, Any] = {"max_steps": longest, "tol": starts.ROUGH_TOL, **search.stops}
         solution, found_ends = starts.search(
             starts.structure_starts(constraints, z_inverse, variances),
-            lambda theta: search.best_of([Start(D, s, theta, em_steps)], **rough),
+            lambda theta: search.end_of(Start(D, s, theta, em_steps), **rough),
             lambda end: search.finish(start_at(end)),
         )
         ends = list(found_ends)
@@ -427,7 +427,7 @@ def estimate_given(
     )
     s = math.log(found.scale / y_scale**2)
     search = _Search(problem, constraints, settings, "newton", terms, group_noise(problem))
-    solution = search.best_of([Start(D, s, np.zeros(0), 0)])
+    solution = search.end_of(Start(D, s, np.zeros(0), 0))
     settings = replace(settings, fix={"scale": found.scale})
     return _in_user_units(compression, terms, settings, constraints, solution, "newton")
 
@@ -505,11 +505,15 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
     """
     problem, constraints, point = search.problem, search.constraints, usual.point
     cost = work(problem)
+    # Of little data this is the cheaper question, of much the dearer one.
+    little = cost <= FREE_WORK
+    if little and is_balanced(problem, constraints):
+        return usual, []
     inside = usual.status == Status.CONVERGED and _is_interior(point.D, search.noise)
     root, hessian = np.asarray(point.root)[None], np.asarray(point.at.hessian)[None]
     again = looks_again(root, hessian, np.array([inside]), cost, constraints)
     many = len(search.noise) > NEWTON_LIMIT
-    if many or not again[0] or is_balanced(problem, constraints):
+    if many or not again[0] or (not little and is_balanced(problem, constraints)):
         return usual, []
     units = [block for _, blocks in free_terms(search.terms, constraints) for block in blocks]
     sizes = spread_starts(constraints, units, cost)
@@ -598,7 +602,7 @@ class _Search:
     ) -> Solution:
         """Search, and again where it ends at a boundary from which the criterion falls inwards."""
         own = self if constraints is self.constraints else replace(self, constraints=constraints)
-        solution = own.best_of([Start(D, s, theta, em_steps)], **options)
+        solution = own.end_of(Start(D, s, theta, em_steps), **options)
         for _ in range(RESTARTS):
             interior = _is_interior(solution.point.D, self.noise)
             if solution.status != Status.CONVERGED or interior:
@@ -608,28 +612,18 @@ class _Search:
             )
             if inside is None:
                 break
-            solution = own.best_of([Start(inside[0], float(solution.point.s), inside[1], 0)])
+            solution = own.end_of(Start(inside[0], float(solution.point.s), inside[1], 0))
         return solution
 
-    def best_of(self, starts: Sequence[Start], **options: Any) -> Solution:
-        """Return the best end of searches from some starts."""
-        ends = [
-            self.run(starts[first : first + self.together], **options).solution
-            for first in range(0, len(starts), self.together)
-        ]
-        best = ends[0]
-        for end in ends[1:]:
-            if better(*merit(end), *merit(best)):
-                best = end
-        return best
-
-    @property
-    def together(self) -> int:
-        """Most starts of one call."""
-        return TOGETHER if self.solver == "newton" else 1
+    def end_of(self, start: Start, **options: Any) -> Solution:
+        """Return the end of one search."""
+        return self.run([start], **options).solution
 
     def run(self, starts: Sequence[Start], far: bool = False, **options: Any) -> Best:
-        """Search from some starts in one call; see :func:`lmmax.solve.newton_from_each`."""
+        """Search from some starts in one call; see :func:`lmmax.solve.newton_from_each`.
+
+        No more than ``TOGETHER`` of them, or than one by L-BFGS; with as many EM steps from each.
+        """
         usual = {
             "max_steps": self.settings.max_steps or MAX_STEPS[self.solver],
             "tol": tolerance(self.problem) if self.settings.tol is None else self.settings.tol,
@@ -637,17 +631,17 @@ class _Search:
         }
         reml, em_steps = float(self.settings.reml), starts[0].em_steps
         chosen = Options(reml=reml, em_steps=em_steps, **(usual | options))
-        q, k, together = len(starts[0].D), len(starts[0].theta), self.together
+        q, k = len(starts[0].D), len(starts[0].theta)
+        together = TOGETHER if self.solver == "newton" else 1
         many = Starts(
             D=np.zeros((together, q, q)),
             s=np.zeros(together),
             theta=np.zeros((together, k)),
-            em_steps=np.zeros(together, np.int32),
             count=len(starts),
             far=far,
         )
         for i, start in enumerate(starts):
-            many.D[i], many.s[i], many.theta[i], many.em_steps[i] = start
+            many.D[i], many.s[i], many.theta[i] = start[:3]
         with jax.enable_x64(True), compilation_cache():
             flat = np.asarray(_compiled[self.solver](self.problem, self.constraints, chosen, many))
         found = _unflatten(flat, self.problem, self.constraints, together)

@@ -19,7 +19,7 @@ minimum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -605,7 +605,6 @@ class Starts(NamedTuple):
         D: relative covariances, (K, q, q).
         s: logarithms of the scale, (K,).
         theta: parameters of structures, (K, k).
-        em_steps: most EM steps from each, (K,).
         count: how many count.
         far: whether they are far from where the optimum is likely; see :func:`is_credible`.
     """
@@ -613,7 +612,6 @@ class Starts(NamedTuple):
     D: Any
     s: Any
     theta: Any
-    em_steps: Any
     count: Any
     far: Any
 
@@ -677,8 +675,7 @@ def newton_from_each(
 
     def body(carry: tuple[Array, Best]) -> tuple[Array, Best]:
         i, best = carry
-        own = replace(options, em_steps=starts.em_steps[i])
-        new = newton(problem, constraints, own, starts.D[i], starts.s[i], starts.theta[i])
+        new = newton(problem, constraints, options, starts.D[i], starts.s[i], starts.theta[i])
         old = best.solution
         wins = ~is_credible(problem, old.status, old.point.s) & starts.far | better(
             new.point.at.value,

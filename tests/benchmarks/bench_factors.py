@@ -170,7 +170,6 @@ def solve_alone(fit: Any) -> Callable[[], Any]:
         D=D,
         s=np.full(len(D), float(guess.s)),
         theta=np.zeros((len(D), 0)),
-        em_steps=np.full(len(D), fit.settings.em_steps, np.int32),
         count=1,
         far=False,
     )
