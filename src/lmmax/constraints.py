@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from .covariances import Covariance, matrix_at, slopes
 from .frames import real_numbers
@@ -83,12 +84,14 @@ class TermColumns:
         columns: its columns.
         covariance: the structure of its covariance.
         factor: position of its grouping factor.
+        effects: factor and name of each effect, (width,).
     """
 
     label: str
     columns: slice
     covariance: Covariance
     factor: int = 0
+    effects: tuple[tuple[str, str], ...] = ()
 
     @property
     def width(self) -> int:
@@ -219,7 +222,7 @@ def _read_start(
     A scale of zero is taken as the smallest one: a fit may have ended there, and another start.
     """
     if hasattr(start, "cov_re") and hasattr(start, "scale"):
-        start = {"cov_re": start.cov_re, "scale": start.scale}
+        start = {"cov_re": _known_order(start.cov_re, terms), "scale": start.scale}
     if isinstance(start, Mapping):
         if set(start) != {"cov_re", "scale"}:
             raise ConstraintError(
@@ -273,11 +276,69 @@ def _read_covariance(
                     f"{name} names the term {label!r}; the model's terms are "
                     + ", ".join(map(repr, labels))
                 )
-            here = labels[label].columns
-            Psi[here, here] = _check_covariance(part, here.stop - here.start, f"{name}[{label!r}]")
+            term = labels[label]
+            here, full = term.columns, f"{name}[{label!r}]"
+            part = _by_labels(part, term.effects, full)
+            Psi[here, here] = _check_covariance(part, term.width, full)
             covered[here, here] = 1.0
         return Psi, covered
+    value = _by_labels(value, _effects(terms, q), name)
     return _check_covariance(value, q, name), np.ones((q, q))
+
+
+def _effects(terms: Sequence[TermColumns], q: int) -> tuple[tuple[str, str], ...]:
+    """Return factor and name of each of the q effects, in the order of the columns of D."""
+    found = [effect for term in sorted(terms, key=_first) for effect in term.effects]
+    return tuple(found) if len(found) == q else ()
+
+
+def _first(term: TermColumns) -> int:
+    return int(term.columns.start)
+
+
+def _places(labels: Sequence[Any], effects: Sequence[tuple[str, str]]) -> list[int] | None:
+    """Return where each effect stands among labels, names or pairs of factor and name.
+
+    None if they are not these effects, each of them once.
+    """
+    for known in (list(effects), [name for _, name in effects]):
+        if len(set(known)) == len(known) and set(known) == set(labels):
+            return [labels.index(label) for label in known]
+    return None
+
+
+def _by_labels(value: Any, effects: Sequence[tuple[str, str]], name: str) -> Any:
+    """Return a data frame as an array in the order of the effects; anything else as it is.
+
+    Raises:
+        ConstraintError: if its labels are others than those of the effects.
+    """
+    if not isinstance(value, pd.DataFrame) or not effects:
+        return value
+    order = []
+    for axis, labels in (("rows", value.index.tolist()), ("columns", value.columns.tolist())):
+        named = [n for _, n in effects], list(effects)
+        if labels == list(range(len(effects))) or labels in named:
+            order.append(list(range(len(labels))))
+            continue
+        places = _places(labels, effects)
+        if places is None:
+            one = len({factor for factor, _ in effects}) == 1
+            raise ConstraintError(
+                f"the {axis} of {name} are labelled {', '.join(map(repr, labels))}, but the "
+                f"random effects are {', '.join(map(repr, named[0] if one else effects))}: use "
+                "these labels in any order, or give a plain array in this order"
+            )
+        order.append(places)
+    return value.to_numpy()[np.ix_(*order)]
+
+
+def _known_order(cov_re: Any, terms: Sequence[TermColumns]) -> Any:
+    """Return the covariance of an earlier fit, whose effects may be in another order, or others."""
+    if not isinstance(cov_re, pd.DataFrame):
+        return cov_re
+    places = _places(cov_re.index.tolist(), _effects(terms, len(cov_re)))
+    return cov_re.to_numpy() if places is None else cov_re.to_numpy()[np.ix_(places, places)]
 
 
 def _check_covariance(value: Any, q: int, name: str) -> np.ndarray:

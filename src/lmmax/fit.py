@@ -76,7 +76,7 @@ def fit(
         start: an earlier fit, ``{"cov_re": ..., "scale": ...}`` or theta; a moment estimate by
             default.
         fix: hold ``{"cov_re": matrix or {term: matrix}, "scale": number}`` (either or both) at
-            values in natural units.
+            values in natural units.  A data frame counts by its labels, an array by position.
         solver: "newton" (exact Hessian), "lbfgs", or "auto" by the number of parameters.
         tol: largest Newton decrement, in units of -2 log-likelihood, that counts as converged; None
             for 1e-16, and for 1e-13 with crossed factors.
@@ -330,7 +330,11 @@ def arrange(design: Design) -> tuple[tuple[FactorColumns, ...], tuple[TermColumn
             pattern = block.covariance.pattern(width)
             mix.append(pattern is not None and bool(pattern.all()))
             places[id(block)] = TermColumns(
-                str(block.term), slice(at, at + width), block.covariance, position
+                str(block.term),
+                slice(at, at + width),
+                block.covariance,
+                position,
+                tuple((grouping.name, name) for name in block.names),
             )
             at += width
         factors.append(
