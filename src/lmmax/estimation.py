@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -216,26 +216,27 @@ class Estimates:
 
         Rounding errors are no curvature.
         """
-        point, columns = self.solution.point, self.root_columns
-        size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
-        n_groups = self.noise**2 * point.at.hessian[-1, -1]
-        few = np.min(n_groups)
-        of_root = np.repeat((n_groups / size)[columns], len(columns))
-        floor = np.concatenate([[few], of_root, few / np.maximum(point.theta**2, 1.0)])
-        floor = 1e-6 * floor[point.free > 0.0]
-        return np.asarray(np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor)))
+        point, columns, noise = self.solution.point, self.root_columns, self.noise**2
+        size = np.maximum((np.asarray(point.root) ** 2).max(axis=1, initial=0.0), noise)
+        n_groups = noise * point.at.hessian[-1, -1]
+        few, r = n_groups.min(), len(columns)
+        floor = np.empty(len(point.free))
+        floor[0] = few
+        floor[1 : 1 + r * r] = np.repeat((n_groups / size)[columns], r)
+        floor[1 + r * r :] = few / np.maximum(point.theta**2, 1.0)
+        return np.sqrt(np.maximum(np.abs(hessian.diagonal()), 1e-6 * floor[point.free > 0.0]))
 
     @property
     def suspect(self) -> bool:
         """Whether the criterion may be flat in some direction, so that the designs are asked."""
         if self.boundary or self.probes:
             return True
-        free = self.solution.point.free > 0.0
-        hessian = np.asarray(self.solution.point.hessian)[np.ix_(free, free)]
-        if not np.isfinite(hessian).all() or not hessian.size:
+        free = np.flatnonzero(self.solution.point.free)
+        hessian = np.asarray(self.solution.point.hessian)[free[:, None], free]
+        if not hessian.size or not np.isfinite(hessian).all():
             return False
-        unit = self._units(np.asarray(hessian))
-        return bool(np.linalg.eigvalsh(hessian / np.outer(unit, unit))[0] < SUSPECT)
+        unit = self._units(hessian)
+        return bool(np.linalg.eigvalsh(hessian / (unit[:, None] * unit))[0] < SUSPECT)
 
     def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
         """Return standard errors of functions of (vech cov_re row by row, scale, theta).
@@ -781,9 +782,18 @@ def free_terms(
 
 def _is_interior(D: Any, noise: np.ndarray) -> bool:
     """Return whether no direction of the random effects is at the boundary."""
-    if not np.all(np.isfinite(D)):
+    # One end of a search is asked about several times.
+    return _is_interior_in((D / (noise[:, None] * noise)).tobytes())
+
+
+@lru_cache(maxsize=64)
+def _is_interior_in(units: bytes) -> bool:
+    """Return the same for D in units of the noise, (q, q)."""
+    flat = np.frombuffer(units)
+    if not np.isfinite(flat).all():
         return True  # nor anywhere else
-    return bool(np.linalg.eigvalsh(D / np.outer(noise, noise))[0] > BOUNDARY**2)
+    q = math.isqrt(len(flat))
+    return bool(np.linalg.eigvalsh(flat.reshape(q, q))[0] > BOUNDARY**2)
 
 
 def _step_off(

@@ -173,12 +173,14 @@ def constant(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) ->
 def to_first(direction: np.ndarray) -> np.ndarray:
     """Return orthogonal matrices (..., q, q) that take directions (..., q) to the first axis."""
     unit = direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+    there = np.all(np.abs(unit[..., 1:]) < 1e-8, axis=-1)[..., None, None]
+    if there.all():
+        return np.zeros(there.shape) + np.eye(unit.shape[-1])
     # Householder's reflection, the one that does not cancel, and a sign.
     sign = np.where(unit[..., :1] >= 0.0, 1.0, -1.0)
     v = unit + sign * np.eye(unit.shape[-1])[0]
     size = np.sum(v * v, axis=-1)[..., None, None]
     reflected = np.eye(unit.shape[-1]) - 2.0 * v[..., :, None] * v[..., None, :] / size
-    there = np.all(np.abs(unit[..., 1:]) < 1e-8, axis=-1)[..., None, None]
     return np.asarray(np.where(there, np.eye(unit.shape[-1]), -sign[..., None] * reflected))
 
 
