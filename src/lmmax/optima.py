@@ -57,7 +57,8 @@ def least_determined(root: np.ndarray, hessian: np.ndarray, constraints: Constra
     """
     movable = np.asarray(constraints.blocks) * (1.0 - np.asarray(constraints.held))
     rooted = constraints.rooted
-    basis = _symmetric_units((movable * np.outer(rooted, rooted)).tobytes(), len(movable))
+    free = movable * (rooted[:, None] * rooted)
+    basis, rows, columns = _symmetric_units(free.tobytes(), len(free))
     if not len(basis):
         return np.full(len(root), np.inf)
     profiled = hessian[:, :-1, :-1]
@@ -65,9 +66,10 @@ def least_determined(root: np.ndarray, hessian: np.ndarray, constraints: Constra
         cross = hessian[:, :-1, -1]
         corner = hessian[:, -1, -1][:, None, None]
         profiled = profiled - cross[:, :, None] * cross[:, None, :] / corner
-    rows, columns = np.tril_indices(len(movable))
     moved = (root[:, None] @ basis @ root[:, None].transpose(0, 1, 3, 2))[:, :, rows, columns]
     curvature = moved @ profiled @ moved.transpose(0, 2, 1)
+    if np.isfinite(curvature).all():
+        return np.linalg.eigvalsh(curvature)[:, 0]
     finite = np.isfinite(curvature).all(axis=(1, 2))
     return np.where(
         finite, np.linalg.eigvalsh(np.where(finite[:, None, None], curvature, 0.0))[:, 0], -np.inf
@@ -75,14 +77,17 @@ def least_determined(root: np.ndarray, hessian: np.ndarray, constraints: Constra
 
 
 @cache
-def _symmetric_units(free: bytes, q: int) -> np.ndarray:
-    """Return an orthonormal basis of the symmetric matrices with the given entries, (c, q, q)."""
+def _symmetric_units(free: bytes, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return an orthonormal basis of the symmetric matrices with the given entries, (c, q, q).
+
+    And rows and columns of the lower triangle, (k,) each.
+    """
     rows, columns = np.nonzero(np.tril(np.frombuffer(free).reshape(q, q)))
     basis = np.zeros((len(rows), q, q))
     size = np.where(rows == columns, 1.0, np.sqrt(0.5))
     basis[np.arange(len(rows)), rows, columns] = size
     basis[np.arange(len(rows)), columns, rows] = size
-    return basis
+    return basis, *np.tril_indices(q)
 
 
 def is_balanced(problem: Problem, constraints: Constraints) -> bool:

@@ -173,14 +173,12 @@ def constant(columns: np.ndarray, factor: Factor, weights: np.ndarray | None) ->
 def to_first(direction: np.ndarray) -> np.ndarray:
     """Return orthogonal matrices (..., q, q) that take directions (..., q) to the first axis."""
     unit = direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-    there = np.all(np.abs(unit[..., 1:]) < 1e-8, axis=-1)[..., None, None]
-    if there.all():
-        return np.zeros(there.shape) + np.eye(unit.shape[-1])
     # Householder's reflection, the one that does not cancel, and a sign.
     sign = np.where(unit[..., :1] >= 0.0, 1.0, -1.0)
     v = unit + sign * np.eye(unit.shape[-1])[0]
     size = np.sum(v * v, axis=-1)[..., None, None]
     reflected = np.eye(unit.shape[-1]) - 2.0 * v[..., :, None] * v[..., None, :] / size
+    there = np.all(np.abs(unit[..., 1:]) < 1e-8, axis=-1)[..., None, None]
     return np.asarray(np.where(there, np.eye(unit.shape[-1]), -sign[..., None] * reflected))
 
 
@@ -210,9 +208,11 @@ def random_factor(
         at = here.stop
         factor = column_factor(block, weights) if mix and block.shape[1] > 1 else None
         if factor is not None and len(factor.kept) == block.shape[1]:
-            ones = constant(block, factor, weights)
-            first = np.eye(block.shape[1]) if ones is None else to_first(factor.R @ ones)
-            A[here, here] = first @ factor.R / np.sqrt(n)
+            A[here, here] = factor.R / np.sqrt(n)
+            # An intercept is the first working column already.
+            ones = None if np.all(block[:, 0] == 1.0) else constant(block, factor, weights)
+            if ones is not None:
+                A[here, here] = to_first(factor.R @ ones) @ A[here, here]
         else:
             squares = block * block if weights is None else block * block * weights[:, None]
             A[here, here] = np.diag(np.sqrt(squares.sum(axis=0) / n))
