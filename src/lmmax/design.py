@@ -52,6 +52,7 @@ from .matrices import (
 )
 from .relationship import with_relationships
 from .spec import ModelSpec, RandomTerm
+from .terms import CodedTerms
 
 __all__ = [
     "DataError",

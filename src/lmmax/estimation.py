@@ -53,6 +53,8 @@ MAX_STEPS = {"newton": 100, "lbfgs": 3000}
 TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
 """Newton decrements that count as converged; squared distances to the optimum in standard errors.
 Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
+ENDS_TOL = 1e-8
+"""Newton decrement up to which searches from far away are followed."""
 RESTARTS = 5
 TOGETHER = 12
 """Most starts of one call of the compiled solver."""
@@ -522,9 +524,11 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
         return usual, []
     s = usual_log_scale(problem) if constraints.scale_free else float(point.s)
     theta = np.asarray(point.theta)
+    # Ends are told apart long before they are exact: the best one is, if it is another.
+    tol = max(ENDS_TOL, tolerance(problem) if search.settings.tol is None else search.settings.tol)
     # From far away L-BFGS is easily lost, and models that have so few parameters do not need it.
     found = replace(search, solver="newton").run(
-        [Start(np.diag(search.noise**2 * size), s, theta, 0) for size in sizes], far=True
+        [Start(np.diag(search.noise**2 * size), s, theta, 0) for size in sizes], far=True, tol=tol
     )
     ends = found.values[found.statuses == Status.CONVERGED].tolist()
     new = found.solution
