@@ -219,6 +219,9 @@ class Estimates:
         Rounding errors are no curvature.
         """
         point, columns, noise = self.solution.point, self.root_columns, self.noise**2
+        diagonal = np.abs(hessian.diagonal())
+        if diagonal.min(initial=np.inf) >= 1e-6 * point.at.hessian[-1, -1] * max(1.0, noise.min()):
+            return np.sqrt(diagonal)  # none of the floors below is higher than that
         size = np.maximum((np.asarray(point.root) ** 2).max(axis=1, initial=0.0), noise)
         n_groups = noise * point.at.hessian[-1, -1]
         few, r = n_groups.min(), len(columns)
@@ -226,7 +229,7 @@ class Estimates:
         floor[0] = few
         floor[1 : 1 + r * r] = np.repeat((n_groups / size)[columns], r)
         floor[1 + r * r :] = few / np.maximum(point.theta**2, 1.0)
-        return np.sqrt(np.maximum(np.abs(hessian.diagonal()), 1e-6 * floor[point.free > 0.0]))
+        return np.sqrt(np.maximum(diagonal, 1e-6 * floor[point.free > 0.0]))
 
     @property
     def suspect(self) -> bool:
