@@ -147,7 +147,9 @@ def build_design(
                 raise DataError(f"a column named {name!r} does not go with {what}=: rename it")
             frame[name] = side_column(values, what, table, frame.index)
             labels[name] = values if isinstance(values, str) else what
-    masks = missing_values(((labels.get(c, c), values) for c, values in frame.items()), frame.index)
+    masks = missing_values(
+        ((labels.get(str(c), c), values) for c, values in frame.items()), frame.index
+    )
     rows, dropped_by = complete_rows(masks, missing)
     frame = frame[rows] if dropped_by else frame
 
