@@ -21,7 +21,7 @@ from ..levels import Grouping
 from ..matrices import Design, NewDesign, RandomBlock
 from ..spec import ModelSpec, RandomTerm
 from ..terms import CodedTerms, Coding, Element, Term
-from .files import whole
+from ..files import whole
 from .selection import structure_of
 
 FORMAT, VERSION = "lmmax sufficient statistics", 1

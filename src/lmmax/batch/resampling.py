@@ -33,7 +33,7 @@ from .exchange import (
     exchange_of,
     independent_blocks,
 )
-from .files import whole
+from ..files import whole
 from .progress import progress_bar
 from .reading import CANDIDATES, block_size, check_chunk, lent
 from .replicates import BLOCK, Model, Tester, drawer

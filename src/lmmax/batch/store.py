@@ -25,7 +25,7 @@ import numpy as np
 
 from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Record
-from .files import partial_beside, whole
+from ..files import partial_beside, whole
 from .seals import DIGEST, NAMES, Names, fingerprint_names, seal_of, sealed, work_of
 
 FORMAT = 3
