@@ -28,6 +28,10 @@ class ArchiveError(ValueError):
     """A file that is not what was to be read, or is damaged; the message says which."""
 
 
+class MissingObjectError(ArchiveError):
+    """A file that needs what is the reader's own; the message says what."""
+
+
 class NoArchiveError(ArchiveError):
     """A file of another kind."""
 

@@ -783,8 +783,8 @@ def load(
         path: the file.
         objects: by name, what is not data and therefore not in the file: functions that were given
             in `context=`, and your own classes of covariance structures.
-        allow_pickle: read files of earlier versions of lmmax, which are pickles: such a file can run
-            anything, so open only those that you trust.
+        allow_pickle: read files of earlier versions of lmmax, which are pickles: such a file can
+            run anything, so open only those that you trust.
 
     Raises:
         ArchiveError: a ValueError, if the file does not hold a fit of this library, is damaged, or

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from .archive import ArchiveError
+from .archive import ArchiveError, MissingObjectError
 
 T = TypeVar("T")
 
@@ -61,8 +61,22 @@ def classes() -> dict[str, type]:
     from formulaic.parser.types import Factor, Term, Token
     from formulaic.transforms import contrasts
 
-    from . import arrays, compress, constraints, covariances, design, encoding, estimation
-    from . import identifiability, levels, matrices, results, solve, spec, terms
+    from . import (
+        arrays,
+        compress,
+        constraints,
+        covariances,
+        design,
+        encoding,
+        estimation,
+        identifiability,
+        levels,
+        matrices,
+        results,
+        solve,
+        spec,
+        terms,
+    )
     from .compress import columns, crossed, grouped, iterative, nested, scaling
     from .compress.layout import Engine, FactorColumns, Layout
     from .iterative import evaluation, exact, solution, traces
@@ -224,7 +238,7 @@ class Writer:
         Raises:
             ArchiveError: for what is not data.
         """
-        if value is None or isinstance(value, bool | str) and type(value) in (bool, str):
+        if value is None or (isinstance(value, bool | str) and type(value) in (bool, str)):
             return value
         if type(value) is int:
             return value
@@ -249,7 +263,9 @@ class Writer:
         if kind is tuple:
             return {"tuple": self.describe(list(value), where)}
         if isinstance(value, Mapping) and not isinstance(value, type):
-            pairs = [[self.describe(k), self.describe(v, f"{where}[{k!r}]")] for k, v in value.items()]
+            pairs = [
+                [self.describe(k), self.describe(v, f"{where}[{k!r}]")] for k, v in value.items()
+            ]
             return {"mapping": pairs}
         if isinstance(value, set | frozenset):
             return {"set": [self.describe(each) for each in sorted(value, key=repr)]}
@@ -511,7 +527,7 @@ class Reader:
         """Return a class of the user's."""
         kind = self._objects.get(name)
         if kind is None:
-            raise ArchiveError(
+            raise MissingObjectError(
                 f"{self._file} needs the class {name!r}, which is not part of lmmax and is never "
                 f"looked for: pass it, objects={{{name!r}: {name}}}"
             )

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from ..covariances import Covariance
+from ..files import whole
 from ..frames import DataError
 from ..levels import Grouping
 from ..matrices import Design, NewDesign, RandomBlock
 from ..spec import ModelSpec, RandomTerm
 from ..terms import CodedTerms, Coding, Element, Term
-from ..files import whole
 from .selection import structure_of
 
 FORMAT, VERSION = "lmmax sufficient statistics", 1

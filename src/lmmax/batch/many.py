@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..archive import ArchiveError
 from ..constraints import Settings
 from ..fit import IdentifiabilityWarning, check_reml
 from ..spec import ModelSpec
@@ -22,7 +23,8 @@ from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
 from .progress import progress_bar
 from .reading import begin, block_size, check_chunk
-from .result import BatchFit, hypotheses, read_again
+from .result import BatchFit, hypotheses
+from .saved import to_bytes
 from .seals import fingerprint, parts_of
 from .sources import Chunks, Columns, identity, total
 from .store import FORMAT, Store, StoredRecord, StoreError, fields_of, store_at
@@ -261,8 +263,12 @@ def _finished(batch: BatchFit, store: Store) -> BatchFit:
     """Keep in the store what reads its results back, the responses left out."""
     trouble = ""
     if share()[0] == 0:
-        kept = replace(batch, source=read_again(batch.source))
-        trouble = store.finish(batch.names, kept)
+        try:
+            content = to_bytes(batch)
+        except ArchiveError as error:
+            trouble = str(error)
+        else:
+            store.finish(batch.names, content)
     wait()
     if trouble:
         note = f"BatchFit.open cannot read the results back: {trouble}"

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..design import DataError
+from ..files import whole
 from ..inference.denominator import HypothesisError
 from ..matrices import Design
 from ..simulate import check_count, check_seed, generator
@@ -33,7 +34,6 @@ from .exchange import (
     exchange_of,
     independent_blocks,
 )
-from ..files import whole
 from .progress import progress_bar
 from .reading import CANDIDATES, block_size, check_chunk, lent
 from .replicates import BLOCK, Model, Tester, drawer
