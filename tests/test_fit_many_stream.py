@@ -127,9 +127,9 @@ def test_results_are_read_back_without_the_responses(
     pd.testing.assert_frame_equal(found.frame(), plain.frame())
     pd.testing.assert_frame_equal(found.variances, plain.variances)
     assert (str(found), found.notes) == (str(plain), plain.notes)
-    found.save(tmp_path / "one.pickle")
+    found.save(tmp_path / "one.lmmax")
     shutil.rmtree(moved)
-    equal(lmmax.BatchFit.load(tmp_path / "one.pickle").record, plain.record)
+    equal(lmmax.BatchFit.load(tmp_path / "one.lmmax").record, plain.record)
     with pytest.raises(StoreError, match="holds no results of fit_many"):
         lmmax.BatchFit.open(moved)
 
@@ -141,7 +141,7 @@ def test_a_file_of_responses_is_read_again(y: np.ndarray, tmp_path: Path) -> Non
     streaming.fit("intercept", y[:, :3], out=tmp_path / "out", resume=True)
     with pytest.raises(lmmax.DataError, match="the responses were not kept"):
         lmmax.BatchFit.open(tmp_path / "out")[2]
-    (tmp_path / "out" / "batch.pickle").unlink()
+    (tmp_path / "out" / "batch.npz").unlink()
     with pytest.raises(StoreError, match=r"is not finished: fit_many\(\.\.\., out=, resume=True"):
         lmmax.BatchFit.open(tmp_path / "out")
     (tmp_path / "out" / "chunk-000000000000.parquet").unlink()

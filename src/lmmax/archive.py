@@ -105,20 +105,21 @@ def is_archive(path: str | Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def refuse_pickle(path: str | Path, function: str) -> None:
+def refuse_pickle(path: str | Path, what: str, function: str) -> None:
     """Raise if a file begins as those do that earlier versions of lmmax wrote.
 
     Args:
         path: the file.
+        what: such a file holds.
         function: what reads it if told to.
     """
     with open(path, "rb") as file:
         head = file.read(2)
     if len(head) == 2 and head[0] == 0x80 and head[1] <= 5:
         raise ArchiveError(
-            f"{str(path)!r} is a pickle, as earlier versions of lmmax saved results, which "
-            f"can run anything when it is read: if you trust where it comes from, "
-            f"{function}(path, allow_pickle=True) reads it; save it again to have a file of data"
+            f"{str(path)!r} is not a {what}, but a pickle, as earlier versions wrote: it can run "
+            f"anything when it is read. If you trust where it comes from, {function}(path, "
+            "allow_pickle=True) reads it; saved again, it is a file of data"
         )
 
 

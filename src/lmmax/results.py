@@ -36,7 +36,7 @@ from .solve import Status, is_optimal
 if TYPE_CHECKING:
     from .summary import Summary
 
-FORMAT, VERSION = "lmmax fit", 1
+FORMAT, VERSION, WHAT = "lmmax fit", 1, "saved lmmax fit"
 """Of the files that fits are saved to."""
 
 MESSAGES = {
@@ -795,8 +795,8 @@ def load(
     if allow_pickle and not is_archive(path):
         return pickled(path, Fit)
     try:
-        about, arrays = read(path, FORMAT, VERSION, "saved lmmax fit")
+        about, arrays = read(path, FORMAT, VERSION, WHAT)
     except NoArchiveError:
-        refuse_pickle(path, "lmmax.load")
+        refuse_pickle(path, WHAT, "lmmax.load")
         raise
     return Reader(classes(), arrays, objects, repr(str(path))).read(about["fit"], Fit)

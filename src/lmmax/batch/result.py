@@ -336,7 +336,7 @@ class BatchFit:
         table = every.quantile([0.0, 0.25, 0.5, 0.75, 1.0]).T
         table.columns = pd.Index(["min", "25%", "median", "75%", "max"])
         p = self.pvalues[self.converged]
-        table["p < 0.05"] = (p < 0.05).mean().reindex(table.index)
+        table["share p < 0.05"] = (p < 0.05).mean().reindex(table.index)
         return table
 
     def _lines(self) -> list[str]:

@@ -23,7 +23,7 @@ from .store import Field, Store, StoredRecord, StoreError, store_at
 from .subsets import Subsets
 from .varied import Varied
 
-FORMAT, VERSION = "lmmax batch", 1
+FORMAT, VERSION, WHAT = "lmmax batch", 1, "saved batch of fits"
 """Of the files that batches are saved to."""
 
 
@@ -88,9 +88,9 @@ def read(path: str | Path, objects: Mapping[str, Any] | None, allow_pickle: bool
     if allow_pickle and not archive.is_archive(path):
         return archive.pickled(path, BatchFit)
     try:
-        about, arrays = archive.read(path, FORMAT, VERSION, "saved batch of fits")
+        about, arrays = archive.read(path, FORMAT, VERSION, WHAT)
     except archive.NoArchiveError:
-        archive.refuse_pickle(path, "lmmax.BatchFit.load")
+        archive.refuse_pickle(path, WHAT, "lmmax.BatchFit.load")
         raise
     reader = saved.Reader(classes(), arrays, objects, repr(str(path)))
     return _whole(reader.read(about.get("batch"), BatchFit))
@@ -107,7 +107,7 @@ def opened(path: Path, objects: Mapping[str, Any] | None, allow_pickle: bool) ->
             raise
         return _unpickled(path, store, pickled)
     try:
-        about, arrays = archive.read(BytesIO(content), FORMAT, VERSION, "batch of fits")
+        about, arrays = archive.read(BytesIO(content), FORMAT, VERSION, WHAT)
         reader = saved.Reader(classes(), arrays, objects, repr(str(path)))
         found = reader.read(about.get("batch"), BatchFit)
         kept = reader.read(about.get("stored"), dict)

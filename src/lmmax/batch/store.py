@@ -823,15 +823,12 @@ def _difference(differs: list[str], before: dict[str, Any], now: dict[str, Any])
     parts = []
     for key in differs:
         what = _WHAT.get(key, key)
-        shown = key in ("formula", "responses", "chunk", "settings")
-        if shown and key in before:
-            parts.append(f"{what}, which was {before[key]} and is {now[key]}")
-        else:
-            parts.append(what)
+        if key in ("formula", "responses", "chunk", "settings") and key in before:
+            what += f", which was {before[key]} and is {now[key]}"
+        parts.append(what)
     own = differs == ["chunk"] and "chunk" in before
     again = f"pass chunk={before['chunk']}" if own else "go on with what it was begun with"
-    verb = "differs" if len(parts) == 1 else "differ"
-    return f"{'; '.join(parts)} {verb}: {again}, or use another directory"
+    return f"{', '.join(differs)} differ ({'; '.join(parts)}): {again}, or use another directory"
 
 
 def _check_format(here: str, description: dict[str, Any]) -> None:
