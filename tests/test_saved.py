@@ -254,7 +254,7 @@ def test_every_damage_is_noticed(tmp_path: Path, fitted: dict[str, Fit]) -> None
     content = path.read_bytes()
     reference = fitted["crossed"]
     rng = np.random.default_rng(0)
-    for trial in range(150):
+    for trial in range(90):
         changed = bytearray(content)
         if trial % 3 == 0:
             changed = changed[: rng.integers(len(content))]
@@ -277,7 +277,7 @@ def test_a_file_that_was_made_up_is_refused(tmp_path: Path, fitted: dict[str, Fi
     text = content["description"].tobytes()
     content["description"] = np.frombuffer(text.replace(b'"CONVERGED"', b'"Converged"'), np.uint8)
     np.savez(path.with_suffix(".npz"), **content)
-    with pytest.raises(ArchiveError, match="does not have the hash|do not have the hash"):
+    with pytest.raises(ArchiveError, match="do not have the hash"):
         lmmax.load(path.with_suffix(".npz"))
     reader = saved.Reader(saved.classes(), {}, None, "'file'")
     for made in (
@@ -350,7 +350,7 @@ def test_responses_are_handed_to_results_again(tmp_path: Path) -> None:
         assert found["v"].llf == batch["v"].llf
     with pytest.raises(lmmax.DataError, match="there are 2 responses, and results of 3"):
         lmmax.BatchFit.open(tmp_path / "out", responses=y[:, :2])
-    with pytest.raises(lmmax.DataError, match="put the responses in the order of batch.names"):
+    with pytest.raises(lmmax.DataError, match=r"put the responses in the order of batch\.names"):
         lmmax.BatchFit.open(tmp_path / "out", responses=frame[["v", "u", "w"]])
     with pytest.raises(lmmax.DataError, match="170 rows, data has 180"):
         lmmax.BatchFit.open(tmp_path / "out", responses=y[:170])

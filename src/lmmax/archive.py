@@ -10,6 +10,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -77,7 +78,11 @@ def read(
     if isinstance(file, str | Path) and not is_archive(file):
         raise NoArchiveError(f"{name} is not a {what}{remedy}")
     try:
-        with np.load(file, allow_pickle=False) as found:
+        # Opened here, since NumPy leaves damaged files open.
+        with (
+            open(file, "rb") if isinstance(file, str | Path) else nullcontext(file) as opened,
+            np.load(opened, allow_pickle=False) as found,
+        ):
             content = {each: found[each] for each in found.files}
         about = json.loads(content[DESCRIPTION].tobytes())
         known = about["format"] == kind
@@ -157,5 +162,6 @@ def _digest(content: Mapping[str, np.ndarray]) -> np.ndarray:
     for name in sorted(content):
         array = np.ascontiguousarray(content[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8) if array.size else b"")
+        if array.size:
+            digest.update(array.reshape(-1).view(np.uint8).data)
     return np.frombuffer(digest.digest(), dtype=np.uint8)

@@ -366,7 +366,7 @@ class Writer:
             stamps = values.astype("int64")
             return {"zoned": [self._array(np.asarray(stamps), where), str(dtype)]}
         if isinstance(dtype, pd.PeriodDtype):
-            return {"periods": [self._array(values.asi8, where), dtype.freq.freqstr]}
+            return {"periods": [self._array(values.asi8, where), str(dtype)[len("period[") : -1]]}
         if isinstance(dtype, pd.IntervalDtype):
             ends = [self.describe(values.left, where), self.describe(values.right, where)]
             return {"intervals": [*ends, values.closed]}
@@ -392,7 +392,8 @@ class Writer:
             return {"levels": levels, "codes": codes, "names": names}
         found = {"plain": self._values(index.array, where), "names": names}
         freq = getattr(index, "freqstr", None)
-        return found if freq is None else {**found, "freq": freq}
+        kept = freq is None or isinstance(index, pd.PeriodIndex)  # which has it by its type
+        return found if kept else {**found, "freq": freq}
 
 
 class _Described(dict[str, Any]):
@@ -451,7 +452,7 @@ class Reader:
             "scalar": lambda of: self._array(of)[()],
             "array": self._array,
             "missing": lambda of: {"NA": pd.NA, "NaT": pd.NaT}[of],
-            "period": lambda of: pd.Period._from_ordinal(of[0], of[1]),  # type: ignore[attr-defined]
+            "period": lambda of: pd.Period(ordinal=of[0], freq=of[1]),
             "interval": lambda of: pd.Interval(self.value(of[0]), self.value(of[1]), of[2]),
             "index": self._index,
             "series": self._series,
@@ -515,7 +516,7 @@ class Reader:
             parts = {**lacking, **parts}
         elif hasattr(kind, "_fields") or described.get("of") == "Term":
             return kind(**parts)
-        found = object.__new__(kind)
+        found: Any = object.__new__(kind)
         for name, part in parts.items():
             if not name.isidentifier() or name.startswith("__"):
                 raise ArchiveError(f"{self._file} is damaged: {name!r} is no field")
@@ -539,7 +540,7 @@ class Reader:
         """Return the values of fields that a file of an earlier version lacks."""
         from formulaic.transforms.contrasts import Contrasts
 
-        known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+        known = {field.name: field for field in fields(kind)}
         strange = sorted(set(parts) - set(known))
         if strange and kind in self._known.values() and not issubclass(kind, Contrasts):
             raise ArchiveError(
@@ -573,6 +574,7 @@ class Reader:
 
     def _values(self, described: dict[str, Any]) -> Any:
         ((form, of),) = described.items()
+        dtype: Any
         if form == "numpy":
             return self._array(of)
         if form == "categories":
@@ -583,7 +585,8 @@ class Reader:
             stamps = self._array(of[0]).view(f"M8[{dtype.unit}]")
             return pd.DatetimeIndex(stamps).tz_localize("UTC").tz_convert(dtype.tz).array
         if form == "periods":
-            return pd.PeriodIndex.from_ordinals(self._array(of[0]), freq=of[1]).array
+            periods: Any = pd.PeriodIndex
+            return periods.from_ordinals(self._array(of[0]), freq=of[1]).array
         if form == "intervals":
             ends = self.value(of[0]), self.value(of[1])
             return pd.arrays.IntervalArray.from_arrays(*ends, closed=of[2])
@@ -601,15 +604,16 @@ class Reader:
     def _index(self, of: dict[str, Any]) -> pd.Index:
         names = [self.value(name) for name in of["names"]]
         if "range" in of:
-            return pd.RangeIndex(*of["range"], name=names[0])
+            start, stop, step = of["range"]
+            return pd.RangeIndex(start, stop, step, name=names[0])
         if "levels" in of:
-            levels = [self._index(level) for level in of["levels"]]
-            codes = [self._array(code) for code in of["codes"]]
+            levels: Any = [self._index(level) for level in of["levels"]]
+            codes: Any = [self._array(code) for code in of["codes"]]
             return pd.MultiIndex(levels=levels, codes=codes, names=names)
         values = self._values(of["plain"])
-        found = pd.Index(values, dtype=values.dtype, name=names[0])
+        found: Any = pd.Index(values, dtype=values.dtype, name=names[0])
         if "freq" in of:
-            found.freq = of["freq"]  # type: ignore[attr-defined]
+            found.freq = of["freq"]
         return found
 
     def _series(self, of: list[Any]) -> pd.Series:

@@ -168,7 +168,7 @@ def _as_data(source: Source) -> Source:
             return replace(source, values=None)
         return source if isinstance(source.values, np.ndarray | pd.DataFrame) else _not_kept(source)
     if isinstance(source, Varied):
-        parts = [part if part is None else _as_data(part) for part in source.parts]
+        parts: list[Any] = [part if part is None else _as_data(part) for part in source.parts]
         if any(isinstance(part, NotKept) for part in parts):
             return NotKept()
         y, offset, x, weights = parts
@@ -183,11 +183,12 @@ def _whole(batch: BatchFit) -> BatchFit:
         if isinstance(source, Columns):
             source = reopened(source)
         elif isinstance(source, Varied):
-            y, offset, x, weights = (part and reopened(part) for part in source.parts)
+            parts: list[Any] = [part and reopened(part) for part in source.parts]
+            y, offset, x, weights = parts
             source = replace(source, y=y, offset=offset, x=x, weights=weights)
     except (OSError, ValueError) as error:
-        rows = (source.rows, None) if isinstance(source, Columns) else (None, None)
-        source = NotKept(*rows, why=f"{type(error).__name__}: {error}")
+        rows = source.rows if isinstance(source, Columns) else None
+        source = NotKept(rows, why=f"{type(error).__name__}: {error}")
     return replace(batch, source=source)
 
 
@@ -199,7 +200,7 @@ def with_responses(batch: BatchFit, responses: Any) -> BatchFit:
     """
     from .sources import columns
 
-    source = batch.source
+    source: Any = batch.source
     if isinstance(source, Subsets | Varied) or getattr(source, "rows", None) is None:
         raise DataError(
             "responses= goes with the results of one model for many responses; of subsets, and of "
