@@ -524,3 +524,23 @@ def test_results_do_not_depend_on_the_number_of_devices(tmp_path: Path) -> None:
                 atol = 1e-9 if field == "gradient" else 1e-12
                 name = f"{model}.{field}"
                 np.testing.assert_allclose(found[name], one[name], 1e-12, atol, err_msg=name)
+
+
+def test_forked_processes_are_refused(y: np.ndarray) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as forked:
+        with pytest.raises(ValueError, match=r"by fork.*get_context\(\"spawn\"\)"):
+            streaming.fit("intercept", y, executor=forked)
+        assert not forked._processes
+
+    class Own:
+        """An executor of one's own."""
+
+        def submit(self, call: Any, *given: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(call, *given)
+
+    own: Any = Own()
+    equal(
+        streaming.fit("intercept", y[:, :20], executor=own).record,
+        streaming.fit("intercept", y[:, :20]).record,
+    )

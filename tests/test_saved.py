@@ -96,7 +96,7 @@ OBJECTS = {"double": double, "Proportional": Proportional}
 FITS: dict[str, Callable[[], Fit]] = {
     "poly": lambda: lmmax.fit("Reaction ~ poly(Days, 2) + (1 + Days | Subject)", SLEEP),
     "splines": lambda: lmmax.fit(
-        "Reaction ~ bs(Days, df=4) + f:cr(k, df=3) + center(k) + (1 | Subject)", SLEEP
+        "Reaction ~ bs(Days, df=3) * f + cr(k, df=2) + (1 | Subject)", SLEEP
     ),
     "contrasts": lambda: lmmax.fit(
         "Reaction ~ C(f, contr.treatment('b')) * v + scale(Days) + (1 | Subject)",
@@ -115,7 +115,7 @@ FITS: dict[str, Callable[[], Fit]] = {
     "nested": lambda: lmmax.fit(
         "Reaction ~ double(Days) + (1 | Subject/f)", SLEEP, context=OBJECTS
     ),
-    "crossed": lambda: lmmax.fit("Reaction ~ Days + (1 | Subject) + (1 | f)", SLEEP),
+    "crossed": lambda: lmmax.fit("Reaction ~ center(Days) + (1 | Subject) + (1 | f)", SLEEP),
     "iterative": lambda: lmmax.fit(
         "Reaction ~ Days + (1 | Subject) + (1 | k)", SLEEP, engine="iterative"
     ),
