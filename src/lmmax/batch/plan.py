@@ -98,6 +98,7 @@ class Plan:
     def __str__(self) -> str:
         free = "" if self.free_bytes is None else f"; {_size(self.free_bytes)} are free"
         each = f" and {_size(self.worker_bytes)} in each worker" if self.worker_bytes else ""
+        compiling = f", compiling {self.compile_seconds:.3g} s" if self.compile_seconds else ""
         spread = [f"{self.workers} workers"] * (self.workers > 1)
         spread += [f"{self.devices} devices"] * (self.devices > 1)
         return "\n".join(
@@ -109,8 +110,7 @@ class Plan:
                 f"memory: {_size(self.peak_bytes)} at the peak{each}, of which "
                 f"{_size(self.result_bytes)} are results{free}",
                 f"time:   {self.seconds:.3g} s, {self.rate:,.0f} responses a second "
-                f"(reading {self.read_seconds:.3g} s, fitting {self.fit_seconds:.3g} s, "
-                f"compiling {self.compile_seconds:.3g} s; "
+                f"(reading {self.read_seconds:.3g} s, fitting {self.fit_seconds:.3g} s{compiling}; "
                 f"by a pilot of {self.pilot})",
             ]
         )

@@ -823,7 +823,13 @@ def _difference(differs: list[str], before: dict[str, Any], now: dict[str, Any])
     parts = []
     for key in differs:
         what = _WHAT.get(key, key)
-        if key in ("formula", "responses", "chunk", "settings") and key in before:
+        if key == "settings":
+            was, here = (
+                str(of.get(key, "")).strip("Settings()").split(", ") for of in (before, now)
+            )
+            what += f": {', '.join(x for x in was if x not in here)} is now "
+            what += ", ".join(x for x in here if x not in was)
+        elif key in ("formula", "responses", "chunk") and key in before:
             what += f", which was {before[key]} and is {now[key]}"
         parts.append(what)
     own = differs == ["chunk"] and "chunk" in before
