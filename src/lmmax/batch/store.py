@@ -825,7 +825,8 @@ def _difference(differs: list[str], before: dict[str, Any], now: dict[str, Any])
         what = _WHAT.get(key, key)
         if key == "settings":
             was, here = (
-                str(of.get(key, "")).strip("Settings()").split(", ") for of in (before, now)
+                str(of.get(key, "")).removeprefix("Settings(").removesuffix(")").split(", ")
+                for of in (before, now)
             )
             what += f": {', '.join(x for x in was if x not in here)} is now "
             what += ", ".join(x for x in here if x not in was)
