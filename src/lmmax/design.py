@@ -102,7 +102,7 @@ def build_design(
             number) count as missing and are reported by a warning.
         context: names that formulas may use besides the columns, for instance functions of your
             own. `np`, formulaic's transforms and common functions are always there; variables of
-            the calling code are not. A design with functions in it pickles if they do.
+            the calling code are not.
         relmat: by name of a grouping factor, the known relationship matrix of its levels, as of
             animals with common ancestors: a DataFrame with the levels as index and columns,
             symmetric and positive semidefinite. Effects of levels i and j then have covariance
