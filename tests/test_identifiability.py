@@ -164,6 +164,21 @@ def test_what_is_asked_of_a_flat_fit(data: pd.DataFrame) -> None:
     assert wald.iloc[2:4].isna().all(axis=None) and wald.iloc[[0, 1, 4]].notna().all(axis=None)
 
 
+def test_robust_errors_of_a_flat_fit(data: pd.DataFrame) -> None:
+    with pytest.warns(Unknown):
+        fit = lmmax.fit("y ~ x + arm + (1 | arm)", data)
+    robust = lmmax.robust(fit)
+    assert robust.bse[["Intercept", "arm[T.R]"]].isna().all() and np.isfinite(robust.bse["x"])
+    assert np.isnan(robust.wald_test("x, arm[T.R]").pvalue)
+    assert "not identified" in str(robust)
+    # The others are those of the model without the variance that nothing is known about.
+    held = lmmax.fit("y ~ x + arm + (1 | arm)", data, fix={"cov_re": [[1.0]]})
+    plain = lmmax.robust(held)
+    np.testing.assert_allclose(robust.cov.loc["x", "x"], plain.cov.loc["x", "x"], rtol=1e-8)
+    joint = lmmax.sandwich(fit)
+    assert joint.loc["Intercept"].isna().all() and np.isfinite(joint.loc["x", "x"])
+
+
 @pytest.mark.parametrize("reml", [True, False])
 def test_many_fits_are_as_flat_as_single_ones(data: pd.DataFrame, reml: bool) -> None:
     responses = data[["y", "z"]]

@@ -219,8 +219,18 @@ def test_fixing_at_the_estimates_changes_nothing(data: pd.DataFrame, plain: lmma
         {"scale": plain.scale},
         {"cov_re": plain.cov_re, "scale": plain.scale},
         {"cov_re": {"(1 + x | g)": plain.cov_re}},
+        # Frames count by their labels, whatever the order.
+        {"cov_re": plain.cov_re.iloc[::-1, ::-1]},
+        {"cov_re": {"(1 + x | g)": plain.cov_re.iloc[:, ::-1]}},
     ):
         assert_same_optimum(lmmax.fit(FORMULA, data, fix=fix), plain)
+
+
+def test_labels_of_a_start_count(data: pd.DataFrame, plain: lmmax.Fit) -> None:
+    turned = {"cov_re": plain.cov_re.iloc[::-1, ::-1], "scale": plain.scale}
+    fit = lmmax.fit(FORMULA, data, start=turned)
+    assert_same_optimum(fit, plain)
+    assert fit.convergence.steps < plain.convergence.steps
 
 
 @pytest.mark.parametrize("solver", ["newton", "lbfgs"])
@@ -257,6 +267,11 @@ def test_scale_fixed_far_above_the_data_is_singular(data: pd.DataFrame) -> None:
         (TERMS, {"cov_re": {"(0 + x | g)": np.eye(2)}}, r"x \| g\)'\] must be a 1 x 1 matrix"),
         (TERMS, {"cov_re": COV}, "covariances between effects that .* uncorrelated"),
         (DIAGONAL, {"cov_re": COV}, "covariances between effects that .* uncorrelated"),
+        (
+            FORMULA,
+            {"cov_re": pd.DataFrame(np.eye(2), index=["Intercept", "x"], columns=["x", "z"])},
+            "the columns of fix.* are labelled 'x', 'z', but the random effects are 'Inter",
+        ),
         (FORMULA, [1.0], r"fix=\[1.0\] must be a mapping"),
         (FORMULA, 3, "fix=3 must be a mapping"),
     ],

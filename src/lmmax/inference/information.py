@@ -153,7 +153,11 @@ def joint_covariance(fit: Fit, kind: str = "observed", parameters: str = "natura
     """
     as_fit(fit)
     found = joint_information(fit, kind, parameters)
-    covariance = found.in_user_units(found.inverse.covariance)
+    return as_identified(fit, found.in_user_units(found.inverse.covariance))
+
+
+def as_identified(fit: Fit, covariance: pd.DataFrame) -> pd.DataFrame:
+    """Return a joint covariance, NaN for coefficients that depend on what is not identified."""
     if fit.unidentified is not None:
         hidden = np.zeros(len(covariance), dtype=bool)
         p = len(fit.estimates.beta)

@@ -43,6 +43,7 @@ from .tree import Levels, inverse_root_nodes
 from .wald import ContrastTable, WaldTest, coefficient_table, linear_hypotheses
 
 if TYPE_CHECKING:
+    from ..identifiability import Unidentified
     from ..results import Fit
 
 TYPES = ("CR0", "CR1", "CR1p", "CR1S", "CR2", "CR3")
@@ -80,11 +81,24 @@ class ClusterRobust(Denominator):
     """
 
     def __init__(
-        self, method: str, to_x: np.ndarray, cov_x: np.ndarray, n_clusters: int, moments: Moments
+        self,
+        method: str,
+        to_x: np.ndarray,
+        cov_x: np.ndarray,
+        n_clusters: int,
+        moments: Moments,
+        unidentified: Unidentified | None = None,
     ) -> None:
-        """Take the covariance and its moments."""
+        """Take the covariance and its moments, and what the data do not tell apart."""
         self.method, self.to_x, self.cov_x = method, to_x, cov_x
-        self.n_clusters, self.moments = n_clusters, moments
+        self.n_clusters, self.moments, self.unidentified = n_clusters, moments, unidentified
+
+    def errors(self, L: np.ndarray) -> np.ndarray:
+        """See :class:`Denominator`; NaN where estimates depend on what is not identified."""
+        found = super().errors(L)
+        if self.unidentified is None:
+            return found
+        return np.where(self.unidentified.concerns(L), np.nan, found)
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """Return Satterthwaite's degrees of freedom of each contrast on its own, (r,)."""
@@ -114,6 +128,8 @@ class ClusterRobust(Denominator):
         Raises:
             HypothesisError: if there are more hypotheses than the clusters can test, too.
         """
+        if self.unidentified is not None and self.unidentified.concerns_jointly(L):
+            return float("nan")
         found = super().wald(L, difference)
         if np.isnan(found) and np.isfinite(self.cov_x).all():
             raise HypothesisError(
@@ -157,6 +173,9 @@ class RobustCovariance:
         names = self.params.index
         values = np.full((len(names), len(names)), np.nan)
         values[np.ix_(self.kept, self.kept)] = self.tests.cov
+        if self.tests.unidentified is not None:
+            hidden = self.kept[self.tests.unidentified.concerns(np.eye(len(self.kept)))]
+            values[hidden, :] = values[:, hidden] = np.nan
         return pd.DataFrame(values, index=names, columns=names)
 
     @cached_property
@@ -332,7 +351,9 @@ def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance
             f"coefficients that one cluster of {clusters.name} alone decides ({shown}{more}) have "
             "no adjustment for it; their standard errors are too small",
         )
-    tests = ClusterRobust(type, root, factor * (scores.T @ scores), m, moments)
+    if fit.unidentified is not None and fit.unidentified.concerns(np.eye(len(root))).any():
+        notes += (f"{fit.unidentified}; coefficients that depend on it have no standard error",)
+    tests = ClusterRobust(type, root, factor * (scores.T @ scores), m, moments, fit.unidentified)
     return RobustCovariance(type, clusters.name, fit.params, fit.layout.fixed.kept, tests, notes)
 
 

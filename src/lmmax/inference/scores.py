@@ -28,7 +28,7 @@ import pandas as pd
 from ..parameters import pack_triangle
 from .arguments import as_fit
 from .clusters import Batch, Clusters, batches, factor_roots, find_clusters, principal_axes
-from .information import joint_information
+from .information import as_identified, joint_information
 from .tree import Levels
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def sandwich(fit: Fit, cluster: Any = None) -> pd.DataFrame:
         cluster: as in :func:`lmmax.robust`.
 
     Returns:
-        A square data frame with the parameters of :func:`lmmax.joint_covariance`.
+        A square data frame with the parameters of :func:`lmmax.joint_covariance`; NaN for those
+        that the data do not identify, and for coefficients that depend on them.
 
     Raises:
         ClusterError: as :func:`scores`.
@@ -111,7 +112,7 @@ def sandwich(fit: Fit, cluster: Any = None) -> pd.DataFrame:
     of_beta = np.linalg.solve(found.white, parts.beta.T).T
     values = np.hstack([of_beta, parts.of_entries(fit) @ fit.natural_parameters.steady.slope])
     half = found.inverse.covariance @ values.T
-    return found.in_user_units(half @ half.T)
+    return as_identified(fit, found.in_user_units(half @ half.T))
 
 
 def _contributions(fit: Fit, clusters: Clusters, restricted: bool) -> _Parts:
