@@ -566,7 +566,9 @@ def size_axes(constraints: Constraints, theta: Array, r: int) -> list[Array]:
         normal = sd.at[0].add(jnp.where(sd[0] < 0.0, -length, length))
         norm = jnp.sqrt(jnp.sum(normal**2))
         normal = jnp.where(norm > 0.0, normal / jnp.where(norm > 0.0, norm, 1.0), 0.0)
-        axes.append(jnp.zeros(1 + r * r + len(theta), theta.dtype).at[1 + r * r + places].set(normal))
+        axes.append(
+            jnp.zeros(1 + r * r + len(theta), theta.dtype).at[1 + r * r + places].set(normal)
+        )
     return axes
 
 
