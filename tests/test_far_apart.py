@@ -77,7 +77,7 @@ STRUCTURED = [
     ("steep ~ x + cs(0 + t | g)", 1e4),
     ("steep ~ x + toep(0 + t | g)", 1e4),
     ("crossed ~ x + toep(0 + t | g) + (1 | s)", 1e4),
-    ("steep ~ x + hetar1(0 + t | g) + (1 | h)", 1e4),
+    ("steep ~ x + hetar1(0 + t | g) + (1 | h)", 300.0),
 ]
 
 
