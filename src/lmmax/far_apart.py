@@ -225,9 +225,9 @@ def _closer(
     unsure = best.status is not Status.CONVERGED or len(distinct(estimates.ends)) > 1
     others: list[Guess | None] = [None] if unsure else []
     if strong:
-        others += [
-            end._replace(theta=theta) for theta in strong_starts(estimates.constraints, point.theta)
-        ]
+        theta = np.asarray(point.theta)
+        starts = strong_starts(estimates.constraints, theta)
+        others += [end._replace(theta=start) for start in starts]
     for start in others:
         other = estimate(again, terms, settings, start)
         converged = other.status is Status.CONVERGED, best.status is Status.CONVERGED
