@@ -71,6 +71,48 @@ def test_criterion_and_optimum_in_50_digits(formula, options, ratio):
     assert distance < 1e-6
 
 
+STRUCTURES = ("cs", "homcs", "ar1", "hetar1", "toep", "homtoep", "ou")
+STRUCTURED = [
+    *((f"y ~ x + {name}(0 + t | g)", ratio) for name in STRUCTURES for ratio in (10.0, 300.0, 1e4)),
+    ("steep ~ x + cs(0 + t | g)", 1e4),
+    ("steep ~ x + toep(0 + t | g)", 1e4),
+    ("crossed ~ x + toep(0 + t | g) + (1 | s)", 1e4),
+    ("steep ~ x + hetar1(0 + t | g) + (1 | h)", 300.0),
+]
+
+
+def steps(ratio: float, seed: int = 3) -> pd.DataFrame:
+    """Return the same data with steps in time in the place of cells."""
+    data = example(ratio, seed)
+    t = np.arange(48) // 8 % 3 + 1
+    # Trends of a group are proportional to its mean: standard deviations are far from equal.
+    group = data.groupby("g").y.transform("mean")
+    data["steep"] = data.y + 0.3 * t * group + 3.0 * ratio * np.linspace(-1.0, 1.0, 4)[data.h]
+    data["t"] = pd.Categorical(t, ordered=True)
+    return data
+
+
+@pytest.mark.parametrize(("formula", "ratio"), STRUCTURED)
+def test_structures_in_50_digits(formula, ratio):
+    fit = lmmax.fit(formula, steps(ratio), reml="toep" not in formula)
+    assert fit.converged
+    error, distance = exact.check(fit)
+    assert abs(error) < 1e-9
+    assert distance < 1e-4
+
+
+def test_responses_with_a_structure_of_which_the_first_is_near():
+    # The search from moderate correlations ends twelve units short.
+    data = steps(1.0)
+    formula = "crossed ~ x + toep(0 + t | g) + (1 | s)"
+    y = np.column_stack([steps(ratio).crossed for ratio in (1.0, 1e4)])
+    batch = lmmax.fit_many(formula, data, responses=y, reml=False)
+    assert batch.converged.all()
+    for column, llf in zip(y.T, batch.llf, strict=True):
+        fit = lmmax.fit(formula, data.assign(crossed=column), reml=False)
+        assert llf == pytest.approx(fit.llf, rel=1e-9)
+
+
 def test_coefficients_far_larger_than_the_effects():
     data = example(1e4)
     fit = lmmax.fit(CROSSED, data)

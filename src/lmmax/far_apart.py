@@ -115,7 +115,9 @@ def _is_unclear(found: Closer, terms: Sequence[TermColumns]) -> bool:
 def unclear_lanes(
     ends: Any, constraints: Constraints, terms: Sequence[TermColumns], n_obs: np.ndarray
 ) -> np.ndarray:
-    """Return the lanes that other coordinates would show more digits of.
+    """Return the lanes that other coordinates would show more digits of, or another optimum.
+
+    Structures may have correlations too close to one for a search to find.
 
     Args:
         ends: where the lanes ended, a :class:`lmmax.batch.solve.Ends`.
@@ -128,7 +130,8 @@ def unclear_lanes(
         [
             lane
             for lane in np.flatnonzero(far)
-            if ends.status[lane] != Status.CONVERGED
+            if constraints.structures
+            or ends.status[lane] != Status.CONVERGED
             or is_off_center(
                 ends.s[lane], ends.beta[lane], ends.beta_inverse[lane], float(n_obs[lane])
             )
@@ -223,7 +226,9 @@ def _closer(
     unsure = best.status is not Status.CONVERGED or len(distinct(estimates.ends)) > 1
     others: list[Guess | None] = [None] if unsure else []
     if strong:
-        others += [end._replace(theta=theta) for theta in _strong(estimates)]
+        theta = np.asarray(point.theta)
+        starts = strong_starts(estimates.constraints, theta)
+        others += [end._replace(theta=start) for start in starts]
     for start in others:
         other = estimate(again, terms, settings, start)
         converged = other.status is Status.CONVERGED, best.status is Status.CONVERGED
@@ -232,9 +237,13 @@ def _closer(
     return Closer(layout, again, best)
 
 
-def _strong(estimates: Estimates) -> list[np.ndarray]:
-    """Return parameters of the structures with correlations that are closer and closer to one."""
-    parts = estimates.constraints.structures
+def strong_starts(constraints: Constraints, theta: np.ndarray) -> list[np.ndarray]:
+    """Return parameters of the structures with correlations that are closer and closer to one.
+
+    Args:
+        constraints: what is free.
+        theta: the parameters where searches have ended, (..., k).
+    """
+    parts = constraints.structures
     is_sd = [part.covariance.is_sd(part.columns[1] - part.columns[0]) for part in parts]
-    theta = np.asarray(estimates.solution.point.theta)
     return [np.where(np.concatenate(is_sd), theta, strength) for strength in STRENGTHS]

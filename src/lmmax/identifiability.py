@@ -457,6 +457,11 @@ def unidentified(
     null = _null(of, at, rng)
     if not null.shape[1]:
         return None
+    if at.structures and theta is not None:
+        # Where correlations are within rounding of one, parameters only seem to move the same.
+        anywhere = directions(terms, layout, at.scale)
+        if not _null(of, anywhere, rng).shape[1]:
+            return None
     names = _involved(null, at, layout, _names(terms, effects, groups, at))
     mixed = null @ rng.standard_normal(null.shape[1])
     moved = np.array([of.along(at, mixed, column) for column in of.X.T]).reshape(-1, of.n).T

@@ -538,6 +538,48 @@ def bounded_step(
     return step, decrement, -(gradient @ step) - 0.5 * step @ hessian @ step
 
 
+def size_axes(constraints: Constraints, theta: Array, r: int) -> list[Array]:
+    """Return reflections that make the size of each structure's effects one coordinate.
+
+    Of levels of groups far apart, data tell the ratios of the standard deviations far more
+    precisely than their common size.  With one coordinate for each of them, damping by the diagonal
+    would freeze the size; as a coordinate of its own it is damped by its own curvature.
+
+    Args:
+        constraints: what moves.
+        theta: parameters of structures, (k,).
+        r: number of columns of the root that are coordinates.
+
+    Returns:
+        A unit vector (1 + r r + k,) for each structure with several standard deviations: that of
+        Householder's reflection of their direction onto the first of them.
+    """
+    axes = []
+    for part in constraints.structures:
+        is_sd = np.asarray(part.covariance.is_sd(part.columns[1] - part.columns[0]), dtype=bool)
+        places = np.flatnonzero(is_sd) + part.parameters[0]
+        if len(places) < 2:
+            continue
+        sd = theta[places]
+        length = jnp.sqrt(jnp.sum(sd**2))
+        # Away from the first entry's own direction, so that nothing cancels.
+        normal = sd.at[0].add(jnp.where(sd[0] < 0.0, -length, length))
+        norm = jnp.sqrt(jnp.sum(normal**2))
+        normal = jnp.where(norm > 0.0, normal / jnp.where(norm > 0.0, norm, 1.0), 0.0)
+        axes.append(
+            jnp.zeros(1 + r * r + len(theta), theta.dtype).at[1 + r * r + places].set(normal)
+        )
+    return axes
+
+
+def reflected(axes: list[Array], x: Array) -> Array:
+    """Return a vector, or a matrix on both sides, after the reflections of :func:`size_axes`."""
+    for axis in axes:
+        x = x - 2.0 * jnp.tensordot(axis, axis @ x, 0)
+        x = x if x.ndim == 1 else x - 2.0 * jnp.outer(x @ axis, axis)
+    return x
+
+
 class State(NamedTuple):
     """A solve by Newton's method under way.
 
@@ -763,7 +805,11 @@ def advance(
     accept, damping = judge(gain, state.predicted, state.damping, slack, finite, first)
     point = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
     size = jnp.sqrt(jnp.sum(point.root**2) + jnp.sum(point.theta**2))
-    step, decrement, predicted = bounded_step(point.gradient, point.hessian, damping, size)
+    axes = size_axes(constraints, point.theta, r)
+    step, decrement, predicted = bounded_step(
+        reflected(axes, point.gradient), reflected(axes, point.hessian), damping, size
+    )
+    step = reflected(axes, step)
 
     em = (state.evaluations < options.em_steps) & (decrement > NEAR)
     # Where rounding hides any further decrease, Newton has arrived if it has also stopped

@@ -16,10 +16,10 @@ import numpy as np
 from ..compress import EngineError, compress
 from ..constraints import Settings, read_constraints
 from ..estimation import Estimates, group_noise
-from ..far_apart import estimate_closely, is_far, is_off_center, needs_rows
+from ..far_apart import estimate_closely, is_far, is_off_center, needs_rows, strong_starts
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
-from ..solve import NEWTON_LIMIT, Constraints, Status, is_optimal, narrow
+from ..solve import NEWTON_LIMIT, Constraints, Status, better, is_optimal, narrow
 from . import factors
 from .factors import SharedFactors, shared_factors
 from .solve import (
@@ -181,6 +181,20 @@ class Solved(NamedTuple):
         for name in ("y_scale", "D"):
             getattr(self, name)[lanes] = getattr(new, name)
 
+    def improve(self, other: Solved) -> None:
+        """Put what another solve of the same lanes found in place where it is better."""
+        mine, theirs = self.estimates, other.estimates
+        won = np.flatnonzero(
+            better(-2.0 * theirs.llf, theirs.converged, -2.0 * mine.llf, mine.converged)
+        )
+        chosen = other._replace(
+            ends=other.ends.take(won),
+            estimates=theirs.take(won),
+            y_scale=other.y_scale[won],
+            D=other.D[won],
+        )
+        self.replaced(won, chosen)
+
     def parameter_covariance(self, lanes: np.ndarray) -> np.ndarray:
         """Return the covariance of the free entries of D and s of some lanes, (n, k, k)."""
         own, k = np.ix_(lanes, self.free, self.free), int(self.free.sum())
@@ -240,8 +254,16 @@ def solve_responses(
         y_far, moved = y[far], np.broadcast_to(moved, (len(y), len(fit.layout.fixed.kept)))[far]
         closer = shared.closer if isinstance(shared, SharedFactors) else shared
         found = solved.estimates.params[far][:, fit.layout.fixed.kept] @ fit.layout.fixed.R.T
-        start = solved.ends.take(far), solved.y_scale[far]
-        again = _solve_around(fit, closer, y_far, moved, found - moved, start, effort)
+
+        def around(ends: Ends) -> Solved:
+            onward = ends, solved.y_scale[far]
+            return _solve_around(fit, closer, y_far, moved, found - moved, onward, effort)
+
+        ends = solved.ends.take(far)
+        again = around(ends)
+        if fit.estimates.constraints.structures:
+            for theta in strong_starts(fit.estimates.constraints, ends.theta):
+                again.improve(around(ends._replace(theta=theta)))
         solved.replaced(far, again)
     return solved
 
@@ -280,12 +302,14 @@ def _solve_around(
 
 
 def _unclear(fit: Fit, shared: SharedDesigns | SharedFactors, solved: Solved) -> np.ndarray:
-    """Return the lanes of which other statistics would show more digits."""
+    """Return the lanes of which other statistics would show more digits, or another optimum."""
     ends, n_obs = solved.ends, float(fit.layout.n_obs)
     far = np.flatnonzero(is_far(ends.s, n_obs))
     if isinstance(shared, SharedFactors) and needs_rows(shared.layout, shared.compression):
         return far
     bounded = far[solved.estimates.status[far] != Status.UNBOUNDED]
+    if fit.estimates.constraints.structures:
+        return bounded
     off = [is_off_center(*lane, n_obs) for lane in _centers(ends, bounded)]
     return bounded[np.array(off, dtype=bool)]
 
