@@ -29,6 +29,7 @@ from .frames import (
     DataError,
     any_missing,
     as_table,
+    broadcast,
     check_finite,
     complete_rows,
     missing_values,
@@ -241,7 +242,7 @@ class _FormulaRecipe:
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""
         spec = self.spec
-        table = as_table(data)
+        table = broadcast(as_table(data))
         wanted = [bool(asked) and asked[spec.grouping_of(term)] for term in spec.random]
         terms = [term for term, want in zip(spec.random, wanted, strict=True) if want]
         factors = _factors(spec, terms, response=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import narwhals.stable.v1 as nw
 import numpy as np
 import pandas as pd
+
+from .options import Missing, choose
 
 __all__ = ["DataError"]
 
@@ -29,16 +31,51 @@ def as_table(data: Any) -> Table:
     """
     if isinstance(data, (pd.DataFrame, Mapping)):
         return data
+    if type(data).__module__ == "pyarrow.lib" and type(data).__name__ == "RecordBatch":
+        # One of the batches that tables consist of, whose columns narwhals does not read.
+        return dict(zip(data.schema.names, data.columns, strict=True))
     frame = nw.from_native(data, pass_through=True)
     if isinstance(frame, nw.DataFrame):
         return {name: frame.get_column(name) for name in frame.columns}
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("data is a lazy frame: pass data.collect()")
-    hint = "; for plain arrays use fit_arrays()" if isinstance(data, np.ndarray) else ""
+    hint = ""
+    if isinstance(data, np.ndarray):
+        hint = "; for plain arrays use fit_arrays()"
+        if data.dtype.names:
+            hint = "; for an array with named fields pass pandas.DataFrame.from_records(data)"
     raise TypeError(
         "data must be a pandas or polars DataFrame, a pyarrow Table or a dict of columns, not "
         f"{type(data).__name__}{hint}"
     )
+
+
+def broadcast(table: Table) -> Table:
+    """A mapping whose single values stand for every row, as `predict` takes it -> whole columns.
+
+    Text is a single value, and an array without dimensions; with single values only there is one
+    row.
+    """
+    if isinstance(table, pd.DataFrame):
+        return table
+    single = {name for name, values in table.items() if _is_single(values)}
+    if not single:
+        return table
+    n = n_rows({name: values for name, values in table.items() if name not in single}) or 1
+    labels = [
+        values.index for values in table.values() if isinstance(values, (pd.Series, pd.DataFrame))
+    ]
+    index = labels[0] if labels else None
+    return {
+        name: pd.Series([values] * n, index=index) if name in single else values
+        for name, values in table.items()
+    }
+
+
+def _is_single(values: Any) -> bool:
+    if isinstance(values, np.ndarray):
+        return values.ndim == 0
+    return isinstance(values, str | bytes) or not isinstance(values, Iterable)
 
 
 def n_rows(table: Table) -> int:
@@ -289,8 +326,7 @@ def complete_rows(
         DataError: if no row is complete, or `missing` is `"raise"` and there are masks.
         ValueError: for another `missing`.
     """
-    if missing not in ("drop", "raise"):
-        raise ValueError(f"missing={missing!r}: choose 'drop' or 'raise'")
+    missing = choose("missing", missing, get_args(Missing))
     if not masks:
         return slice(None), {}
     counts = {name: int(mask.sum()) for name, mask in masks.items()}

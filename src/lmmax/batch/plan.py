@@ -17,6 +17,7 @@ import pandas as pd
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import check_reml
+from ..rendering import paragraphs
 from ..spec import ModelSpec
 from .devices import n_devices
 from .reading import begin, block_size, check_chunk
@@ -37,7 +38,7 @@ class PlanError(ValueError):
     """The fits would not fit into memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What fits of one model to many responses will need; made by :func:`lmmax.plan`.
 
@@ -109,6 +110,12 @@ class Plan:
                 f"by a pilot of {self.pilot})",
             ]
         )
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return paragraphs(str(self))
 
 
 def plan(
