@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 """Most columns of the text, unless a single name is longer."""
+MANY_ROWS = 20
+"""Most rows of a frame that is one of several on a page."""
 MISSING = "-"
 """Stands for a number that does not exist, such as the standard error of a variance of zero."""
 
@@ -36,6 +38,23 @@ class Frame(pd.DataFrame):
                 with pd.option_context("display.precision", 4):
                     shown = super().__repr__()
         return shown
+
+
+class ByFactor(dict[str, Any]):
+    """Results by the name of a grouping factor: a dict that prints frames one below the other."""
+
+    def __repr__(self) -> str:
+        if not any(isinstance(value, pd.DataFrame) for value in self.values()):
+            return super().__repr__()
+        return "\n\n".join(f"{name}:\n{value!r}" for name, value in self.items())
+
+    def _repr_html_(self) -> str | None:
+        if not any(isinstance(value, pd.DataFrame) for value in self.values()):
+            return None
+        return "".join(
+            f"<p><strong>{escape(name)}</strong></p>{value.to_html(max_rows=MANY_ROWS)}"
+            for name, value in self.items()
+        )
 
 
 class Cells(NamedTuple):

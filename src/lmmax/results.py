@@ -32,7 +32,7 @@ from .optima import distinct
 from .options import Ddf, alpha_of
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
-from .rendering import paragraphs
+from .rendering import ByFactor, paragraphs
 from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class Fit:
         """Return the only value, or a dict by the name of the factor if there are several."""
         if len(self.group_names) == 1:
             return values[0]
-        return dict(zip(self.group_names, values, strict=True))
+        return ByFactor(zip(self.group_names, values, strict=True))
 
     # --- fixed effects ----------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..constraints import Settings
 from ..fit import IdentifiabilityWarning, check_reml
+from ..options import EngineName, Missing, Solver
 from ..spec import ModelSpec
 from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
@@ -49,11 +50,11 @@ def fit_many(
     offset: Any = None,
     contrasts: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
-    missing: str = "drop",
-    solver: str = "auto",
+    missing: Missing = "drop",
+    solver: Solver = "auto",
     tol: float | None = None,
     max_steps: int | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     chunk: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,

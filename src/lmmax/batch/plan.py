@@ -17,6 +17,7 @@ import pandas as pd
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import check_reml
+from ..options import EngineName, Missing, Solver
 from ..rendering import paragraphs
 from ..spec import ModelSpec
 from .devices import n_devices
@@ -135,11 +136,11 @@ def plan(
     offset: Any = None,
     contrasts: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
-    missing: str = "drop",
-    solver: str = "auto",
+    missing: Missing = "drop",
+    solver: Solver = "auto",
     tol: float | None = None,
     max_steps: int | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     context: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Predict what :func:`lmmax.fit_many` needs on this machine.

@@ -312,9 +312,9 @@ def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance
         >>> fit = lmmax.fit("Weight ~ Time + (1 | Pig)", lmmax.datasets.load("dietox"))
         >>> print(lmmax.robust(fit))
         Cluster-robust covariance CR2, 72 clusters of Pig
-                    coef  std err       df        t    P>|t|   [0.025   0.975]
-        Intercept  15.72   0.5497    71.00   28.603   <0.001    14.63    16.82
-        Time       6.943  0.08018    70.84   86.587   <0.001    6.783    7.102
+                      coef  std err       df        t    P>|t|   [0.025   0.975]
+        Intercept    15.72   0.5497    71.00   28.603   <0.001    14.63    16.82
+        Time         6.943  0.08018    70.84   86.587   <0.001    6.783    7.102
 
     Source: Pustejovsky and Tipton (2018), J. Bus. Econ. Stat. 36, 672-683.
     """
