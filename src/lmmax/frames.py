@@ -357,6 +357,12 @@ def check_finite(name: str, values: Any, index: pd.Index) -> None:
 def unknown_column(name: str, table: Iterable[Any], where: str) -> DataError:
     """The error for a name that is no column, with the likeliest remedy."""
     # Columns of our own stand in parentheses.
+    if isinstance(getattr(table, "columns", None), pd.MultiIndex):
+        return DataError(
+            f"no column {name!r} in the data ({where}): its columns have several levels; give them "
+            'one name each, for instance data.columns = ["_".join(map(str, c)) for c in '
+            "data.columns]"
+        )
     columns = [str(column) for column in table if not str(column).startswith("(")]
     close = difflib.get_close_matches(name, columns, n=1)
     close = close or [column for column in columns if column.lower() == name.lower()]
