@@ -186,6 +186,7 @@ def build_design(
     if whole:
         check_groups([grouping for grouping, _ in groups], blocks)
         check_response(spec.response, y, index)
+        _warn_of_lone_levels(encoder.levels, spec, fixed.column_names)
     used = {name for factor in factors for names in factor_names(factor) for name in names}
     return Design(
         spec=spec,
@@ -213,6 +214,20 @@ def build_design(
             parts=tuple(parts),
         ),
     )
+
+
+def _warn_of_lone_levels(
+    levels: Mapping[str, pd.Index], spec: ModelSpec, x_names: Sequence[str]
+) -> None:
+    """Warn of factors of the fixed effects that have one level, and so no column beside it."""
+    for expression in {factor.expr for factor in term_factors(spec.fixed)}:
+        found = levels.get(expression, ())
+        if len(found) == 1 and not any(expression in name for name in x_names):
+            warnings.warn(
+                f"{expression!r} has one level, {str(found[0])!r}, in the rows used, so it adds "
+                "nothing to the fixed effects: leave it out",
+                stacklevel=4,
+            )
 
 
 @dataclass(frozen=True, eq=False)

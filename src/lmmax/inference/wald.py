@@ -290,11 +290,16 @@ def _read(text: str, names: list[str]) -> list[tuple[str, np.ndarray, float]]:
     # Names such as "Time:Cu[T.b]" or "bs(x, df=4)[1]" are taken out before anything is parsed;
     # longest first, so that parts of names stay whole.
     special_names = sorted((n for n in names if not n.isidentifier()), key=len, reverse=True)
-    pattern = "|".join([r"`[^`]*`", *map(re.escape, special_names)])
+    # Blanks in them may be others than in the formula.
+    spaced = [r"\s*".join(map(re.escape, re.sub(r"\s", "", name))) for name in special_names]
+    known = {re.sub(r"\s", "", name): name for name in names}
+    pattern = "|".join([r"`[^`]*`", *map(re.escape, special_names), *spaced])
     position = {name: f"_{j}_" for j, name in enumerate(names)}
 
     def put_placeholder(match: re.Match[str]) -> str:
         name = match[0].strip("`")
+        if name not in position:
+            name = known.get(re.sub(r"\s", "", name), name)
         if name not in position:
             raise _unknown(name, names)
         return position[name]
