@@ -67,9 +67,13 @@ def broadcast(table: Table) -> Table:
     ]
     index = labels[0] if labels else None
     return {
-        name: pd.Series([values] * n, index=index) if name in single else values
+        name: pd.Series([_item(values)] * n, index=index) if name in single else values
         for name, values in table.items()
     }
+
+
+def _item(value: Any) -> Any:
+    return value.item() if isinstance(value, np.ndarray) else value
 
 
 def _is_single(values: Any) -> bool:
@@ -299,7 +303,10 @@ def missing_values(columns: Iterable[tuple[Any, Any]], index: pd.Index) -> dict[
     """Rows in which columns lack a value, by name; an infinite value is an error."""
     masks: dict[str, np.ndarray] = {}
     for name, column in columns:
-        values = as_numbers(column).array if isinstance(column, pd.Series) else column
+        values = column
+        if isinstance(column, pd.Series):
+            found = as_numbers(column)
+            values = found.values if isinstance(found.dtype, np.dtype) else found.array
         if is_number(values.dtype):
             check_finite(name, values, index)
         mask = np.asarray(pd.isna(values))

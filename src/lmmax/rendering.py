@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 """Most columns of the text, unless a single name is longer."""
+CONTINUED = "\n    "
+"""Where a line of text that is too long for the page goes on."""
 MANY_ROWS = 20
 """Most rows of a frame that is one of several on a page."""
 MISSING = "-"
@@ -282,6 +284,12 @@ def text(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def folded(text: str) -> str:
+    """Return text whose lines fit the page; the rest of a long one is indented below it."""
+    indent = CONTINUED.strip("\n")
+    return "\n".join(part for line in text.split("\n") for part in _wrap(line, WIDTH, indent))
+
+
 def _wrap(text: str, width: int, indent: str = "") -> list[str]:
     return textwrap.wrap(
         text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -400,7 +408,7 @@ def boxed(*parts: str) -> str:
 
 def paragraphs(text: str) -> str:
     """Return text as a fragment of HTML, its first line as the title, everything escaped."""
-    title, *rest = text.split("\n")
+    title, *rest = text.replace(CONTINUED, " ").split("\n")
     return boxed(
         f'<p class="lmmax-title">{escape(title)}</p>',
         *(f"<p>{escape(line)}</p>" for line in rest if line.strip()),

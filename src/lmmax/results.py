@@ -32,7 +32,7 @@ from .optima import distinct
 from .options import Ddf, alpha_of
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
-from .rendering import ByFactor, paragraphs
+from .rendering import ByFactor, folded, paragraphs
 from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Convergence:
                 f"; {self.searches} searches from starts far apart ended at {len(self.optima)} "
                 f"optima, the next one {self.optima[1] - self.optima[0]:.3g} higher"
             )
-        return text
+        return folded(text)
 
     def __repr__(self) -> str:
         return str(self)

@@ -18,7 +18,7 @@ from ..constraints import Settings
 from ..design import DataError
 from ..fit import check_reml
 from ..options import EngineName, Missing, Solver
-from ..rendering import paragraphs
+from ..rendering import folded, paragraphs
 from ..spec import ModelSpec
 from .devices import n_devices
 from .reading import begin, block_size, check_chunk
@@ -98,7 +98,7 @@ class Plan:
         each = f" and {_size(self.worker_bytes)} in each worker" if self.worker_bytes else ""
         spread = [f"{self.workers} workers"] * (self.workers > 1)
         spread += [f"{self.devices} devices"] * (self.devices > 1)
-        return "\n".join(
+        text = "\n".join(
             [
                 f"{self.responses:,} responses of {self.rows:,} rows, "
                 f"{_size(self.bytes_to_read)} to read",
@@ -111,6 +111,7 @@ class Plan:
                 f"by a pilot of {self.pilot})",
             ]
         )
+        return folded(text)
 
     def __repr__(self) -> str:
         return str(self)

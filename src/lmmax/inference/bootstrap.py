@@ -13,7 +13,7 @@ import pandas as pd
 from ..batch import BatchEstimates, check_engine, estimates_of, join
 from ..options import alpha_of, choose
 from ..parameters import unpack_symmetric
-from ..rendering import Cells, Frame, format_block, fragment, headings, table_lines
+from ..rendering import WIDTH, Cells, Frame, format_block, fragment, headings, table_lines
 from ..simulate import check_count, check_seed
 from ..solve import Status
 from .arguments import as_fit
@@ -240,7 +240,7 @@ class Bootstrap:
     def __str__(self) -> str:
         title, cells, notes = self._parts()
         lines = table_lines(cells)
-        rule = "-" * max(map(len, lines))
+        rule = "-" * min(max(map(len, lines)), WIDTH)
         formula = f"Formula: {self.fit.formula}"
         return "\n".join([title, formula, rule, *lines, rule, *notes])
 

@@ -66,9 +66,9 @@ def confint(
         sigma                       0.652   1.085
         >>> lmmax.confint(fit, "random", method="wald").round(3)
                                    lower  upper
-        batch: sd(Intercept)      -0.501  3.076
-        batch:cask: sd(Intercept)  1.967  3.841
-        sigma                      0.615  1.032
+        batch: sd(Intercept)       0.321  5.165
+        batch:cask: sd(Intercept)  2.103  4.009
+        sigma                      0.639  1.060
     """
     as_fit(fit)
     alpha = alpha_of(level, alpha)
@@ -131,7 +131,7 @@ def transformed_limits(
 
     Example:
         >>> transformed_limits(0.9, 0.05, 1.96, (-1.0, 1.0)).round(3).tolist()
-        [0.742, 0.963]
+        [0.743, 0.963]
     """
     low, high = ends
     side = np.array([-1.0, 1.0])

@@ -23,7 +23,7 @@ import pandas as pd
 
 from ..options import choose
 from ..parameters import unpack_symmetric
-from ..rendering import paragraphs
+from ..rendering import folded, paragraphs
 from ..zero_scale import check_residual
 from .arguments import as_fit
 from .inverse import RANK, Inverse, inverted
@@ -187,7 +187,7 @@ class ConditionalAIC:
     rho: float
 
     def __str__(self) -> str:
-        return (
+        return folded(
             f"Conditional AIC {self.caic:.4f}: conditional log-likelihood {self.llf:.4f}, "
             f"{self.df:.2f} effective degrees of freedom ({self.rho:.2f} with known variances)"
         )

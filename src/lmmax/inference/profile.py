@@ -500,7 +500,7 @@ class Profile:
     def __str__(self) -> str:
         title, cells = self._parts()
         lines = table_lines(cells)
-        rule = "-" * max(map(len, lines))
+        rule = "-" * min(max(map(len, lines)), WIDTH)
         notes = [
             part
             for i, note in enumerate(self.notes, 1)

@@ -40,15 +40,14 @@ class TestTable:
 
     def __str__(self) -> str:
         lines = table_lines(self._cells, least=0)
-        rule = "-" * max(map(len, lines))
-        width = max(len(rule), WIDTH)
-        text = [part for line in self.heading.split("\n") for part in _wrapped(line, width, "  ")]
+        rule = "-" * min(max(map(len, lines)), WIDTH)
+        text = [part for line in self.heading.split("\n") for part in _wrapped(line, WIDTH, "  ")]
         text += [rule, *lines]
         if self.notes:
             text.append(rule)
         for number, note in enumerate(self.notes, 1):
             mark = f"[{number}] "
-            text += _wrapped(mark + note, width, " " * len(mark))
+            text += _wrapped(mark + note, WIDTH, " " * len(mark))
         return "\n".join(text)
 
     def __repr__(self) -> str:
