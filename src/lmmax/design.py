@@ -221,8 +221,12 @@ def _warn_of_lone_levels(
 ) -> None:
     """Warn of factors of the fixed effects that have one level, and so no column beside it."""
     for expression in {factor.expr for factor in term_factors(spec.fixed)}:
-        found = levels.get(expression, ())
-        if len(found) == 1 and not any(expression in name for name in x_names):
+        found = levels.get(expression)
+        if (
+            found is not None
+            and len(found) == 1
+            and not any(expression in name for name in x_names)
+        ):
             warnings.warn(
                 f"{expression!r} has one level, {str(found[0])!r}, in the rows used, so it adds "
                 "nothing to the fixed effects: leave it out",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Ddf = Literal[
     "satterthwaite",
@@ -18,16 +18,16 @@ EngineName = Literal["auto", "grouped", "nested", "crossed", "iterative"]
 Solver = Literal["auto", "newton", "lbfgs"]
 Missing = Literal["drop", "raise"]
 
-NO_OTHERS: Mapping[str, str] = {}
+Word = TypeVar("Word", bound=str)
 
 
 def choose(
     name: str,
     value: Any,
-    choices: Iterable[str],
-    others: Mapping[str, str] = NO_OTHERS,
+    choices: Iterable[Word],
+    others: Mapping[str, Word] | None = None,
     error: type[ValueError] = ValueError,
-) -> str:
+) -> Word:
     """Return the choice that a word stands for; case, blanks and punctuation do not matter.
 
     Args:
@@ -44,14 +44,11 @@ def choose(
         >>> choose("ddf", "Kenward-Roger", ["satterthwaite", "kenward-roger"])
         'kenward-roger'
     """
-    choices = list(choices)
-    known = {_plain(choice): choice for choice in choices} | dict(others)
-    if isinstance(value, str):
-        if value in choices:
-            return value
-        if _plain(value) in known:
-            return known[_plain(value)]
-    message = f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}"
+    words = {_plain(choice): choice for choice in choices}
+    known = words | dict(others or {})
+    if isinstance(value, str) and _plain(value) in known:
+        return known[_plain(value)]
+    message = f"{name}={value!r} is unknown; use one of {', '.join(map(repr, words.values()))}"
     if isinstance(value, str):
         near = difflib.get_close_matches(_plain(value), known, 1, cutoff=0.5)
         message += f". Did you mean {known[near[0]]!r}?" if near else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .results import Fit
 
 NewLevels = Literal["error", "population"]
+NEW_LEVELS: tuple[NewLevels, ...] = get_args(NewLevels)
 
 
 def predict(
@@ -32,7 +33,7 @@ def predict(
 
     A warning points at the caller ``depth`` levels up.
     """
-    new_levels = cast(NewLevels, choose("new_levels", new_levels, get_args(NewLevels)))
+    new_levels = choose("new_levels", new_levels, NEW_LEVELS)
     terms = chosen_terms(fit, random_effects)
     design = fit.design
     if newdata is None:

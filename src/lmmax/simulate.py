@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .results import Fit
 
 RandomEffects = Literal["new", "conditional"]
+RANDOM_EFFECTS: tuple[RandomEffects, ...] = get_args(RandomEffects)
 
 
 def simulate(
@@ -59,7 +60,7 @@ def draws(
     fit: Fit, start: int, stop: int, seed: int, random_effects: RandomEffects = "new"
 ) -> Iterator[np.ndarray]:
     """Yield the responses (nobs,) from position ``start`` to ``stop``; see :func:`simulate`."""
-    random_effects = choose("random_effects", random_effects, get_args(RandomEffects))
+    random_effects = choose("random_effects", random_effects, RANDOM_EFFECTS)
     fitted = fit.fittedvalues_marginal if random_effects == "new" else fit.fittedvalues
     mean = fitted.to_numpy(float)
     sd = residual_sd(fit)

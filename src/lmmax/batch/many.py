@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..constraints import Settings
-from ..fit import IdentifiabilityWarning, check_reml
+from ..fit import IdentifiabilityWarning, check_reml, warn_of_slopes
 from ..options import EngineName, Missing, Solver
 from ..spec import ModelSpec
 from .engines import Record, stacked
@@ -194,13 +194,15 @@ def fit_many(
         design, source = read_subsets(formula, data, by, **options)
         work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
         size = chunk or SUBSETS
-    engine = work.name
+    served = work.name
     if isinstance(work, Work) and work.not_identified:
         warnings.warn(
             f"{work.not_identified[0]}; errors of coefficients that depend on them are NaN",
             IdentifiabilityWarning,
             stacklevel=2,
         )
+    else:
+        warn_of_slopes(design)
     store = None if out is None else _store(Path(out), work, source, size, resume)
     with nullcontext() if store is None else store:
         record, n_obs = _fitted(work, source, size, store, executor, progress)
@@ -211,7 +213,7 @@ def fit_many(
             settings=settings,
             hypotheses=work.tests,
             n_obs=n_obs,
-            engine=engine,
+            engine=served,
             notes=work.notes(n_obs),
             source=source,
         )

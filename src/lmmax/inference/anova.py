@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 from .wald import warn_of_missing
 
 Test = Literal["F", "chisq"]
+TESTS: tuple[Test, ...] = get_args(Test)
 
 TITLES = {
     "satterthwaite": "Satterthwaite's degrees of freedom",
@@ -129,7 +130,7 @@ def sums_of_squares(type: Any) -> SumsOfSquares:
 
 def check_test(test: Any) -> Test:
     """Return the test that a word stands for, or raise."""
-    return cast(Test, choose("test", test, get_args(Test), {"chi2": "chisq", "chisquare": "chisq"}))
+    return choose("test", test, TESTS, {"chi2": "chisq", "chisquare": "chisq"})
 
 
 def term_table(

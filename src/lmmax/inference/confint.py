@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..results import Fit
 
 Method = Literal["profile", "wald", "bootstrap"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def confint(
@@ -72,7 +72,7 @@ def confint(
     """
     as_fit(fit)
     alpha = alpha_of(level, alpha)
-    method = cast(Method, choose("method", method, METHODS, {"boot": "bootstrap"}))
+    method = choose("method", method, METHODS, {"boot": "bootstrap"})
     allowed = {"profile": (), "wald": ("ddf",)}.get(method)
     if allowed is not None and set(options) - set(allowed):
         name = next(iter(set(options) - set(allowed)))

@@ -17,7 +17,7 @@ lmerTest and pbkrtest do.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from ..identifiability import Unidentified
     from ..results import Fit
 
-METHODS: tuple[str, ...] = get_args(Ddf)
+METHODS: tuple[Ddf, ...] = get_args(Ddf)
 DEFAULT: Ddf = "satterthwaite"
-OTHER_NAMES = {
+OTHER_NAMES: dict[str, Ddf] = {
     "satt": "satterthwaite",
     "satterth": "satterthwaite",
     "satterthwaites": "satterthwaite",
@@ -153,7 +153,7 @@ def method_name(ddf: str | None) -> Ddf:
     Raises:
         ValueError: for an unknown one.
     """
-    return DEFAULT if ddf is None else cast(Ddf, choose("ddf", ddf, METHODS, OTHER_NAMES))
+    return DEFAULT if ddf is None else choose("ddf", ddf, METHODS, OTHER_NAMES)
 
 
 def _check_independent(L: np.ndarray) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 from .. import rendering
 from ..compress.columns import Dependence
 from ..frames import DataError, real_numbers
+from ..options import Ddf
 from ..predict import predict
 from ..rendering import format_pvalue
 from .denominator import (
@@ -64,7 +65,9 @@ class ContrastTable:
         }
         rows = [
             [
-                rendering.MISSING if np.isnan(value) else formats.get(name, "{:.4g}".format)(value)
+                rendering.MISSING
+                if np.isnan(value)
+                else formats.get(str(name), "{:.4g}".format)(value)
                 for name, value in zip(self.table, row, strict=True)
             ]
             for row in self.table.to_numpy(float)
@@ -104,7 +107,7 @@ class WaldTest:
         return rendering.paragraphs(str(self))
 
 
-def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: str | None) -> ContrastTable:
+def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: Ddf | None) -> ContrastTable:
     """Test each row of a hypothesis on its own; see :meth:`lmmax.Fit.t_test`."""
     R, values, names = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     test, L = fit.denominator(ddf), R[:, fit.layout.fixed.kept]
@@ -161,7 +164,7 @@ def coefficient_table(
 
 
 def mean_predictions(
-    fit: Fit, newdata: Any, ddf: str | None, alpha: float, offset: Any
+    fit: Fit, newdata: Any, ddf: Ddf | None, alpha: float, offset: Any
 ) -> pd.DataFrame:
     """Return predictions of the mean; see :meth:`lmmax.Fit.predict_mean`."""
     predicted = predict(
@@ -179,7 +182,7 @@ def mean_predictions(
     return table.reindex(predicted.index)
 
 
-def joint_test(fit: Fit, hypothesis: Any, ddf: str | None) -> WaldTest:
+def joint_test(fit: Fit, hypothesis: Any, ddf: Ddf | None) -> WaldTest:
     """Test hypotheses jointly; see :meth:`lmmax.Fit.f_test` and :meth:`lmmax.Fit.wald_test`."""
     R, values, labels = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     L = R[:, fit.layout.fixed.kept]
