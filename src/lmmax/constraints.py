@@ -20,7 +20,7 @@ from .options import EngineName, Solver, choose
 from .solve import Constraints, Structured
 
 SOLVERS: tuple[str, ...] = get_args(Solver)
-SOLVER_NAMES = {"newtonraphson": "newton", "lbfgsb": "lbfgs", "bfgs": "lbfgs"}
+SOLVER_NAMES = {"newtonraphson": "newton", "lbfgsb": "lbfgs"}
 
 
 class ConstraintError(ValueError):

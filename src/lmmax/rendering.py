@@ -379,7 +379,8 @@ def _correlation_lines(cells: Cells, correlations: list[list[str]]) -> list[str]
     return lines
 
 
-# Colours come from the page, so that light and dark themes both work.
+# Colours come from the page, so that light and dark themes both work.  The class stands twice where
+# JupyterLab's own rule, which aligns all cells on the right, would win otherwise.
 _CSS = """
 .lmmax-summary { color: inherit; max-width: 60em; line-height: 1.4; }
 .lmmax-summary p { margin: 0.3em 0; }
@@ -393,9 +394,9 @@ _CSS = """
 .lmmax-summary th, .lmmax-summary td { padding: 0.15em 0.7em; text-align: right;
   white-space: nowrap; border: none; color: inherit; }
 .lmmax-summary th { font-weight: 600; }
-.lmmax-summary tbody th { text-align: left; font-weight: normal; }
+.lmmax-summary.lmmax-summary tbody th { text-align: left; font-weight: normal; }
 .lmmax-summary thead th { border-bottom: 1px solid; }
-.lmmax-summary thead th.lmmax-label { text-align: left; }
+.lmmax-summary.lmmax-summary thead th.lmmax-label { text-align: left; }
 .lmmax-summary table { border-top: 1px solid; border-bottom: 1px solid; }
 .lmmax-summary ol { margin: 0.3em 0; padding-left: 1.8em; font-size: 0.92em; }
 """
@@ -471,8 +472,7 @@ def html_table(caption: str, cells: Cells) -> str:
 
 
 def _th(text: str) -> str:
-    # The style stands here too, for notebooks that drop style sheets.
-    return f'<th scope="row" style="text-align: left">{escape(text)}</th>'
+    return f'<th scope="row">{escape(text)}</th>'
 
 
 def _td(text: str) -> str:

@@ -34,7 +34,6 @@ OTHER_NAMES: dict[str, Ddf] = {
     "satterth": "satterthwaite",
     "satterthwaites": "satterthwaite",
     "kr": "kenward-roger",
-    "kenward": "kenward-roger",
     "kenwardrogers": "kenward-roger",
     "kr2": "kenward-roger",
     "krlinear": "kenward-roger-linear",
