@@ -48,7 +48,9 @@ def choose(
     known = words | dict(others or {})
     if isinstance(value, str) and _plain(value) in known:
         return known[_plain(value)]
-    message = f"{name}={value!r} is unknown; use one of {', '.join(map(repr, words.values()))}"
+    one, *rest = map(repr, words.values())
+    listed = f"one of {', '.join([one, *rest])}" if len(rest) != 1 else f"{one} or {rest[0]}"
+    message = f"{name}={value!r} is unknown; use {listed}"
     if isinstance(value, str):
         near = difflib.get_close_matches(_plain(value), known, 1, cutoff=0.5)
         message += f". Did you mean {known[near[0]]!r}?" if near else ""
