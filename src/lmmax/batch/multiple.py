@@ -7,7 +7,6 @@ import numpy as np
 from ..options import choose
 
 METHODS = ("bh", "by", "storey")
-OTHER_NAMES = {"fdr": "bh", "fdrbh": "bh", "fdrby": "by", "benjaminihochberg": "bh"}
 LAMBDA = 0.5
 """p-values above this are taken to be of true null hypotheses by Storey's method."""
 
@@ -31,7 +30,7 @@ def qvalues(p: np.ndarray, method: str = "bh") -> np.ndarray:
     """
     from scipy.stats import false_discovery_control
 
-    method = choose("method", method, METHODS, OTHER_NAMES)
+    method = choose("method", method, METHODS)
     p = np.asarray(p, dtype=float)
     found = np.full(p.shape, np.nan)
     known = np.isfinite(p)
