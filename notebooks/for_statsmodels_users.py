@@ -538,7 +538,7 @@ differ = "Sex[T.Male]:age"
 honest = sexes.native.coefficients(ddf="kenward-roger").loc[differ]
 assert np.isclose(sexes.native.df[differ], honest["df"])
 print(f"normal, as in statsmodels  p = {sexes.pvalues[differ]:.3f}")
-print(f"Kenward-Roger, {honest['df']:.0f} df       p = {honest['P>|t|']:.3f}")
+print(f"Kenward-Roger, {honest['df']:.0f} df       p = {honest['p']:.3f}")
 
 # %%
 print(lmmax.anova(sexes.native, ddf="kenward-roger"))

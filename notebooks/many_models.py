@@ -187,7 +187,7 @@ for name in ("params", "bse", "df"):
 certificate = batch.certificate
 fitted = batch.converged.reshape(SIDE, SIDE)
 singular = certificate["singular"].to_numpy(dtype=bool).reshape(SIDE, SIDE)
-gaps = (certificate["n_obs"].to_numpy() < len(design)).reshape(SIDE, SIDE)
+gaps = (certificate["nobs"].to_numpy() < len(design)).reshape(SIDE, SIDE)
 assert (fitted == (brain & ~broken)).all()
 assert (gaps == dropout).all()
 zero = fitted & (share == 0.0)
@@ -203,7 +203,7 @@ pd.DataFrame(
 )
 
 # %%
-certificate[batch.converged][["steps", "gradient", "n_obs"]].describe().loc[["min", "50%", "max"]]
+certificate[batch.converged][["steps", "gradient", "nobs"]].describe().loc[["min", "50%", "max"]]
 
 # %% [markdown]
 # ## Maps

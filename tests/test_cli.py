@@ -47,7 +47,7 @@ class FakeFit:
         columns = {"coef": self.params, "std err": self.bse, "df": [83.0, np.inf]}
         if ddf == "normal":
             del columns["df"]
-        columns |= {"t": self.params / self.bse, "P>|t|": [0.0, np.nan]}
+        columns |= {"t": self.params / self.bse, "p": [0.0, np.nan]}
         return pd.DataFrame(columns | {"low": self.params - alpha, "high": self.params + alpha})
 
     def varcorr(self) -> pd.DataFrame:

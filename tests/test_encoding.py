@@ -48,7 +48,6 @@ def data():
         "2:x",
         "`my v`*x + np.log(`my v`**2)",
         "hashed(f, levels=3)",
-        "x %in% f",
         "standardize(x) + Q('my v')",
     ],
 )

@@ -93,7 +93,7 @@ def test_what_cannot_be_fitted_says_so_and_disturbs_nobody(batch: lmmax.BatchFit
     assert certificate["status"].iloc[list(BAD)].tolist() == list(BAD.values())
     assert batch.params.iloc[list(BAD)].isna().all(axis=None)
     assert (certificate["gradient"][batch.converged] < 1e-3).all()
-    assert certificate["n_obs"].iloc[[0, *GAPS]].tolist() == [180, 179, 179, 178]
+    assert certificate["nobs"].iloc[[0, *GAPS]].tolist() == [180, 179, 179, 178]
     assert any("3 responses have missing values" in note for note in batch.notes) or any(
         "4 responses have missing values" in note for note in batch.notes
     )

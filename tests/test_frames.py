@@ -142,7 +142,7 @@ def test_missing_raise(data):
     data.loc[["row3", "row4"], "g"] = np.nan
     with pytest.raises(DataError, match=r"in 'x' \(1\), 'g' \(2\); 2 rows affected"):
         build_design("y ~ x + (1|g)", data, missing="raise")
-    with pytest.raises(ValueError, match="missing='omit': choose 'drop' or 'raise'"):
+    with pytest.raises(ValueError, match="missing='omit' is unknown; use 'drop' or 'raise'"):
         build_design("y ~ x + (1|g)", data, missing="omit")
 
 

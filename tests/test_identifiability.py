@@ -124,7 +124,7 @@ def test_a_level_in_one_group_only() -> None:
             # Their residual variance has three more degrees of freedom, which matters little.
             np.testing.assert_allclose(found["std err"][:2], right["std err"], rtol=1e-6)
             np.testing.assert_allclose(found["df"][:2], [7.0, 7.0], rtol=1e-4)
-            assert np.isnan(found["P>|t|"].iloc[2])
+            assert np.isnan(found["p"].iloc[2])
         test = fit.f_test("f[T.b] = 0, f[T.c] = 0")
         assert np.isnan(test.statistic) and np.isnan(test.pvalue)
 

@@ -387,7 +387,7 @@ def test_verbose(data: pd.DataFrame, plain: lmmax.Fit, capsys: pytest.CaptureFix
         ({"max_steps": True}, "max_steps=True must be a whole number"),
         ({"em_steps": -1}, "em_steps=-1 must be a whole number, at least 0"),
         ({"em_steps": None}, "em_steps=None must be a whole number, at least 0"),
-        ({"missing": "ignore"}, "missing='ignore': choose 'drop' or 'raise'"),
+        ({"missing": "ignore"}, "missing='ignore' is unknown; use 'drop' or 'raise'"),
     ],
 )
 def test_bad_options(data: pd.DataFrame, options: dict[str, Any], message: str) -> None:

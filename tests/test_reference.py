@@ -146,7 +146,7 @@ def check_degrees_of_freedom(record: dict[str, Any], fit: lmmax.Fit) -> None:
         # Errors of the coefficients are in units of their standard errors; see above.
         assert np.allclose(table["t"], t, rtol=1e-6, atol=1e-6), ddf
         # The logarithm of a small p moves by t times the error of t, and with df.
-        log_p, target_p = (np.log(np.maximum(x, 1e-300)) for x in (table["P>|t|"], p))
+        log_p, target_p = (np.log(np.maximum(x, 1e-300)) for x in (table["p"], p))
         assert np.allclose(log_p, target_p, rtol=1e-5, atol=1e-5), ddf
         assert np.allclose(table["std err"], matrix(target["se"]), rtol=1e-6, atol=0.0), ddf
         if "vcov_adjusted" in target:

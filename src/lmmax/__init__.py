@@ -4,6 +4,8 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from . import compilation_cache as compilation_cache
+from . import covariances as covariances
 from . import datasets as datasets
 from . import functional as functional
 from .compress import EngineError as EngineError
@@ -57,6 +59,62 @@ if _TYPE_CHECKING:
     from .inference.scores import sandwich as sandwich
     from .inference.scores import scores as scores
 
+__all__ = [
+    "AdjustmentWarning",
+    "BatchFit",
+    "BootstrapError",
+    "ChangedWarning",
+    "ClusterError",
+    "ComparisonError",
+    "ConstraintError",
+    "ConvergenceWarning",
+    "DataError",
+    "EngineError",
+    "ExchangeError",
+    "Fit",
+    "FormulaError",
+    "HypothesisError",
+    "IdentifiabilityWarning",
+    "LostWorkerWarning",
+    "ModelSpec",
+    "Plan",
+    "PlanError",
+    "ProfileWarning",
+    "RandomTerm",
+    "RankWarning",
+    "Resampled",
+    "StoreError",
+    "StoreWarning",
+    "SufficientStatistics",
+    "__version__",
+    "anova",
+    "bootstrap",
+    "bootstrap_test",
+    "compilation_cache",
+    "conditional_aic",
+    "confint",
+    "covariances",
+    "datasets",
+    "drop1",
+    "fit",
+    "fit_arrays",
+    "fit_many",
+    "functional",
+    "information",
+    "joint_covariance",
+    "load",
+    "parse_formula",
+    "plan",
+    "profile",
+    "ranova",
+    "resample",
+    "robust",
+    "sandwich",
+    "scores",
+    "simulate",
+    "sufficient_statistics",
+]
+
 __version__ = "0.1.0"
 
 # What is asked of a fit afterwards, and batches, are imported when first used: inference takes as
@@ -96,4 +154,5 @@ if not _TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    # Without the modules that the names come from, which importing leaves here too.
+    return list(__all__)

@@ -395,7 +395,8 @@ def _as_matrix(
         except DataError:
             raise
         except (TypeError, ValueError):
-            raise DataError(f"{what}{at} must be numeric") from None
+            sparse = ": it is sparse, pass .toarray()" if hasattr(values, "toarray") else ""
+            raise DataError(f"{what}{at} must be numeric{sparse}") from None
         if matrix.ndim == 1:
             matrix = matrix[:, None]
         if matrix.ndim != 2:

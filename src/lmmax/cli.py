@@ -190,7 +190,7 @@ def _read_file(data: str, sep: str | None, categorical: Sequence[str]) -> pd.Dat
 
 
 def _coefficients(fit: Any, arguments: argparse.Namespace) -> pd.DataFrame:
-    table = fit.coefficients(arguments.ddf, _alpha(arguments.level))
+    table = fit.coefficients(arguments.ddf, alpha=_alpha(arguments.level))
     if "df" not in table:
         table.insert(2, "df", math.inf)
     names = ["estimate", "std_error", "df", "statistic", "p", "lower", "upper"]
@@ -275,7 +275,7 @@ def _text(fit: Any, arguments: argparse.Namespace) -> str:
     if arguments.csv:
         table = _random_effects(fit) if arguments.ranef else _coefficients(fit, arguments)
         return table.to_csv(lineterminator="\n")
-    text = str(fit.summary(_alpha(arguments.level), arguments.ddf)).rstrip("\n") + "\n"
+    text = str(fit.summary(ddf=arguments.ddf, alpha=_alpha(arguments.level))).rstrip("\n") + "\n"
     if arguments.ranef:
         text += "\nRandom effects\n" + _random_effects(fit).to_string() + "\n"
     return text

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
+from .compress.layout import EngineError
 from .covariances import Covariance, matrix_at, slopes
 from .frames import real_numbers
 from .likelihood import Problem
+from .options import EngineName, Solver, choose
 from .solve import Constraints, Structured
 
-SOLVERS = ("auto", "newton", "lbfgs")
+SOLVERS: tuple[str, ...] = get_args(Solver)
+SOLVER_NAMES = {"newtonraphson": "newton", "lbfgsb": "lbfgs"}
 
 
 class ConstraintError(ValueError):
@@ -53,10 +56,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ValueError(
-                f"solver={self.solver!r} is unknown; use one of {', '.join(map(repr, SOLVERS))}"
-            )
+        object.__setattr__(self, "solver", choose("solver", self.solver, SOLVERS, SOLVER_NAMES))
+        engine = choose("engine", self.engine, get_args(EngineName), error=EngineError)
+        object.__setattr__(self, "engine", engine)
         if self.tol is not None:
             _check_positive(self.tol, f"tol={self.tol!r}", ValueError)
         for name in ("max_steps", "em_steps"):

@@ -29,6 +29,7 @@ from .frames import (
     DataError,
     any_missing,
     as_table,
+    broadcast,
     check_finite,
     complete_rows,
     missing_values,
@@ -194,6 +195,7 @@ def build_design(
     if whole:
         check_groups([grouping for grouping, _ in groups], blocks)
         check_response(spec.response, y, index)
+        _warn_of_lone_levels(encoder.levels, spec, fixed.column_names)
     used = {name for factor in factors for names in factor_names(factor) for name in names}
     return Design(
         spec=spec,
@@ -223,6 +225,24 @@ def build_design(
     )
 
 
+def _warn_of_lone_levels(
+    levels: Mapping[str, pd.Index], spec: ModelSpec, x_names: Sequence[str]
+) -> None:
+    """Warn of factors of the fixed effects that have one level, and so no column beside it."""
+    for expression in {factor.expr for factor in term_factors(spec.fixed)}:
+        found = levels.get(expression)
+        if (
+            found is not None
+            and len(found) == 1
+            and not any(expression in name for name in x_names)
+        ):
+            warnings.warn(
+                f"{expression!r} has one level, {str(found[0])!r}, in the rows used, so it adds "
+                "nothing to the fixed effects: leave it out",
+                stacklevel=4,
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class _FormulaRecipe:
     """Recipe of a design made from a formula.
@@ -250,7 +270,7 @@ class _FormulaRecipe:
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""
         spec = self.spec
-        table = as_table(data)
+        table = broadcast(as_table(data))
         wanted = [bool(asked) and asked[spec.grouping_of(term)] for term in spec.random]
         terms = [term for term, want in zip(spec.random, wanted, strict=True) if want]
         factors = _factors(spec, terms, response=False)

@@ -131,7 +131,8 @@ def as_contrasts(contrasts: Any, what: str) -> Contrasts:
         if name not in _CONTRASTS:
             raise DataError(
                 f"unknown contrasts {contrasts!r} for {what}: choose one of "
-                f"{', '.join(map(repr, _CONTRASTS))}, or give a formulaic contrasts object"
+                f"{', '.join(map(repr, _CONTRASTS))}, or give a formulaic contrasts object; for "
+                'another reference level write C(f, ref="b") in the formula'
             )
         return _CONTRASTS[name]()
     if contrasts is builtins.sum:  # `C(f, sum)`, as R users write it
@@ -190,13 +191,19 @@ def _as_labelled(contrasts: Any) -> pd.DataFrame | None:
 
 
 def _categorical(
-    data: Any, contrasts: Any = None, *, levels: Any = None, unused: bool = False
+    data: Any,
+    contrasts: Any = None,
+    *,
+    ref: Any = None,
+    levels: Any = None,
+    unused: bool = False,
 ) -> _Categories:
     """`C(...)` in a formula: take values as categories.
 
     Args:
         data: (n,) values.
         contrasts: see `as_contrasts`.
+        ref: the reference level of treatment contrasts, a short form of ``Treatment("b")``.
         levels: the levels in order; every value must be among them.
         unused: keep levels that do not occur.
     """
@@ -210,6 +217,15 @@ def _categorical(
         values = values if unused else values.remove_unused_categories()
     declared = _declared(data) if levels is None else levels
     coding = None if contrasts is None else as_contrasts(contrasts, "C()")
+    if ref is not None:
+        if coding is not None:
+            raise DataError("C(..., ref=...) names the reference of treatment contrasts: give one")
+        if ref not in values.categories:
+            raise DataError(
+                f"C(..., ref={ref!r}) names no level; the levels are "
+                f"{listing(map(repr, values.categories.tolist()))}"
+            )
+        coding = TreatmentContrasts(base=ref)
     return _Categories(values, coding, declared)
 
 

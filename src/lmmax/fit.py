@@ -16,9 +16,10 @@ from .design import DataError, Design, RandomBlock, build_design, design_from_ar
 from .estimation import estimate_given, free_terms
 from .far_apart import estimate_closely
 from .formula import parse_formula
-from .frames import real_numbers
+from .frames import listing, real_numbers
 from .identifiability import Unidentified, check_residual, unidentified
 from .matrices import check_range
+from .options import EngineName, Missing, Solver
 from .results import Fit
 from .spec import ModelSpec
 
@@ -47,14 +48,14 @@ def fit(
     offset: Any = None,
     contrasts: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
-    missing: str = "drop",
+    missing: Missing = "drop",
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
-    solver: str = "auto",
+    solver: Solver = "auto",
     tol: float | None = None,
     max_steps: int | None = None,
     em_steps: int = 3,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     seed: int = 0,
     verbose: bool = False,
     context: Mapping[str, Any] | None = None,
@@ -68,7 +69,9 @@ def fit(
         reml: restricted maximum likelihood (default) or, if False, maximum likelihood.
         weights: prior weights (inverse variances, as in lme4), array (n,) or column name.
         offset: known part of the mean, array (n,) or column name; adds to ``offset(...)`` terms.
-        contrasts: coding per factor, e.g. ``{"recipe": "sum"}``; treatment coding by default.
+        contrasts: coding per factor, e.g. ``{"recipe": "sum"}``; treatment coding by default, whose
+            reference is the first level: ``C(recipe, ref="b")`` in the formula, short for
+            ``C(recipe, Treatment("b"))``, takes another.
         relmat: known relationships between the levels of grouping factors, as a mapping from the
             factor's name to a symmetric positive semidefinite frame whose index and columns are
             levels: pedigree, kinship, phylogeny.  It may have levels that are not in the data.
@@ -149,14 +152,14 @@ def fit_arrays(
     group_name: str = "Group",
     covariance: Any = "us",
     relmat: Mapping[str, pd.DataFrame] | None = None,
-    missing: str = "drop",
+    missing: Missing = "drop",
     start: Any = None,
     fix: Mapping[str, Any] | None = None,
-    solver: str = "auto",
+    solver: Solver = "auto",
     tol: float | None = None,
     max_steps: int | None = None,
     em_steps: int = 3,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     seed: int = 0,
     verbose: bool = False,
 ) -> Fit:
@@ -288,7 +291,10 @@ def prepare(design: Design, engine: str = "auto", settings: Settings | None = No
 def fit_design(design: Design, settings: Settings, *, verbose: bool = False) -> Fit:
     """Fit a design; the common end of :func:`fit` and :func:`fit_arrays`."""
     warn_of_steps(design, stacklevel=4)
-    return _fit_checked(prepare(design, settings.engine, settings), settings, verbose)
+    found = _fit_checked(prepare(design, settings.engine, settings), settings, verbose)
+    if found.unidentified is None:
+        warn_of_slopes(design, stacklevel=4)
+    return found
 
 
 def warn_of_steps(design: Design, stacklevel: int = 3) -> None:
@@ -297,6 +303,41 @@ def warn_of_steps(design: Design, stacklevel: int = 3) -> None:
         uneven = getattr(block.covariance, "uneven", "")
         if uneven:
             warnings.warn(uneven, stacklevel=stacklevel)
+
+
+def warn_of_slopes(design: Design, stacklevel: int = 3) -> None:
+    """Warn of random slopes of variables that have one value in each group.
+
+    They are no slopes: the effect of such a variable is another intercept of the group, whose
+    variance depends on the variable.  Indicators without an intercept beside them are left alone,
+    for they are variances by kind of group, which is what such terms are written for.
+    """
+    for block in design.blocks:
+        grouping = design.groupings[block.grouping]
+        n, codes = len(block.Z), grouping.codes
+        first = np.zeros(len(grouping.levels), dtype=np.int64)
+        first[codes[::-1]] = np.arange(n)[::-1]
+        if len(grouping.levels) >= n or np.bincount(codes).max() < 2:
+            continue
+        varies = [not (z == z[0]).all() for z in block.Z.T]
+        between = [
+            name
+            for name, z, changes in zip(block.names, block.Z.T, varies, strict=True)
+            if changes
+            and (z == z[first[codes]]).all()
+            and not (all(varies) and np.isin(z, (0.0, 1.0)).all())
+        ]
+        if between:
+            names = listing(map(repr, between))
+            many = len(between) > 1
+            warnings.warn(
+                f"{names} {'do' if many else 'does'} not vary within any group of "
+                f"{grouping.name!r}, so {block.term} has no slope to estimate: what it fits is an "
+                f"intercept whose variance depends on {names}; leave {'them' if many else 'it'} "
+                "out of the term unless that is meant",
+                IdentifiabilityWarning,
+                stacklevel=stacklevel,
+            )
 
 
 def fit_prepared(prepared: Prepared, settings: Settings, *, verbose: bool = False) -> Fit:

@@ -177,6 +177,8 @@ def _check_call(piece: _Piece, source: str) -> None:
         node = ast.parse(_BACKTICKS.sub("_quoted_", piece.text).strip(), mode="eval").body
     except SyntaxError:
         hint = f": {R_HINTS[name]}" if name in R_HINTS else ""
+        if piece.text.startswith("."):
+            hint = ": a call of what a call returns goes inside `I(...)`, as a whole"
         raise _error_at(
             f"`{piece.text}` is not a Python expression{hint}", source, [piece]
         ) from None
@@ -501,7 +503,11 @@ RandomTerm(design='1', group='Litter:Pig', covariance='us'))
 def _parse_formula(text: str) -> ModelSpec:
     source = re.sub(r"\s", " ", text).rstrip()
     _check_balance(source)
+    for i, char, _ in _outside_quotes(source, 0, len(source)):
+        if char == "#":
+            raise _error("a formula has no comments: leave this out", source, i, len(source))
     pieces = _pieces(source)
+    _check_notation(pieces, source)
     tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
     if not tildes:
         raise _error(
@@ -570,7 +576,10 @@ def _parse_formula(text: str) -> ModelSpec:
                     source,
                     summand,
                 )
-            offsets.append(_offset_expression(summand[0], source))
+            expression = _offset_expression(summand[0], source)
+            if expression in offsets:
+                raise _error_at(f"the offset `{expression}` comes twice", source, summand)
+            offsets.append(expression)
         else:
             if fixed or minus:
                 fixed += signs
@@ -583,12 +592,28 @@ def _parse_formula(text: str) -> ModelSpec:
             len(source),
             len(source) + 1,
         )
-    for piece in fixed:
-        if piece.text == ".":
-            raise _error_at("`.` is not supported: name the variables", source, [piece])
     spec = ModelSpec(_render(left), _render(fixed) or "1", tuple(random), tuple(offsets))
     parse_terms(spec.fixed)
     return spec
+
+
+def _check_notation(pieces: list[_Piece], source: str) -> None:
+    """Raise for notation that R, or Python, reads in another way than a formula does here."""
+    for piece, following in pairwise([*pieces, *pieces[-1:]]):
+        if piece.text == ".":
+            raise _error_at("`.` is not supported: name the variables", source, [piece])
+        if piece.text == "%in%":
+            raise _error_at("`%in%` is not supported: write `a:b`, or `a/b`", source, [piece])
+        if piece.kind is not Token.Kind.OPERATOR and piece.text == "1" and following.is_op("/"):
+            raise _error_at(
+                "`/` in a formula nests and does not divide: write `I(1/x)` for a reciprocal",
+                source,
+                [piece, following],
+            )
+        if piece.kind is Token.Kind.OPERATOR and set(piece.text) & set("<>=!&"):
+            raise _error_at(
+                "comparisons go inside `I(...)`, for instance `I(x > 0)`", source, [piece]
+            )
 
 
 def _same_term(a: RandomTerm, b: RandomTerm) -> bool:

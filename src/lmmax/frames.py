@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import narwhals.stable.v1 as nw
 import numpy as np
 import pandas as pd
+
+from .options import Missing, choose
 
 __all__ = ["DataError"]
 
@@ -29,16 +31,55 @@ def as_table(data: Any) -> Table:
     """
     if isinstance(data, (pd.DataFrame, Mapping)):
         return data
+    if type(data).__module__ == "pyarrow.lib" and type(data).__name__ == "RecordBatch":
+        # One of the batches that tables consist of, whose columns narwhals does not read.
+        return dict(zip(data.schema.names, data.columns, strict=True))
     frame = nw.from_native(data, pass_through=True)
     if isinstance(frame, nw.DataFrame):
         return {name: frame.get_column(name) for name in frame.columns}
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("data is a lazy frame: pass data.collect()")
-    hint = "; for plain arrays use fit_arrays()" if isinstance(data, np.ndarray) else ""
+    hint = ""
+    if isinstance(data, np.ndarray):
+        hint = "; for plain arrays use fit_arrays()"
+        if data.dtype.names:
+            hint = "; for an array with named fields pass pandas.DataFrame.from_records(data)"
     raise TypeError(
         "data must be a pandas or polars DataFrame, a pyarrow Table or a dict of columns, not "
         f"{type(data).__name__}{hint}"
     )
+
+
+def broadcast(table: Table) -> Table:
+    """A mapping whose single values stand for every row, as `predict` takes it -> whole columns.
+
+    Text is a single value, and an array without dimensions; with single values only there is one
+    row.
+    """
+    if isinstance(table, pd.DataFrame):
+        return table
+    single = {name for name, values in table.items() if _is_single(values)}
+    if not single:
+        return table
+    n = n_rows({name: values for name, values in table.items() if name not in single}) or 1
+    labels = [
+        values.index for values in table.values() if isinstance(values, (pd.Series, pd.DataFrame))
+    ]
+    index = labels[0] if labels else None
+    return {
+        name: pd.Series([_item(values)] * n, index=index) if name in single else values
+        for name, values in table.items()
+    }
+
+
+def _item(value: Any) -> Any:
+    return value.item() if isinstance(value, np.ndarray) else value
+
+
+def _is_single(values: Any) -> bool:
+    if isinstance(values, np.ndarray):
+        return values.ndim == 0
+    return isinstance(values, str | bytes) or not isinstance(values, Iterable)
 
 
 def n_rows(table: Table) -> int:
@@ -262,7 +303,10 @@ def missing_values(columns: Iterable[tuple[Any, Any]], index: pd.Index) -> dict[
     """Rows in which columns lack a value, by name; an infinite value is an error."""
     masks: dict[str, np.ndarray] = {}
     for name, column in columns:
-        values = as_numbers(column).values if isinstance(column, pd.Series) else column
+        values = column
+        if isinstance(column, pd.Series):
+            found = as_numbers(column)
+            values = found.values if isinstance(found.dtype, np.dtype) else found.array
         if is_number(values.dtype):
             if np.isfinite(values).all():
                 continue
@@ -291,8 +335,7 @@ def complete_rows(
         DataError: if no row is complete, or `missing` is `"raise"` and there are masks.
         ValueError: for another `missing`.
     """
-    if missing not in ("drop", "raise"):
-        raise ValueError(f"missing={missing!r}: choose 'drop' or 'raise'")
+    missing = choose("missing", missing, get_args(Missing))
     if not masks:
         return slice(None), {}
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
@@ -323,6 +366,12 @@ def check_finite(name: str, values: Any, index: pd.Index) -> None:
 def unknown_column(name: str, table: Iterable[Any], where: str) -> DataError:
     """The error for a name that is no column, with the likeliest remedy."""
     # Columns of our own stand in parentheses.
+    if isinstance(getattr(table, "columns", None), pd.MultiIndex):
+        return DataError(
+            f"no column {name!r} in the data ({where}): its columns have several levels; give them "
+            'one name each, for instance data.columns = ["_".join(map(str, c)) for c in '
+            "data.columns]"
+        )
     columns = [str(column) for column in table if not str(column).startswith("(")]
     close = difflib.get_close_matches(name, columns, n=1)
     close = close or [column for column in columns if column.lower() == name.lower()]

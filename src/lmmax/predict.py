@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from .design import DataError
 from .frames import listing, plural, row_text
+from .options import choose
 
 if TYPE_CHECKING:
     from .results import Fit
 
 NewLevels = Literal["error", "population"]
+NEW_LEVELS: tuple[NewLevels, ...] = get_args(NewLevels)
 
 
 def predict(
@@ -31,8 +33,7 @@ def predict(
 
     A warning points at the caller ``depth`` levels up.
     """
-    if new_levels not in ("error", "population"):
-        raise ValueError(f"new_levels={new_levels!r} is unknown; use 'error' or 'population'")
+    new_levels = choose("new_levels", new_levels, NEW_LEVELS)
     terms = chosen_terms(fit, random_effects)
     design = fit.design
     if newdata is None:
@@ -60,14 +61,30 @@ def predict(
             belong = "1 row of newdata belongs" if count == 1 else f"{count} rows of newdata belong"
             raise DataError(
                 f"{belong} to groups of {fit.group_names[factor]!r} that were not in the fit, the "
-                f"first at row {new.index[int(np.argmax(unseen))]!r}; pass "
-                "new_levels='population' to predict new groups with random effects of zero"
+                f"first {_group_text(newdata, fit.group_names[factor], int(np.argmax(unseen)))}in "
+                f"{row_text(new.index, np.argmax(unseen))}; pass new_levels='population' to "
+                "predict new groups with random effects of zero"
             )
     if terms:
         predicted = predicted + fit.contributions(new.Z, new.codes, terms)
     lost = new.missing | _not_estimable(fit, new.X, new.missing, new.index, depth + 1)
     predicted = np.where(lost, np.nan, predicted)
     return pd.Series(predicted, index=new.index, name="predicted")
+
+
+def _group_text(newdata: Any, name: str, row: int) -> str:
+    """Return the label of a row's group for a message, with a blank; empty if it is not found."""
+    table, parts = newdata, name.split(":")
+    if isinstance(newdata, Mapping) and "groups" in newdata:
+        table, parts = newdata["groups"], [name]
+        if not isinstance(table, Mapping | pd.DataFrame):
+            table = {name: table}
+    try:
+        found = [np.atleast_1d(np.asarray(table[part], dtype=object)) for part in parts]
+        labels = [str(values[min(row, len(values) - 1)]) for values in found]
+    except (KeyError, TypeError, ValueError, IndexError):
+        return ""
+    return f"{':'.join(labels)!r} "
 
 
 def _not_estimable(

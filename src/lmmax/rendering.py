@@ -4,23 +4,59 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-
-from .inference.wald import format_pvalue
 
 if TYPE_CHECKING:
     from .summary import Summary
 
 WIDTH = 80
 """Most columns of the text, unless a single name is longer."""
+CONTINUED = "\n    "
+"""Where a line of text that is too long for the page goes on."""
+MANY_ROWS = 20
+"""Most rows of a frame that is one of several on a page."""
 MISSING = "-"
 """Stands for a number that does not exist, such as the standard error of a variance of zero."""
+
+
+class Frame(pd.DataFrame):
+    """A data frame that prints all its columns, in as many lines as that takes, and never "..."."""
+
+    @property
+    def _constructor(self) -> type[Frame]:
+        return Frame
+
+    def __repr__(self) -> str:
+        with pd.option_context("display.max_columns", None):
+            shown = super().__repr__()
+            if len(shown.partition("\n")[0].rstrip(" \\")) < len(shown.partition("\n")[0]):
+                # Folded, which fewer digits may save.
+                with pd.option_context("display.precision", 4):
+                    shown = super().__repr__()
+        return shown
+
+
+class ByFactor(dict[str, Any]):
+    """Results by the name of a grouping factor: a dict that prints frames one below the other."""
+
+    def __repr__(self) -> str:
+        if not any(isinstance(value, pd.DataFrame) for value in self.values()):
+            return super().__repr__()
+        return "\n\n".join(f"{name}:\n{value!r}" for name, value in self.items())
+
+    def _repr_html_(self) -> str | None:
+        if not any(isinstance(value, pd.DataFrame) for value in self.values()):
+            return None
+        return "".join(
+            f"<p><strong>{escape(name)}</strong></p>{value.to_html(max_rows=MANY_ROWS)}"
+            for name, value in self.items()
+        )
 
 
 class Cells(NamedTuple):
@@ -30,6 +66,28 @@ class Cells(NamedTuple):
     labels: list[list[str]]
     headers: list[str]
     rows: list[list[str]]
+
+
+def format_pvalue(p: float) -> str:
+    """Return a p-value with three decimals, honest about small ones."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def headings(names: Iterable[Any], level: float) -> list[str]:
+    """Return the columns of a table of tests as a reader of regression output knows them.
+
+    Example:
+        >>> headings(["coef", "t", "p", "lower", "upper"], 0.95)
+        ['coef', 't', 'P>|t|', '[0.025', '0.975]']
+    """
+    names = [str(name) for name in names]
+    tail = 0.5 * round(1.0 - level, 12)
+    shown = {
+        "p": "P>|z|" if "z" in names else "P>|t|",
+        "lower": f"[{tail:.10g}",
+        "upper": f"{1.0 - tail:.10g}]",
+    }
+    return [shown.get(name, name) for name in names]
 
 
 def _exponent(value: float) -> int:
@@ -166,11 +224,10 @@ def _random_cells(table: pd.DataFrame) -> tuple[Cells, list[list[str]]]:
     )
 
 
-def _fixed_cells(table: pd.DataFrame) -> Cells:
+def _fixed_cells(table: pd.DataFrame, level: float) -> Cells:
     names = list(table.columns)
     letter = "z" if "z" in names else "t"
-    lower, upper = names[-2:]
-    estimates = table[["coef", "std err", lower, upper]].to_numpy(float)
+    estimates = table[["coef", "std err", "lower", "upper"]].to_numpy(float)
     # Where nothing at all was estimated, it is the fit that failed.
     failed = bool(np.isnan(estimates[:, 0]).all())
     rows = []
@@ -179,14 +236,15 @@ def _fixed_cells(table: pd.DataFrame) -> Cells:
         format_block(estimates, estimates[:, 1:2]),
         degrees,
         table[letter],
-        table[f"P>|{letter}|"],
+        table["p"],
         strict=True,
     ):
         coef, se, low, high = block
         if coef == MISSING and not failed:
             coef = "aliased"
         rows.append([coef, se, *df, _format_z(t), _format_p(p), low, high])
-    return Cells([""], [[str(name)] for name in table.index], names, rows)
+    labels = [[str(name)] for name in table.index]
+    return Cells([""], labels, headings(names, level), rows)
 
 
 def text(summary: Summary) -> str:
@@ -201,7 +259,7 @@ def text(summary: Summary) -> str:
         "Correlations of the random effects:": (
             _correlation_lines(random_cells, correlations) if separate else []
         ),
-        "Fixed effects:": table_lines(_fixed_cells(fixed)),
+        "Fixed effects:": table_lines(_fixed_cells(fixed, summary.level)),
     }
     pairs = _header_cells(header)
     # A name longer than the page sticks out of it; nothing else does.
@@ -224,6 +282,12 @@ def text(summary: Summary) -> str:
             mark = f"[{number}] "
             lines += _wrap(mark + note, width, indent=" " * len(mark))
     return "\n".join(lines)
+
+
+def folded(text: str) -> str:
+    """Return text whose lines fit the page; the rest of a long one is indented below it."""
+    indent = CONTINUED.strip("\n")
+    return "\n".join(part for line in text.split("\n") for part in _wrap(line, WIDTH, indent))
 
 
 def _wrap(text: str, width: int, indent: str = "") -> list[str]:
@@ -315,7 +379,8 @@ def _correlation_lines(cells: Cells, correlations: list[list[str]]) -> list[str]
     return lines
 
 
-# Colours come from the page, so that light and dark themes both work.
+# Colours come from the page, so that light and dark themes both work.  The class stands twice where
+# JupyterLab's own rule, which aligns all cells on the right, would win otherwise.
 _CSS = """
 .lmmax-summary { color: inherit; max-width: 60em; line-height: 1.4; }
 .lmmax-summary p { margin: 0.3em 0; }
@@ -329,31 +394,42 @@ _CSS = """
 .lmmax-summary th, .lmmax-summary td { padding: 0.15em 0.7em; text-align: right;
   white-space: nowrap; border: none; color: inherit; }
 .lmmax-summary th { font-weight: 600; }
-.lmmax-summary tbody th { text-align: left; font-weight: normal; }
+.lmmax-summary.lmmax-summary tbody th { text-align: left; font-weight: normal; }
 .lmmax-summary thead th { border-bottom: 1px solid; }
-.lmmax-summary thead th.lmmax-label { text-align: left; }
+.lmmax-summary.lmmax-summary thead th.lmmax-label { text-align: left; }
 .lmmax-summary table { border-top: 1px solid; border-bottom: 1px solid; }
 .lmmax-summary ol { margin: 0.3em 0; padding-left: 1.8em; font-size: 0.92em; }
 """
 
 
+def boxed(*parts: str) -> str:
+    """Return pieces of HTML as one fragment, with the style that they share."""
+    return "\n".join(['<div class="lmmax-summary">', f"<style>{_CSS}</style>", *parts, "</div>"])
+
+
+def paragraphs(text: str) -> str:
+    """Return text as a fragment of HTML, its first line as the title, everything escaped."""
+    title, *rest = text.replace(CONTINUED, " ").split("\n")
+    return boxed(
+        f'<p class="lmmax-title">{escape(title)}</p>',
+        *(f"<p>{escape(line)}</p>" for line in rest if line.strip()),
+    )
+
+
 def fragment(title: str, formula: str, cells: Cells, notes: Sequence[str]) -> str:
     """Return one table with its title and notes as a fragment of HTML, everything escaped."""
-    parts = [
-        f"<style>{_CSS}</style>",
+    return boxed(
         f'<p class="lmmax-title">{escape(title)}</p>',
         f"<p><code>{escape(formula)}</code></p>",
-        _html_table("", cells),
+        html_table("", cells),
         *(f"<p>{escape(note)}</p>" for note in notes),
-    ]
-    return '<div class="lmmax-summary">\n' + "\n".join(parts) + "\n</div>"
+    )
 
 
 def html(summary: Summary) -> str:
     """Return the summary as a fragment of HTML, everything escaped."""
     header, random, fixed = summary.tables
     parts = [
-        f"<style>{_CSS}</style>",
         f'<p class="lmmax-title">{escape(summary.title)}</p>',
         *(
             f'<p class="lmmax-warning"><strong>Warning:</strong> {escape(warning)}</p>'
@@ -361,13 +437,13 @@ def html(summary: Summary) -> str:
         ),
         f"<p><code>{escape(summary.formula)}</code></p>",
         _html_header(_header_cells(header)),
-        _html_table("Scaled residuals", _residual_cells(summary.residuals)),
-        _html_table("Random effects", _with_correlations(*_random_cells(random))),
-        _html_table("Fixed effects", _fixed_cells(fixed)),
+        html_table("Scaled residuals", _residual_cells(summary.residuals)),
+        html_table("Random effects", _with_correlations(*_random_cells(random))),
+        html_table("Fixed effects", _fixed_cells(fixed, summary.level)),
     ]
     if summary.notes:
         parts.append(f"<ol>{''.join(f'<li>{escape(note)}</li>' for note in summary.notes)}</ol>")
-    return '<div class="lmmax-summary">\n' + "\n".join(parts) + "\n</div>"
+    return boxed(*parts)
 
 
 def _html_header(pairs: Sequence[tuple[str, str]]) -> str:
@@ -379,7 +455,7 @@ def _html_header(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<div class="lmmax-scroll"><table><tbody>{body}</tbody></table></div>'
 
 
-def _html_table(caption: str, cells: Cells) -> str:
+def html_table(caption: str, cells: Cells) -> str:
     """Return a table as HTML, everything escaped."""
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     head = "".join(

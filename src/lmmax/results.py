@@ -18,7 +18,7 @@ from .design import Design
 from .estimation import Estimates
 from .identifiability import Unidentified
 from .inference import variance, wald
-from .inference.denominator import DEFAULT, Denominator
+from .inference.denominator import Denominator, method_name
 from .inference.denominator import denominator as method_of
 from .inference.parameters import VarianceParameters, natural_parameters, theta_parameters
 from .inference.sensitivity import (
@@ -29,8 +29,10 @@ from .inference.sensitivity import (
 )
 from .modes import Effects, conditional_effects
 from .optima import distinct
+from .options import Ddf, alpha_of
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
+from .rendering import ByFactor, folded, paragraphs
 from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ MESSAGES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Convergence:
     """How the solve ended, for whoever wants to check.
 
@@ -90,7 +92,7 @@ class Convergence:
     gradient_norm: float
     hessian_eigenvalues: np.ndarray
     boundary: tuple[str, ...]
-    history: pd.DataFrame = field(repr=False)
+    history: pd.DataFrame
     optima: np.ndarray
     searches: int
     unidentified: tuple[tuple[str, ...], ...] = ()
@@ -108,7 +110,13 @@ class Convergence:
                 f"; {self.searches} searches from starts far apart ended at {len(self.optima)} "
                 f"optima, the next one {self.optima[1] - self.optima[0]:.3g} higher"
             )
-        return text
+        return folded(text)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return paragraphs(str(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +193,7 @@ class Fit:
         """Return the only value, or a dict by the name of the factor if there are several."""
         if len(self.group_names) == 1:
             return values[0]
-        return dict(zip(self.group_names, values, strict=True))
+        return ByFactor(zip(self.group_names, values, strict=True))
 
     # --- fixed effects ----------------------------------------------------------------------
 
@@ -232,25 +240,33 @@ class Fit:
     @property
     def pvalues(self) -> pd.Series:
         """Two-sided p-values with Satterthwaite's degrees of freedom; see :meth:`coefficients`."""
-        return self.coefficients()["P>|t|"]
+        return self.coefficients()["p"]
 
-    def coefficients(self, ddf: str | None = None, alpha: float = 0.05) -> pd.DataFrame:
+    def coefficients(
+        self, ddf: Ddf | None = None, level: float | None = None, *, alpha: float | None = None
+    ) -> pd.DataFrame:
         """Return the tests of the single coefficients.
 
         Args:
             ddf: the degrees of freedom: "satterthwaite" (None), "kenward-roger" (REML; with the
                 adjusted standard errors), "kenward-roger-linear" (without second derivatives of a
                 covariance structure), "between-within" (nested factors, counted as in nlme),
-                "residual" (n - p), or "normal".
-            alpha: one minus the level of the confidence limits.
+                "residual" (n - p), or "normal".  Spelled in any way: "KR", "Kenward-Roger",
+                "satt", ...
+            level: the level of the confidence limits, 0.95 if None; a number below one half is
+                taken as ``alpha``.
+            alpha: one minus the level, instead of it.
 
         Returns:
-            A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``P>|t|`` and the limits
-            (``z`` and no ``df`` with "normal"); NaN for aliased columns, and, with a warning, where
-            Kenward and Roger's second derivatives of a covariance structure leave no variance.
+            A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``p`` and the limits
+            ``lower`` and ``upper`` (``z`` and no ``df`` with "normal"); NaN for aliased columns,
+            and, with a warning, where Kenward and Roger's second derivatives of a covariance
+            structure leave no variance.
 
         Raises:
-            ValueError: for an unknown method, or one that the fit does not allow.
+            ValueError: for an unknown method, one that the fit does not allow, or a level that
+                does not lie between 0 and 1.
+            TypeError: if both ``level`` and ``alpha`` are given.
 
         Example:
             >>> import lmmax
@@ -262,19 +278,20 @@ class Fit:
         """
         test = self.denominator(ddf)
         L = np.eye(len(self.estimates.beta))
-        table = wald.coefficient_table(test, L, self.estimates.beta, np.zeros(len(L)), alpha)
+        one_minus = alpha_of(level, alpha)
+        table = wald.coefficient_table(test, L, self.estimates.beta, np.zeros(len(L)), one_minus)
         names = list(self.design.x_names)
         table.index = pd.Index([names[j] for j in self.layout.fixed.kept])
         wald.warn_of_missing(test, table.index, table["std err"])
         return table.reindex(names)
 
-    def denominator(self, ddf: str | None = None) -> Denominator:
+    def denominator(self, ddf: Ddf | None = None) -> Denominator:
         """Return a method for degrees of freedom, ready for any contrasts of the coefficients.
 
         For tests and confidence limits see :meth:`coefficients`, :meth:`t_test` and
         :meth:`f_test`; this is what they share, evaluated once for each method.
         """
-        name = DEFAULT if ddf is None else ddf
+        name = method_name(ddf)
         if name not in self._denominators:
             self._denominators[name] = method_of(self, name)
         return self._denominators[name]
@@ -307,17 +324,19 @@ class Fit:
             self.estimates, self.terms, self.effect_names, self.group_names, self.design.x_names
         )
 
-    def conf_int(self, alpha: float = 0.05, ddf: str | None = None) -> pd.DataFrame:
-        """Wald confidence limits of the coefficients, level ``1 - alpha``.
+    def conf_int(
+        self, level: float | None = None, ddf: Ddf | None = None, *, alpha: float | None = None
+    ) -> pd.DataFrame:
+        """Wald confidence limits of the coefficients, ``lower`` and ``upper``.
 
         Args:
-            alpha: one minus the level.
+            level: the level, 0.95 if None; a number below one half is taken as ``alpha``.
             ddf: the degrees of freedom, as in :meth:`coefficients`.
+            alpha: one minus the level, instead of it.
 
         For profile and bootstrap limits, of variance parameters too, see :func:`lmmax.confint`.
         """
-        limits = self.coefficients(ddf, alpha).iloc[:, -2:]
-        return limits.set_axis(["lower", "upper"], axis=1)
+        return self.coefficients(ddf, level, alpha=alpha)[["lower", "upper"]]
 
     @property
     def df_resid(self) -> int:
@@ -585,8 +604,9 @@ class Fit:
         self,
         newdata: Any = None,
         *,
-        ddf: str | None = None,
-        alpha: float = 0.05,
+        ddf: Ddf | None = None,
+        level: float | None = None,
+        alpha: float | None = None,
         offset: Any = None,
     ) -> pd.DataFrame:
         """Predict the population mean for new rows, with standard errors and confidence limits.
@@ -597,43 +617,51 @@ class Fit:
         Args:
             newdata: as in :meth:`predict`; the rows of the fit by default.
             ddf: the degrees of freedom, as in :meth:`coefficients`.
-            alpha: one minus the level of the limits.
+            level: the level of the limits, as there.
+            alpha: one minus the level, instead of it.
             offset: as in :meth:`predict`.
 
         Returns:
-            A row per row of newdata: ``predicted``, ``std err``, ``df`` and the limits; NaN where a
-            needed value is missing or the mean cannot be estimated, as in :meth:`predict`.
+            A row per row of newdata: ``predicted``, ``std err``, ``df``, ``lower`` and ``upper``;
+            NaN where a needed value is missing or the mean cannot be estimated, as in
+            :meth:`predict`.
 
         Example:
             >>> import lmmax
             >>> sleep = lmmax.datasets.load("sleepstudy")
             >>> fit = lmmax.fit("Reaction ~ Days + (1 + Days | Subject)", sleep)
             >>> fit.predict_mean({"Days": [0, 9]}).round(2)
-               predicted  std err    df  [0.025  0.975]
+               predicted  std err    df   lower   upper
             0     251.41     6.82  17.0  237.01  265.80
             1     345.61    14.63  17.0  314.75  376.47
         """
-        return wald.mean_predictions(self, newdata, ddf, alpha, offset)
+        return wald.mean_predictions(self, newdata, ddf, alpha_of(level, alpha), offset)
 
     # --- tests ------------------------------------------------------------------------------
 
     def t_test(
-        self, hypothesis: Any, alpha: float = 0.05, ddf: str | None = None
+        self,
+        hypothesis: Any,
+        level: float | None = None,
+        ddf: Ddf | None = None,
+        *,
+        alpha: float | None = None,
     ) -> wald.ContrastTable:
         """Test each linear hypothesis on the coefficients on its own.
 
         Args:
             hypothesis: ``"Time = 7"``, several joined by commas or in a list, or a matrix with a
                 column per coefficient (tested against zero), or a tuple (matrix, values).
-            alpha: one minus the level of the confidence limits.
-            ddf: the degrees of freedom, as in :meth:`coefficients`.
+            level: the level of the confidence limits, as in :meth:`coefficients`.
+            ddf: the degrees of freedom, as there.
+            alpha: one minus the level, instead of it.
 
         Raises:
             wald.HypothesisError: if a name is not a coefficient, or the shape does not fit.
         """
-        return wald.t_test(self, hypothesis, alpha, ddf)
+        return wald.t_test(self, hypothesis, alpha_of(level, alpha), ddf)
 
-    def f_test(self, hypothesis: Any, ddf: str | None = None) -> wald.WaldTest:
+    def f_test(self, hypothesis: Any, ddf: Ddf | None = None) -> wald.WaldTest:
         """Test linear hypotheses jointly by F.
 
         Args:
@@ -728,16 +756,19 @@ class Fit:
 
     # --- output -----------------------------------------------------------------------------
 
-    def summary(self, alpha: float = 0.05, ddf: str | None = None) -> Summary:
+    def summary(
+        self, level: float | None = None, ddf: Ddf | None = None, *, alpha: float | None = None
+    ) -> Summary:
         """Return the printed summary: text by ``print``, HTML in a notebook.
 
         Args:
-            alpha: one minus the level of the confidence limits.
-            ddf: the degrees of freedom of the coefficients, as in :meth:`coefficients`.
+            level: the level of the confidence limits, as in :meth:`coefficients`.
+            ddf: the degrees of freedom of the coefficients, as there.
+            alpha: one minus the level, instead of it.
         """
         from .summary import summarize
 
-        return summarize(self, alpha, ddf)
+        return summarize(self, alpha_of(level, alpha), ddf)
 
     def __str__(self) -> str:
         return str(self.summary())

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from .inference.arguments import as_fit
+from .options import choose
 
 if TYPE_CHECKING:
     from .results import Fit
 
 RandomEffects = Literal["new", "conditional"]
+RANDOM_EFFECTS: tuple[RandomEffects, ...] = get_args(RandomEffects)
 
 
 def simulate(
@@ -58,10 +60,7 @@ def draws(
     fit: Fit, start: int, stop: int, seed: int, random_effects: RandomEffects = "new"
 ) -> Iterator[np.ndarray]:
     """Yield the responses (nobs,) from position ``start`` to ``stop``; see :func:`simulate`."""
-    if random_effects not in ("new", "conditional"):
-        raise ValueError(
-            f"random_effects={random_effects!r} is unknown; use 'new' or 'conditional'"
-        )
+    random_effects = choose("random_effects", random_effects, RANDOM_EFFECTS)
     fitted = fit.fittedvalues_marginal if random_effects == "new" else fit.fittedvalues
     mean = fitted.to_numpy(float)
     sd = residual_sd(fit)

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from .constraints import TermColumns
-from .inference.denominator import DEFAULT, AdjustmentWarning
+from .inference.denominator import AdjustmentWarning, method_name
 from .inference.wald import missing
+from .options import Ddf
 from .rendering import html, text
 from .results import MESSAGES, Fit
 
@@ -62,6 +63,7 @@ class Summary:
         residuals: quantiles of the scaled residuals ``sqrt(weight) (y - fitted) / sqrt(scale)``.
         warnings: what makes the numbers unusable, shown at the top.
         notes: what a reader should know, shown at the bottom.
+        level: of the confidence limits.
 
     Example:
         >>> import lmmax
@@ -79,6 +81,7 @@ class Summary:
     residuals: pd.Series
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    level: float = 0.95
 
     def __str__(self) -> str:
         return text(self)
@@ -90,7 +93,7 @@ class Summary:
         return html(self)
 
 
-def summarize(fit: Fit, alpha: float = 0.05, ddf: str | None = None) -> Summary:
+def summarize(fit: Fit, alpha: float = 0.05, ddf: Ddf | None = None) -> Summary:
     """Return the summary of a fit, with confidence limits of level ``1 - alpha``.
 
     Args:
@@ -104,19 +107,20 @@ def summarize(fit: Fit, alpha: float = 0.05, ddf: str | None = None) -> Summary:
     Example:
         >>> import lmmax
         >>> fitted = lmmax.fit("Yield ~ 1 + (1 | Batch)", lmmax.datasets.load("dyestuff"))
-        >>> summarize(fitted, alpha=0.1).tables[2].columns[-2:].tolist()
-        ['[0.05', '0.95]']
+        >>> round(summarize(fitted, alpha=0.1).level, 2)
+        0.9
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdjustmentWarning)  # a note says so
-        coefficients = fit.coefficients(ddf, alpha)
+        coefficients = fit.coefficients(ddf, alpha=alpha)
     return Summary(
         title=f"Linear mixed model fit by {'REML' if fit.reml else 'maximum likelihood'}",
         formula=fit.formula,
         tables=(_header(fit), _random_effects(fit), coefficients),
         residuals=_residual_quantiles(fit),
         warnings=_warnings(fit),
-        notes=_notes(fit, ddf or DEFAULT),
+        notes=_notes(fit, method_name(ddf)),
+        level=1.0 - alpha,
     )
 
 
@@ -226,7 +230,7 @@ def _warnings(fit: Fit) -> tuple[str, ...]:
     )
 
 
-def _notes(fit: Fit, ddf: str) -> tuple[str, ...]:
+def _notes(fit: Fit, ddf: Ddf) -> tuple[str, ...]:
     notes = [_sentence(note) for note in fit.notes]
     if not fit.converged:
         record = fit.convergence

@@ -72,7 +72,7 @@ def numbers(
         for name in ("x", "z"):
             row = table.loc[name]
             found[ddf, name, "error"] = row["std err"] / units[name]
-            for column in ("df", "t", "P>|t|"):
+            for column in ("df", "t", "p"):
                 found[ddf, name, column] = row[column]
         mean = fit.predict_mean({"x": [(0.3 + shift) * x], "z": [0.2]}, ddf=ddf).iloc[0]
         found[ddf, "mean"], found[ddf, "mean", "error"] = mean.iloc[:2] / y

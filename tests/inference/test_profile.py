@@ -418,8 +418,13 @@ def test_wald_limits(sleepstudy_slope):
     center, se = table["sdcor"].to_numpy(), table["sdcor_se"].to_numpy()
     z = stats.norm.ppf(0.95)
     assert list(limits.index[2:4]) == ["Subject: sd(Intercept)", "Subject: sd(Days)"]
-    np.testing.assert_allclose(limits["lower"].iloc[2:], center - z * se, rtol=1e-12)
-    np.testing.assert_allclose(limits["upper"].iloc[2:], center + z * se, rtol=1e-12)
+    # Logarithms of standard deviations, Fisher's z of the correlation, by the delta method.
+    is_sd = table["var2"].isna().to_numpy()
+    to = np.where(is_sd, np.log(center), np.arctanh(np.where(is_sd, 0.0, center)))
+    half = z * se / np.where(is_sd, center, 1.0 - center**2)
+    for name, side in (("lower", -1.0), ("upper", 1.0)):
+        back = np.where(is_sd, np.exp(to + side * half), np.tanh(to + side * half))
+        np.testing.assert_allclose(limits[name].iloc[2:], back, rtol=1e-12)
     np.testing.assert_allclose(
         limits.iloc[:2], sleepstudy_slope.conf_int(0.1, "normal"), rtol=1e-12
     )

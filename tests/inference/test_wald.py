@@ -129,10 +129,10 @@ def test_single_hypotheses(df: float) -> None:
     t = (estimate - r) / error
     half = distribution.ppf(0.95) * error
     p = 2 * distribution.sf(np.abs(t))
-    expected = {"coef": estimate, "std err": error, "df": np.full(2, df), "t": t, "P>|t|": p}
+    expected = {"coef": estimate, "std err": error, "df": np.full(2, df), "t": t, "p": p}
     if np.isinf(df):
-        expected = {"coef": estimate, "std err": error, "z": t, "P>|z|": p}
-    expected |= {"[0.05": estimate - half, "0.95]": estimate + half}
+        expected = {"coef": estimate, "std err": error, "z": t, "p": p}
+    expected |= {"lower": estimate - half, "upper": estimate + half}
     pd.testing.assert_frame_equal(table.reset_index(drop=True), pd.DataFrame(expected), rtol=1e-12)
 
 

@@ -17,7 +17,8 @@ import pandas as pd
 
 from ..archive import ArchiveError
 from ..constraints import Settings
-from ..fit import IdentifiabilityWarning, check_reml
+from ..fit import IdentifiabilityWarning, check_reml, warn_of_slopes
+from ..options import EngineName, Missing, Solver
 from ..spec import ModelSpec
 from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
@@ -51,11 +52,11 @@ def fit_many(
     offset: Any = None,
     contrasts: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
-    missing: str = "drop",
-    solver: str = "auto",
+    missing: Missing = "drop",
+    solver: Solver = "auto",
     tol: float | None = None,
     max_steps: int | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     chunk: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -199,13 +200,15 @@ def fit_many(
         design, source = read_subsets(formula, data, by, **options)
         work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
         size = chunk or SUBSETS
-    engine = work.name
+    served = work.name
     if isinstance(work, Work) and work.not_identified:
         warnings.warn(
             f"{work.not_identified[0]}; errors of coefficients that depend on them are NaN",
             IdentifiabilityWarning,
             stacklevel=2,
         )
+    else:
+        warn_of_slopes(design)
     store = None if out is None else _store(Path(out), work, source, size, resume)
     with nullcontext() if store is None else store:
         record, n_obs = _fitted(work, source, size, store, executor, progress)
@@ -216,7 +219,7 @@ def fit_many(
             settings=settings,
             hypotheses=work.tests,
             n_obs=n_obs,
-            engine=engine,
+            engine=served,
             notes=work.notes(n_obs),
             source=source,
         )

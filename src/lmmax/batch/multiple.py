@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..options import choose
+
 METHODS = ("bh", "by", "storey")
 LAMBDA = 0.5
 """p-values above this are taken to be of true null hypotheses by Storey's method."""
@@ -28,8 +30,7 @@ def qvalues(p: np.ndarray, method: str = "bh") -> np.ndarray:
     """
     from scipy.stats import false_discovery_control
 
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, METHODS))}")
+    method = choose("method", method, METHODS)
     p = np.asarray(p, dtype=float)
     found = np.full(p.shape, np.nan)
     known = np.isfinite(p)

@@ -17,6 +17,8 @@ import pandas as pd
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import check_reml
+from ..options import EngineName, Missing, Solver
+from ..rendering import folded, paragraphs
 from ..spec import ModelSpec
 from .devices import n_devices
 from .reading import begin, block_size, check_chunk
@@ -37,7 +39,7 @@ class PlanError(ValueError):
     """The fits would not fit into memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What fits of one model to many responses will need; made by :func:`lmmax.plan`.
 
@@ -101,7 +103,7 @@ class Plan:
         compiling = f", compiling {self.compile_seconds:.3g} s" if self.compile_seconds else ""
         spread = [f"{self.workers} workers"] * (self.workers > 1)
         spread += [f"{self.devices} devices"] * (self.devices > 1)
-        return "\n".join(
+        text = "\n".join(
             [
                 f"{self.responses:,} responses of {self.rows:,} rows, "
                 f"{_size(self.bytes_to_read)} to read",
@@ -114,6 +116,13 @@ class Plan:
                 f"by a pilot of {self.pilot})",
             ]
         )
+        return folded(text)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return paragraphs(str(self))
 
 
 def plan(
@@ -133,11 +142,11 @@ def plan(
     offset: Any = None,
     contrasts: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
-    missing: str = "drop",
-    solver: str = "auto",
+    missing: Missing = "drop",
+    solver: Solver = "auto",
     tol: float | None = None,
     max_steps: int | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     context: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Predict what :func:`lmmax.fit_many` needs on this machine.

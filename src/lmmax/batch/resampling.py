@@ -22,6 +22,7 @@ from ..design import DataError
 from ..files import whole
 from ..inference.denominator import HypothesisError
 from ..matrices import Design
+from ..options import choose
 from ..simulate import check_count, check_seed, generator
 from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Hypothesis
@@ -154,7 +155,10 @@ def resample(
     """
     if not isinstance(batch, BatchFit):
         raise TypeError(f"resample takes the fits of fit_many, not {type(batch).__name__}")
-    _check(method, alternative, exchange, multipliers)
+    method = choose("method", method, METHODS)
+    alternative = choose("alternative", alternative, ALTERNATIVES)
+    multipliers = choose("multipliers", multipliers, ("auto", *MULTIPLIERS))
+    _check(method, exchange, multipliers)
     check_count(n, "n")
     check_seed(seed)
     check_chunk(chunk)
@@ -268,15 +272,7 @@ def _claimed(path: Path | None, resume: bool) -> Iterator[None]:
         claim.release()
 
 
-def _check(method: str, alternative: str, exchange: str, multipliers: str) -> None:
-    for name, value, known in (
-        ("method", method, METHODS),
-        ("alternative", alternative, ALTERNATIVES),
-        ("multipliers", multipliers, ("auto", *MULTIPLIERS)),
-    ):
-        if value not in known:
-            one = ", ".join(map(repr, known))
-            raise ValueError(f"{name}={value!r} is unknown; use one of {one}")
+def _check(method: str, exchange: str, multipliers: str) -> None:
     for name, value, of in (
         ("exchange", exchange, "permutation"),
         ("multipliers", multipliers, "wild"),

@@ -20,6 +20,8 @@ from ..frames import check_finite
 from ..inference.denominator import f_pvalues, t_pvalues, t_quantiles
 from ..inference.wald import linear_hypotheses
 from ..matrices import Design
+from ..options import alpha_of
+from ..rendering import Frame
 from ..results import Fit
 from ..solve import Status, is_optimal
 from .engines import Hypothesis, Record
@@ -115,10 +117,18 @@ class BatchFit:
         p = self.pvalues
         return p.apply(lambda column: qvalues(column.to_numpy(), method))
 
-    def conf_int(self, coefficient: str, alpha: float = 0.05) -> pd.DataFrame:
-        """Return confidence limits of one coefficient, a row per response."""
+    def conf_int(
+        self, coefficient: str, level: float | None = None, *, alpha: float | None = None
+    ) -> pd.DataFrame:
+        """Return confidence limits of one coefficient, a row per response.
+
+        Args:
+            coefficient: its name.
+            level: the level, 0.95 if None; a number below one half is taken as ``alpha``.
+            alpha: one minus the level, instead of it.
+        """
         j = self._column(coefficient)
-        half = t_quantiles(alpha, self.record.df[:, j]) * self.record.bse[:, j]
+        half = t_quantiles(alpha_of(level, alpha), self.record.df[:, j]) * self.record.bse[:, j]
         centre = self.record.params[:, j]
         return pd.DataFrame({"lower": centre - half, "upper": centre + half}, index=self.names)
 
@@ -200,7 +210,7 @@ class BatchFit:
         else:
             p = f_pvalues(statistic, r, df)
             columns = {"F": statistic, "df_num": np.full(len(self), r), "df_den": df, "p": p}
-        return pd.DataFrame(columns, index=self.names)
+        return Frame(columns, index=self.names)
 
     def frame(self, q: str = "bh") -> pd.DataFrame:
         """Return all coefficients as one tidy data frame, a row per response and coefficient.
@@ -211,7 +221,7 @@ class BatchFit:
         params, bse = self.record.params, self.record.bse
         n, p = params.shape
         rates = self.qvalues(q).to_numpy()
-        return pd.DataFrame(
+        return Frame(
             {
                 "response": np.repeat(self.names.to_numpy(), p),
                 "coefficient": np.tile(np.array(self.design.x_names, dtype=object), n),
@@ -243,13 +253,13 @@ class BatchFit:
         or groups).
         """
         words = np.array([Status(k).name.lower() for k in range(len(Status))], dtype=object)
-        return pd.DataFrame(
+        return Frame(
             {
                 "status": words[self.record.status],
                 "singular": self.record.singular,
                 "steps": self.record.steps,
                 "gradient": self.record.gradient,
-                "n_obs": self.n_obs,
+                "nobs": self.n_obs,
             },
             index=self.names,
         )

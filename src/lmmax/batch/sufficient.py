@@ -20,6 +20,7 @@ from ..design import DataError, Design
 from ..fit import check_reml, prepare
 from ..frames import as_table, plural
 from ..matrices import lone_group
+from ..options import EngineName, Missing, Solver
 from ..solve import Status
 from ..spec import ModelSpec
 from . import artifact
@@ -113,10 +114,10 @@ class SufficientStatistics:
         columns: Collection[str] | None = None,
         reml: bool = True,
         tests: Mapping[str, Any] | None = None,
-        solver: str = "auto",
+        solver: Solver = "auto",
         tol: float | None = None,
         max_steps: int | None = None,
-        engine: str = "auto",
+        engine: EngineName = "auto",
         progress: bool = False,
     ) -> BatchFit:
         """Fit the responses, as `fit_many` does.
@@ -402,7 +403,7 @@ def sufficient_statistics(
     offset: Any = None,
     contrasts: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
-    missing: str = "drop",
+    missing: Missing = "drop",
     chunk: int | None = None,
     progress: bool = False,
     context: Mapping[str, Any] | None = None,

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
+from ..options import EngineName, choose
 from .columns import Dependence, Factor, column_factor, dependence, random_factor
 from .rows import SMALLEST_BUCKET
 
-ENGINES = ("auto", "grouped", "nested", "crossed", "iterative")
+ENGINES: tuple[str, ...] = get_args(EngineName)
 DENSE_TAIL_LIMIT = 20_000
 """Most random effects beside the largest factor for which a dense factor is made by default."""
 MOST_NESTED = 10_000_000
@@ -209,9 +210,7 @@ def choose_engine(
         asked: one of ``ENGINES``.
         n_fixed: number of columns of X.
     """
-    if asked not in ENGINES:
-        known = ", ".join(map(repr, ENGINES))
-        raise EngineError(f"engine={asked!r} is unknown; use one of {known}")
+    asked = choose("engine", asked, ENGINES, error=EngineError)
     # Largest first; among equals the one with more columns, so that the tail is small.
     by_size = sorted(range(len(factors)), key=lambda i: -factors[i].n_groups * factors[i].n_effects)
     related = [factor.name for factor in factors if factor.root is not None]

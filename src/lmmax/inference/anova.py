@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from ..options import Ddf, choose
 from .arguments import as_fit
 from .comparison import compare
+from .denominator import method_name
 from .hypotheses import FixedTerms, SumsOfSquares, fixed_terms
 from .tables import TestTable
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from ..results import Fit
     from .denominator import Denominator
 from .wald import warn_of_missing
+
+Test = Literal["F", "chisq"]
+TESTS: tuple[Test, ...] = get_args(Test)
 
 TITLES = {
     "satterthwaite": "Satterthwaite's degrees of freedom",
@@ -33,8 +38,8 @@ def anova(
     fit: Fit,
     *others: Fit,
     type: SumsOfSquares | Literal[1, 2, 3] = "III",
-    ddf: str | None = None,
-    test: Literal["F", "chisq"] = "F",
+    ddf: Ddf | None = None,
+    test: Test = "F",
     refit: bool = True,
 ) -> TestTable:
     """Test the fixed-effects terms of a fit, or compare nested fits by likelihood ratios.
@@ -102,7 +107,7 @@ def anova(
             )
         return compare([fit, *others], refit=refit)
     kind = sums_of_squares(type)
-    check_test(test)
+    test = check_test(test)
     terms = fixed_terms(fit)
     table, title = term_table(fit, terms.test(kind), ddf, test)
     notes = _notes(terms, table, kind)
@@ -116,19 +121,20 @@ def sums_of_squares(type: Any) -> SumsOfSquares:
     names: dict[Any, SumsOfSquares] = {}
     for number, name in enumerate(get_args(SumsOfSquares), 1):
         names |= {number: name, str(number): name, name: name}
+    if isinstance(type, str):
+        type = type.strip().upper()
     if type not in names:
         raise ValueError(f"type={type!r} is unknown; use 'I', 'II' or 'III'")
     return names[type]
 
 
-def check_test(test: Any) -> None:
-    """Raise for an unknown test."""
-    if test not in ("F", "chisq"):
-        raise ValueError(f"test={test!r} is unknown; use 'F' or 'chisq'")
+def check_test(test: Any) -> Test:
+    """Return the test that a word stands for, or raise."""
+    return choose("test", test, TESTS, {"chi2": "chisq", "chisquare": "chisq"})
 
 
 def term_table(
-    fit: Fit, hypotheses: dict[str, np.ndarray], ddf: str | None, test: str
+    fit: Fit, hypotheses: dict[str, np.ndarray], ddf: Ddf | None, test: str
 ) -> tuple[pd.DataFrame, str]:
     """Return Wald tests of hypotheses by their names, and how they were made in words.
 
@@ -141,7 +147,7 @@ def term_table(
     names = list(hypotheses)
     index = pd.Index(names, dtype=object)
     if test == "chisq":
-        if ddf not in (None, "normal"):
+        if ddf is not None and method_name(ddf) != "normal":
             raise ValueError(f"ddf={ddf!r} is for F tests; leave it out, or use test='F'")
         normal = fit.denominator("normal")
         chisq: list[tuple[float, int, float]] = []

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ..batch import BatchEstimates, check_engine, estimates_of, join
+from ..options import alpha_of, choose
 from ..parameters import unpack_symmetric
-from ..rendering import Cells, format_block, fragment, table_lines
+from ..rendering import WIDTH, Cells, Frame, format_block, fragment, headings, table_lines
 from ..simulate import check_count, check_seed
 from ..solve import Status
 from .arguments import as_fit
@@ -87,16 +88,23 @@ class Bootstrap:
         """Standard deviation of the replicates."""
         return self.replicates.std().rename("std err")
 
-    def conf_int(self, alpha: float = 0.05, kind: Kind = "percentile") -> pd.DataFrame:
-        """Return confidence limits of level ``1 - alpha``.
+    def conf_int(
+        self,
+        level: float | None = None,
+        kind: Kind = "percentile",
+        *,
+        alpha: float | None = None,
+    ) -> pd.DataFrame:
+        """Return confidence limits.
 
         Args:
-            alpha: one minus the level.
+            level: the level, 0.95 if None; a number below one half is taken as ``alpha``.
             kind: "percentile", quantiles of the replicates; "basic", twice the observed value minus
                 the opposite quantiles; "normal", the observed value minus the bias, and normal
                 quantiles times the standard error; "bca", percentiles corrected for bias and
                 acceleration, the latter from leaving out one group of the coarsest factor at a
                 time (one of 200 parts, if there are more groups).
+            alpha: one minus the level, instead of it.
 
         Returns:
             Columns ``lower`` and ``upper``, a row per statistic.  A quantile is the order statistic
@@ -112,11 +120,8 @@ class Bootstrap:
         Source: Davison and Hinkley (1997), Bootstrap Methods and their Application, chapter 5;
         Efron (1987), JASA 82, 171-185, for BCa.
         """
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(map(repr, KINDS))}")
-        if not 0.0 < alpha < 1.0:
-            raise ValueError(f"alpha={alpha!r} must lie between 0 and 1")
-        levels = np.array([0.5 * alpha, 1.0 - 0.5 * alpha])
+        kind, tail = choose("kind", kind, KINDS), 0.5 * alpha_of(level, alpha)
+        levels = np.array([tail, 1.0 - tail])
         observed, used = self.observed.to_numpy(), self.status["converged"]
         if kind == "normal":
             from scipy.special import ndtri
@@ -126,7 +131,7 @@ class Bootstrap:
         elif not _reaches(np.arange(used), levels[0]):
             raise BootstrapError(
                 f"{used} replicates do not reach as far as the quantiles {levels[0]:.4g} and "
-                f"{levels[1]:.4g}; use more replicates (n=), a larger alpha, or kind='normal'"
+                f"{levels[1]:.4g}; use more replicates (n=), a lower level, or kind='normal'"
             )
         elif kind == "bca":
             lower, upper = self._quantiles(self._corrected(levels))
@@ -182,16 +187,16 @@ class Bootstrap:
                 found[:, j] = ndtr(ndtri(below) + z / (1.0 - skew * z))
         return found
 
-    def summary(self, alpha: float = 0.05) -> pd.DataFrame:
+    def summary(self, level: float | None = None, *, alpha: float | None = None) -> pd.DataFrame:
         """Return observed values, bias, standard errors and percentile limits."""
-        limits = self.conf_int(alpha)
-        return pd.DataFrame(
+        limits = self.conf_int(level, alpha=alpha)
+        return Frame(
             {
                 "observed": self.observed,
                 "bias": self.bias,
                 "std err": self.se,
-                f"[{alpha / 2:g}": limits["lower"],
-                f"{1 - alpha / 2:g}]": limits["upper"],
+                "lower": limits["lower"],
+                "upper": limits["upper"],
             }
         )
 
@@ -230,12 +235,12 @@ class Bootstrap:
         method = "REML" if self.fit.reml else "ML"
         title = f"{self.method.capitalize()} bootstrap, {_count(self.n)} ({method})"
         labels = [[str(name)] for name in table.index]
-        return title, Cells([""], labels, [str(name) for name in table.columns], rows), notes
+        return title, Cells([""], labels, headings(table, 0.95), rows), notes
 
     def __str__(self) -> str:
         title, cells, notes = self._parts()
         lines = table_lines(cells)
-        rule = "-" * max(map(len, lines))
+        rule = "-" * min(max(map(len, lines)), WIDTH)
         formula = f"Formula: {self.fit.formula}"
         return "\n".join([title, formula, rule, *lines, rule, *notes])
 
@@ -305,9 +310,7 @@ def bootstrap(
     as_fit(fit)
     check_count(n, "n")
     check_seed(seed)
-    if method not in METHODS:
-        known = ", ".join(map(repr, METHODS))
-        raise ValueError(f"method={method!r} is unknown; use one of {known}")
+    method = choose("method", method, METHODS)
     check_engine(fit)
     chosen = all_parameters(fit) if statistic is None else statistic
     observed = _table(chosen(estimates_of(fit)), None, chosen).iloc[0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..batch import check_engine, join
+from ..rendering import format_pvalue, paragraphs
 from ..simulate import check_count, check_seed, draws
 from .arguments import as_fit
 from .comparison import ComparisonError, check_same_data
@@ -17,13 +18,12 @@ from .nesting import RandomNesting, fixed_nesting, random_nesting
 from .resampling import by_rows
 from .restarts import TIE, below, fitted_from, restart_note
 from .submodels import Submodel
-from .wald import format_pvalue
 
 if TYPE_CHECKING:
     from ..results import Fit
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BootstrapTest:
     """A parametric bootstrap test of a model against a larger one.
 
@@ -80,6 +80,12 @@ class BootstrapTest:
                 *(textwrap.fill(f"Note: {note}", 80) for note in self.notes),
             ]
         ).replace("p = <", "p < ")
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return paragraphs(str(self))
 
 
 def bootstrap_test(small: Fit, large: Fit, n: int = 1000, seed: int = 0) -> BootstrapTest:

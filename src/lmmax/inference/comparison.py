@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from ..options import Ddf
 from .arguments import as_fit
 from .nesting import RandomNesting, fixed_nesting, random_nesting
 from .restarts import MONTE_CARLO, TIE, below, fitted_from, lost_note, restart_note
@@ -330,7 +331,7 @@ def _full(
     return full, notes
 
 
-def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None) -> TestTable:
+def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: Ddf | None = None) -> TestTable:
     """Test the fixed-effects terms that may be left out one at a time.
 
     These are the terms whose factors are not all in another term.  As in :func:`ranova`, a fit that
@@ -361,7 +362,7 @@ def drop1(fit: Fit, *, test: Literal["F", "chisq"] = "F", ddf: str | None = None
     from .hypotheses import fixed_terms
 
     as_fit(fit)
-    check_test(test)
+    test = check_test(test)
     terms = fixed_terms(fit)
     scope = terms.coded.droppable()
     smaller = {term.label: terms.without(term) for term in scope}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
+from ..options import Ddf, alpha_of, choose
 from .arguments import as_fit
 from .charts import Charts, Parameter
 from .profile import cutoff_of, profile_limits, select
@@ -15,14 +16,17 @@ from .profile import cutoff_of, profile_limits, select
 if TYPE_CHECKING:
     from ..results import Fit
 
-METHODS = ("profile", "wald", "bootstrap")
+Method = Literal["profile", "wald", "bootstrap"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def confint(
     fit: Fit,
     parameters: str | Sequence[str] | None = None,
-    method: str = "profile",
-    alpha: float = 0.05,
+    method: Method = "profile",
+    level: float | None = None,
+    *,
+    alpha: float | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """Return confidence limits of coefficients and variance parameters.
@@ -32,22 +36,23 @@ def confint(
         parameters: names, "fixed", "random", a sequence of these, or None for all; see
             :func:`lmmax.profile`.
         method: "profile", limits of the likelihood profile; "wald", coefficients by
-            :meth:`lmmax.Fit.conf_int`, and for variance parameters the estimate minus and plus a
-            normal quantile times the standard error, on the scale of standard deviations and
-            correlations (symmetric, so that they may leave the parameter space); "bootstrap",
-            percentiles of the parametric bootstrap.
-        alpha: one minus the level.
+            :meth:`lmmax.Fit.conf_int`, and for variance parameters a normal quantile times the
+            standard error on a scale without ends: the logarithm of standard deviations and rates,
+            Fisher's z of correlations; "bootstrap", percentiles of the parametric bootstrap.
+        level: the level, 0.95 if None; a number below one half is taken as ``alpha``.
+        alpha: one minus the level, instead of it.
         **options: for "wald" ``ddf`` of :meth:`lmmax.Fit.conf_int`; for "bootstrap" those of
             :func:`lmmax.bootstrap` and ``kind`` of its limits.
 
     Returns:
-        A row per parameter, ``lower`` and ``upper``; NaN where there is no limit.  Profile limits
-        end at the boundary of the parameter space where the criterion rises too little before it;
-        ``frame.attrs["notes"]`` says where, and why others are missing.
+        A row per parameter, ``lower`` and ``upper``; NaN where there is no limit, such as Wald
+        limits at the boundary of the parameter space.  Profile limits end at that boundary where
+        the criterion rises too little before it; ``frame.attrs["notes"]`` says where, and why
+        others are missing.
 
     Raises:
-        ValueError: for an unknown name or method, or alpha outside (0, 1).
-        TypeError: for an option that the method does not take.
+        ValueError: for an unknown name or method, or a level outside (0, 1).
+        TypeError: for an option that the method does not take, or both ``level`` and ``alpha``.
         EngineError: for profiles of a fit by the iterative engine.
 
     Example:
@@ -61,17 +66,14 @@ def confint(
         sigma                       0.652   1.085
         >>> lmmax.confint(fit, "random", method="wald").round(3)
                                    lower  upper
-        batch: sd(Intercept)      -0.501  3.076
-        batch:cask: sd(Intercept)  1.967  3.841
-        sigma                      0.615  1.032
+        batch: sd(Intercept)       0.321  5.165
+        batch:cask: sd(Intercept)  2.103  4.009
+        sigma                      0.639  1.060
     """
     as_fit(fit)
-    cutoff_of(alpha)
+    alpha = alpha_of(level, alpha)
+    method = choose("method", method, METHODS, {"boot": "bootstrap"})
     allowed = {"profile": (), "wald": ("ddf",)}.get(method)
-    if method not in METHODS:
-        raise ValueError(
-            f"method={method!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
-        )
     if allowed is not None and set(options) - set(allowed):
         name = next(iter(set(options) - set(allowed)))
         takes = f"takes only {', '.join(allowed)}" if allowed else "takes no options"
@@ -84,21 +86,85 @@ def confint(
 
 
 def _wald(
-    fit: Fit, parameters: str | Sequence[str] | None, alpha: float, ddf: str | None = None
+    fit: Fit, parameters: str | Sequence[str] | None, alpha: float, ddf: Ddf | None = None
 ) -> pd.DataFrame:
     charts = Charts(fit)
     chosen = select(charts, parameters)
     quantile = cutoff_of(alpha)
-    coefficients = fit.conf_int(alpha, ddf) if any(map(_is_coefficient, chosen)) else None
-    rows = []
+    coefficients = fit.conf_int(alpha=alpha, ddf=ddf) if any(map(_is_coefficient, chosen)) else None
+    rows, notes = [], []
     for parameter in chosen:
         if coefficients is not None and _is_coefficient(parameter):
             rows.append(coefficients.loc[parameter.name].to_numpy(float))
-        else:
-            half = quantile * parameter.error
-            rows.append(np.array([parameter.estimate - half, parameter.estimate + half]))
+            continue
+        found = transformed_limits(
+            parameter.estimate,
+            parameter.error,
+            quantile,
+            (min(parameter.ends), max(parameter.ends)),
+        )
+        rows.append(found)
+        if np.isnan(found).any():
+            notes.append(f"{parameter.name} has no Wald limits: {_reason(parameter)}.")
     names = [parameter.name for parameter in chosen]
-    return pd.DataFrame(np.reshape(rows, (-1, 2)), index=names, columns=["lower", "upper"])
+    frame = pd.DataFrame(np.reshape(rows, (-1, 2)), index=names, columns=["lower", "upper"])
+    frame.attrs["notes"] = tuple(notes)
+    return frame
+
+
+def transformed_limits(
+    estimate: float, error: float, quantile: float, ends: tuple[float, float]
+) -> np.ndarray:
+    """Return Wald limits (2,) by a scale on which a parameter has no ends.
+
+    The standard error moves to the scale by the delta method: the logarithm of the distance to a
+    single end, and Fisher's z, the inverse hyperbolic tangent, between two.
+
+    Args:
+        estimate: of the parameter.
+        error: its standard error.
+        quantile: of the normal distribution.
+        ends: of the values that the parameter can take.
+
+    Returns:
+        The limits, within the ends; NaN at an end, where the scale has no number.
+
+    Example:
+        >>> transformed_limits(0.9, 0.05, 1.96, (-1.0, 1.0)).round(3).tolist()
+        [0.743, 0.963]
+    """
+    low, high = ends
+    side = np.array([-1.0, 1.0])
+    if not (np.isfinite(estimate) and np.isfinite(error) and low < estimate < high):
+        return np.full(2, np.nan)
+    if np.isfinite([low, high]).all():
+        centre, half = 0.5 * (low + high), 0.5 * (high - low)
+        at = (estimate - centre) / half
+        return np.asarray(
+            centre + half * np.tanh(np.arctanh(at) + side * quantile * error / half / (1 - at**2))
+        )
+    if np.isfinite(low):
+        return np.asarray(
+            low + (estimate - low) * np.exp(side * quantile * error / (estimate - low))
+        )
+    if np.isfinite(high):
+        return np.asarray(
+            high - (high - estimate) * np.exp(-side * quantile * error / (high - estimate))
+        )
+    return estimate + side * quantile * error
+
+
+def _reason(parameter: Parameter) -> str:
+    if parameter.note:
+        return f"it is {parameter.note}"
+    if np.isnan(parameter.estimate):
+        return "it is undefined"
+    if parameter.estimate in parameter.ends:
+        return (
+            f"its estimate, {parameter.estimate:g}, lies at the boundary of the parameter space; "
+            "use method='profile'"
+        )
+    return "it has no standard error"
 
 
 def _is_coefficient(parameter: Parameter) -> bool:
@@ -132,4 +198,4 @@ def _bootstrap(
             for name in names
             if name in asked or ("fixed" if name in coefficients else "random") in groups
         ]
-    return bootstrap(fit, **options).conf_int(alpha, kind=kind).loc[chosen]
+    return bootstrap(fit, **options).conf_int(alpha=alpha, kind=kind).loc[chosen]

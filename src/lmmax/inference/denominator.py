@@ -17,23 +17,35 @@ lmerTest and pbkrtest do.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
+
+from ..options import Ddf, choose
 
 if TYPE_CHECKING:
     from ..identifiability import Unidentified
     from ..results import Fit
 
-METHODS = (
-    "satterthwaite",
-    "kenward-roger",
-    "kenward-roger-linear",
-    "between-within",
-    "residual",
-    "normal",
-)
-DEFAULT = "satterthwaite"
+METHODS: tuple[Ddf, ...] = get_args(Ddf)
+DEFAULT: Ddf = "satterthwaite"
+OTHER_NAMES: dict[str, Ddf] = {
+    "satt": "satterthwaite",
+    "satterth": "satterthwaite",
+    "satterthwaites": "satterthwaite",
+    "kr": "kenward-roger",
+    "kenwardrogers": "kenward-roger",
+    "kr2": "kenward-roger",
+    "krlinear": "kenward-roger-linear",
+    "bw": "between-within",
+    "betwithin": "between-within",
+    "resid": "residual",
+    "z": "normal",
+    "gaussian": "normal",
+    "asymptotic": "normal",
+    "inf": "normal",
+}
+"""Names that other software and users have for the methods."""
 CERTAIN = 1e-14
 """A variance whose own variance, relative to its square, is smaller than this is known: degrees of
 freedom beyond that number are rounding, and no test tells them from infinitely many."""
@@ -134,6 +146,15 @@ class Denominator(ABC):
         return float(np.sum(along**2 / values))
 
 
+def method_name(ddf: str | None) -> Ddf:
+    """Return the name of a method in ``METHODS``; None for Satterthwaite's.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    return DEFAULT if ddf is None else choose("ddf", ddf, METHODS, OTHER_NAMES)
+
+
 def _check_independent(L: np.ndarray) -> None:
     """Raise unless contrasts (r, p) are linearly independent, each coefficient in its own units."""
     sizes = np.max(np.abs(L), axis=0, initial=0.0)
@@ -163,9 +184,7 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
         >>> denominator(fit).degrees(np.eye(4)).round(2).tolist()
         [257.81, 42.0, 42.0, 224.0]
     """
-    name = DEFAULT if ddf is None else ddf
-    if name not in METHODS:
-        raise ValueError(f"ddf={ddf!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
+    name = method_name(ddf)
     p = len(fit.estimates.beta)
     to_x = fit.layout.fixed.inverse
     cov_x = fit.estimates.scale * np.asarray(fit.estimates.solution.point.at.beta_inverse)[:p, :p]

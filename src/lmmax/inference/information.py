@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..options import choose
 from ..parameters import unpack_symmetric
+from ..rendering import folded, paragraphs
 from ..zero_scale import check_residual
 from .arguments import as_fit
 from .inverse import RANK, Inverse, inverted
@@ -109,8 +111,7 @@ class Information:
 
 def joint_information(fit: Fit, kind: str, parameters: str) -> Information:
     """Return the information of :func:`information` before it is brought to the user's units."""
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; use 'observed' or 'expected'")
+    kind = choose("kind", kind, KINDS)
     chosen, at = _parameters(fit, parameters), fit.sensitivity
     steady = chosen.steady
     traces = at.restricted_traces if fit.reml else at.traces
@@ -167,14 +168,12 @@ def as_identified(fit: Fit, covariance: pd.DataFrame) -> pd.DataFrame:
 
 
 def _parameters(fit: Fit, which: str) -> VarianceParameters:
-    if which == "natural":
+    if choose("parameters", which, ("natural", "theta")) == "natural":
         return fit.natural_parameters
-    if which == "theta":
-        return fit.theta_parameters
-    raise ValueError(f"parameters={which!r} is unknown; use 'natural' or 'theta'")
+    return fit.theta_parameters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConditionalAIC:
     """The AIC for predictions within the groups at hand.
 
@@ -192,10 +191,16 @@ class ConditionalAIC:
     rho: float
 
     def __str__(self) -> str:
-        return (
+        return folded(
             f"Conditional AIC {self.caic:.4f}: conditional log-likelihood {self.llf:.4f}, "
             f"{self.df:.2f} effective degrees of freedom ({self.rho:.2f} with known variances)"
         )
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return paragraphs(str(self))
 
 
 def conditional_aic(fit: Fit, correction: bool = True) -> ConditionalAIC:

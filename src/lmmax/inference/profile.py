@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 
 from ..compress import EngineError
-from ..rendering import WIDTH, Cells, format_block, fragment, table_lines
+from ..options import alpha_of
+from ..rendering import WIDTH, Cells, format_block, fragment, headings, table_lines
 from ..solve import Status
 from ..zero_scale import check_residual
 from .arguments import as_fit
@@ -461,28 +462,31 @@ class Profile:
     fit: Fit = field(repr=False)
     _walk: Walk = field(repr=False)
 
-    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
-        """Return profile-likelihood limits of level ``1 - alpha``, exact at any level.
+    def conf_int(self, level: float | None = None, *, alpha: float | None = None) -> pd.DataFrame:
+        """Return profile-likelihood limits, exact at any level.
+
+        Args:
+            level: the level, 0.95 if None; a number below one half is taken as ``alpha``.
+            alpha: one minus the level, instead of it.
 
         Returns:
             A row per parameter, ``lower`` and ``upper``; the ends of the parameter space where the
             criterion does not rise enough before them; NaN where :attr:`status` says why.
 
         Raises:
-            ValueError: if alpha does not lie between 0 and 1.
+            ValueError: if the level does not lie between 0 and 1.
         """
-        cutoff = cutoff_of(alpha)
+        cutoff = cutoff_of(alpha_of(level, alpha))
         self._walk.follow(cutoff)
         return _frame(self._walk, cutoff)
 
     def _parts(self) -> tuple[str, Cells]:
         """Return title and table."""
-        columns = {"estimate": self.estimates}
-        for alpha in dict.fromkeys((0.05, self.alpha)):
-            limits = self.conf_int(alpha)
-            columns[f"[{alpha / 2:g}"] = limits["lower"]
-            columns[f"{1 - alpha / 2:g}]"] = limits["upper"]
-        frame = pd.DataFrame(columns)
+        limits = {a: self.conf_int(alpha=a) for a in dict.fromkeys((0.05, self.alpha))}
+        frame = pd.concat([self.estimates, *limits.values()], axis=1)
+        names = ["estimate"]
+        for alpha, found in limits.items():
+            names += headings(found, 1.0 - alpha)
         values = frame.to_numpy(float)
         widths = 0.25 * (values[:, 2] - values[:, 1])
         rows = [
@@ -491,12 +495,12 @@ class Profile:
         ]
         title = f"Likelihood profiles ({'REML' if self.fit.reml else 'ML'})"
         labels = [[str(name)] for name in frame.index]
-        return title, Cells([""], labels, list(frame.columns), rows)
+        return title, Cells([""], labels, names, rows)
 
     def __str__(self) -> str:
         title, cells = self._parts()
         lines = table_lines(cells)
-        rule = "-" * max(map(len, lines))
+        rule = "-" * min(max(map(len, lines)), WIDTH)
         notes = [
             part
             for i, note in enumerate(self.notes, 1)
@@ -518,7 +522,11 @@ class Profile:
 
 
 def profile(
-    fit: Fit, parameters: str | Sequence[str] | None = None, alpha: float = 0.01
+    fit: Fit,
+    parameters: str | Sequence[str] | None = None,
+    level: float | None = None,
+    *,
+    alpha: float | None = None,
 ) -> Profile:
     """Profile the likelihood of a fit.
 
@@ -532,20 +540,22 @@ def profile(
             correlations, parameters of covariance structures and sigma), a sequence of these, or
             None for all.  Names are those of the coefficients, ``"Subject: sd(Days)"``,
             ``"Subject: cor(Intercept, Days)"``, and ``"sigma"``, the residual standard deviation.
-        alpha: how far to go: to the limits of level ``1 - alpha``.
+        level: how far to go: to the limits of this level, 0.99 if None; a number below one half is
+            taken as ``alpha``.
+        alpha: one minus the level, instead of it.
 
     Returns:
         The profiles.  Parameters that the fit held fixed have none.
 
     Raises:
-        ValueError: for an unknown name, or alpha outside (0, 1).
+        ValueError: for an unknown name, or a level outside (0, 1).
         EngineError: for a fit by the iterative engine.
 
     Example:
         >>> import lmmax
         >>> rail = lmmax.fit("travel ~ 1 + (1 | Rail)", lmmax.datasets.load("rail"), reml=False)
         >>> found = lmmax.profile(rail, "random")
-        >>> found.conf_int(alpha=0.05).round(3)
+        >>> found.conf_int(0.95).round(3)
                               lower   upper
         Rail: sd(Intercept)  13.929  45.547
         sigma                 2.825   6.378
@@ -553,6 +563,7 @@ def profile(
         34
     """
     as_fit(fit)
+    alpha = alpha_of(level, alpha, default=0.01)
     cutoff = cutoff_of(alpha)
     walk = follow(fit, parameters, cutoff)
     walk.fill(cutoff)
@@ -673,9 +684,7 @@ def cutoff_of(alpha: float) -> float:
     """Return the root of the quantile ``1 - alpha`` of chi-squared with one degree of freedom."""
     from scipy.special import ndtri
 
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha={alpha!r} must lie between 0 and 1")
-    return float(-ndtri(0.5 * alpha))
+    return float(-ndtri(0.5 * alpha_of(None, alpha)))
 
 
 def _frame(walk: Walk, cutoff: float) -> pd.DataFrame:

@@ -36,6 +36,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..options import alpha_of, choose
+from ..rendering import boxed, html_table
 from .arguments import as_fit
 from .clusters import ClusterError, Clusters, batches, factor_roots, find_clusters, principal_axes
 from .denominator import Denominator, HypothesisError, JointTest, f_test, orthonormal
@@ -197,39 +199,46 @@ class RobustCovariance:
     @property
     def pvalues(self) -> pd.Series:
         """Two-sided p-values from t distributions with :attr:`df` degrees of freedom."""
-        return self._coefficients["P>|t|"]
+        return self._coefficients["p"]
 
     @cached_property
     def _coefficients(self) -> pd.DataFrame:
         return self.coefficients()
 
-    def coefficients(self, alpha: float = 0.05) -> pd.DataFrame:
+    def coefficients(
+        self, level: float | None = None, *, alpha: float | None = None
+    ) -> pd.DataFrame:
         """Return the tests of the single coefficients.
 
         Args:
-            alpha: one minus the level of the confidence limits.
+            level: the level of the confidence limits, as in :meth:`lmmax.Fit.coefficients`.
+            alpha: one minus the level, instead of it.
 
         Returns:
-            A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``P>|t|``, and the limits.
+            A row per coefficient: ``coef``, ``std err``, ``df``, ``t``, ``p``, and the limits
+            ``lower`` and ``upper``.
 
         Raises:
-            ValueError: if alpha does not lie between 0 and 1.
+            ValueError: if the level does not lie between 0 and 1.
         """
         L, estimate = np.eye(len(self.kept)), self.params.to_numpy()[self.kept]
-        table = coefficient_table(self.tests, L, estimate, np.zeros(len(L)), alpha)
+        one_minus = alpha_of(level, alpha)
+        table = coefficient_table(self.tests, L, estimate, np.zeros(len(L)), one_minus)
         return table.set_axis(self.params.index[self.kept]).reindex(self.params.index)
 
-    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
-        """Confidence limits of the coefficients, level ``1 - alpha``, t quantiles."""
-        limits = self.coefficients(alpha).iloc[:, -2:]
-        return limits.set_axis(["lower", "upper"], axis=1)
+    def conf_int(self, level: float | None = None, *, alpha: float | None = None) -> pd.DataFrame:
+        """Confidence limits of the coefficients, t quantiles; see :meth:`coefficients`."""
+        return self.coefficients(level, alpha=alpha)[["lower", "upper"]]
 
-    def t_test(self, hypothesis: Any, alpha: float = 0.05) -> ContrastTable:
+    def t_test(
+        self, hypothesis: Any, level: float | None = None, *, alpha: float | None = None
+    ) -> ContrastTable:
         """Test each linear hypothesis on its own, with Satterthwaite's degrees of freedom.
 
         Args:
             hypothesis: as in :meth:`lmmax.Fit.t_test`.
-            alpha: one minus the level of the confidence limits.
+            level: the level of the confidence limits, as in :meth:`lmmax.Fit.coefficients`.
+            alpha: one minus the level, instead of it.
 
         Raises:
             HypothesisError: if a name is not a coefficient, or the shape does not fit.
@@ -237,8 +246,9 @@ class RobustCovariance:
         R, values, names = linear_hypotheses(self.params, hypothesis)
         L = R[:, self.kept]
         estimate = L @ self.params.to_numpy()[self.kept]
-        table = coefficient_table(self.tests, L, estimate, values, alpha)
-        return ContrastTable(table.set_axis(names))
+        one_minus = alpha_of(level, alpha)
+        table = coefficient_table(self.tests, L, estimate, values, one_minus)
+        return ContrastTable(table.set_axis(names), 1.0 - one_minus)
 
     def wald_test(self, hypothesis: Any, test: str = "HTZ") -> WaldTest:
         """Test linear hypotheses jointly.
@@ -267,9 +277,7 @@ class RobustCovariance:
 
         Source: Pustejovsky and Tipton (2018), J. Bus. Econ. Stat. 36, 672-683, section 3.2.
         """
-        if test not in JOINT_TESTS:
-            known = ", ".join(map(repr, JOINT_TESTS))
-            raise ValueError(f"test={test!r} is unknown; use one of {known}")
+        test = choose("test", test, JOINT_TESTS)
         R, values, _ = linear_hypotheses(self.params, hypothesis)
         L = R[:, self.kept]
         found = self.tests.test(L, L @ self.params.to_numpy()[self.kept] - values, test)
@@ -290,8 +298,11 @@ class RobustCovariance:
         return f"<lmmax.RobustCovariance {self.type}, {self.n_clusters} clusters of {self.cluster}>"
 
     def _repr_html_(self) -> str:
-        head, *notes = [f"<p>{escape(text)}</p>" for text in (self._heading, *self.notes)]
-        return head + ContrastTable(self._coefficients)._repr_html_() + "".join(notes)
+        return boxed(
+            f'<p class="lmmax-title">{escape(self._heading)}</p>',
+            html_table("", ContrastTable(self._coefficients).cells),
+            *(f"<p>{escape(note)}</p>" for note in self.notes),
+        )
 
 
 def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance:
@@ -322,15 +333,14 @@ def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance
         >>> fit = lmmax.fit("Weight ~ Time + (1 | Pig)", lmmax.datasets.load("dietox"))
         >>> print(lmmax.robust(fit))
         Cluster-robust covariance CR2, 72 clusters of Pig
-                   coef  std err    df      t  P>|t|  [0.025  0.975]
-        Intercept 15.72   0.5497 71.00 28.603 <0.001   14.63   16.82
-        Time      6.943  0.08018 70.84 86.587 <0.001   6.783   7.102
+                      coef  std err       df        t    P>|t|   [0.025   0.975]
+        Intercept    15.72   0.5497    71.00   28.603   <0.001    14.63    16.82
+        Time         6.943  0.08018    70.84   86.587   <0.001    6.783    7.102
 
     Source: Pustejovsky and Tipton (2018), J. Bus. Econ. Stat. 36, 672-683.
     """
     as_fit(fit)
-    if type not in TYPES:
-        raise ValueError(f"type={type!r} is unknown; use one of {', '.join(map(repr, TYPES))}")
+    type = choose("type", type, TYPES)
     clusters = find_clusters(fit, cluster)
     m, n, p = len(clusters), fit.nobs, len(fit.estimates.beta)
     if type == "CR1p" and m <= p:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .wald import format_pvalue
+from ..rendering import WIDTH, Cells, boxed, format_pvalue, html_table, table_lines
 
-WIDTH = 80
 _WHOLE = ("npar", "df", "df_num")
 _DECIMALS = {"F": 3, "chisq": 3, "AIC": 2, "BIC": 2, "llf": 3, "deviance": 3, "df_den": 2}
 
@@ -40,54 +39,45 @@ class TestTable:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        cells = _cells(self.table)
-        labels = [str(label) for label in self.table.index]
-        widths = {name: max(map(len, [name, *column])) for name, column in cells.items()}
-        left = max(map(len, ["", *labels]))
-        lines = [" " * left + "".join(f"  {name:>{w}}" for name, w in widths.items())]
-        for i, label in enumerate(labels):
-            row = "".join(f"  {cells[name][i]:>{w}}" for name, w in widths.items())
-            lines.append(f"{label:<{left}}{row}".rstrip())
-        rule = "-" * len(lines[0])
-        width = max(len(rule), WIDTH)
-        text = [part for line in self.heading.split("\n") for part in _wrapped(line, width, "  ")]
+        lines = table_lines(self._cells, least=0)
+        rule = "-" * min(max(map(len, lines)), WIDTH)
+        text = [part for line in self.heading.split("\n") for part in _wrapped(line, WIDTH, "  ")]
         text += [rule, *lines]
         if self.notes:
             text.append(rule)
         for number, note in enumerate(self.notes, 1):
             mark = f"[{number}] "
-            text += _wrapped(mark + note, width, " " * len(mark))
+            text += _wrapped(mark + note, WIDTH, " " * len(mark))
         return "\n".join(text)
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        cells = _cells(self.table)
-        head = "".join(f"<th>{escape(name)}</th>" for name in ["", *cells])
-        rows = [
-            f"<tr><th style='text-align: left'>{escape(str(label))}</th>"
-            + "".join(f"<td>{escape(column[i])}</td>" for column in cells.values())
-            + "</tr>"
-            for i, label in enumerate(self.table.index)
-        ]
+        title, *rest = self.heading.split("\n")
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        return (
-            f"<p>{escape(self.heading).replace(chr(10), '<br>')}</p>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-            + (f"<ol>{notes}</ol>" if notes else "")
+        return boxed(
+            f'<p class="lmmax-title">{escape(title)}</p>',
+            *(f"<p><code>{escape(line)}</code></p>" for line in rest),
+            html_table("", self._cells),
+            *([f"<ol>{notes}</ol>"] if notes else []),
         )
+
+    @property
+    def _cells(self) -> Cells:
+        """The table as text, empty where there is no number."""
+        columns = [_column(str(name), self.table[name]) for name in self.table]
+        labels = [[str(label)] for label in self.table.index]
+        rows = (
+            [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in labels]
+        )
+        return Cells([""], labels, [str(name) for name in self.table], rows)
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
     return textwrap.wrap(
         text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
-
-
-def _cells(table: pd.DataFrame) -> dict[str, list[str]]:
-    """Return the cells of each column as text; empty where there is no number."""
-    return {str(name): _column(str(name), table[name]) for name in table}
 
 
 def _column(name: str, values: pd.Series) -> list[str]:

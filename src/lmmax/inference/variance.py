@@ -14,6 +14,7 @@ import pandas as pd
 from ..constraints import TermColumns
 from ..covariances import slopes, undefined, values_at
 from ..estimation import Estimates
+from ..rendering import Frame
 
 BLOCK = 512
 """Entries of the covariance whose errors are found together."""
@@ -112,7 +113,7 @@ def table(
     records.append(("Residual", None, None, scale, scale_se, sigma, sigma_se))
     columns = ["group", "var1", "var2", "vcov", "vcov_se", "sdcor", "sdcor_se"]
     # Objects first: a column of strings would turn None into NaN.
-    frame = pd.DataFrame(records, columns=columns, dtype=object)
+    frame = Frame(records, columns=columns, dtype=object)
     return frame.astype(dict.fromkeys(columns[3:], float))
 
 
@@ -142,4 +143,4 @@ def structure_table(
             se = float(estimates.standard_errors(row)[0]) if exists else np.nan
             size = float(value) * (sigma if is_sd else 1.0)
             records.append((term.label, label, size, se))
-    return pd.DataFrame(records, columns=["term", "parameter", "estimate", "std err"])
+    return Frame(records, columns=["term", "parameter", "estimate", "std err"])

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .. import rendering
 from ..compress.columns import Dependence
 from ..frames import DataError, real_numbers
+from ..options import Ddf
 from ..predict import predict
+from ..rendering import format_pvalue
 from .denominator import (
     AdjustmentWarning,
     Denominator,
@@ -30,41 +33,50 @@ MANY = 8
 """Most names that a warning lists."""
 
 
-def format_pvalue(p: float) -> str:
-    """Return a p-value with three decimals, honest about small ones."""
-    return "<0.001" if p < 0.0005 else f"{p:.3f}"
-
-
-_FORMATS: dict[str, Any] = {
-    "float_format": "{:.4g}".format,
-    "formatters": {
-        "df": "{:.2f}".format,
-        **dict.fromkeys("tz", "{:.3f}".format),
-        **dict.fromkeys(["P>|t|", "P>|z|"], format_pvalue),
-    },
-}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ContrastTable:
-    """Tests of single hypotheses.
+    """Tests of single hypotheses; ``print`` shows text, a notebook shows HTML.
 
     Attributes:
-        table: a row per hypothesis: estimate, standard error, degrees of freedom, t, p-value, and
-            confidence limits.
+        table: a row per hypothesis: ``coef``, ``std err``, ``df``, ``t``, ``p``, and the limits
+            ``lower`` and ``upper`` (``z`` and no ``df`` for the normal distribution).
+        level: the level of the limits.
     """
 
     table: pd.DataFrame
+    level: float = 0.95
 
     def __str__(self) -> str:
-        return self.table.to_string(**_FORMATS)
+        return "\n".join(rendering.table_lines(self.cells))
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
-        html: str = self.table.to_html(**_FORMATS)
-        return html
+        return rendering.boxed(rendering.html_table("", self.cells))
+
+    @property
+    def cells(self) -> rendering.Cells:
+        """The table as text."""
+        formats: dict[str, Any] = {
+            "df": "{:.2f}".format,
+            **dict.fromkeys("tz", "{:.3f}".format),
+            "p": format_pvalue,
+        }
+        rows = [
+            [
+                rendering.MISSING
+                if np.isnan(value)
+                else formats.get(str(name), "{:.4g}".format)(value)
+                for name, value in zip(self.table, row, strict=True)
+            ]
+            for row in self.table.to_numpy(float)
+        ]
+        labels = [[str(label)] for label in self.table.index]
+        return rendering.Cells([""], labels, rendering.headings(self.table, self.level), rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WaldTest:
     """A joint test.
 
@@ -88,14 +100,20 @@ class WaldTest:
         p = "p < 0.001" if self.pvalue < 0.0005 else f"p = {self.pvalue:.3f}"
         return f"Wald test: {head}, {p}"
 
+    def __repr__(self) -> str:
+        return str(self)
 
-def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: str | None) -> ContrastTable:
+    def _repr_html_(self) -> str:
+        return rendering.paragraphs(str(self))
+
+
+def t_test(fit: Fit, hypothesis: Any, alpha: float, ddf: Ddf | None) -> ContrastTable:
     """Test each row of a hypothesis on its own; see :meth:`lmmax.Fit.t_test`."""
     R, values, names = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     test, L = fit.denominator(ddf), R[:, fit.layout.fixed.kept]
     table = coefficient_table(test, L, L @ fit.estimates.beta, values, alpha)
     warn_of_missing(test, names, table["std err"])
-    return ContrastTable(table.set_axis(names))
+    return ContrastTable(table.set_axis(names), 1.0 - alpha)
 
 
 def missing(test: Denominator, names: Iterable[Any], numbers: Any) -> str:
@@ -136,17 +154,17 @@ def coefficient_table(
         "std err": error,
         "df": df,
         letter: t,
-        f"P>|{letter}|": t_pvalues(t, df),
-        f"[{0.5 * alpha:.10g}": estimate - half,
-        f"{1.0 - 0.5 * alpha:.10g}]": estimate + half,
+        "p": t_pvalues(t, df),
+        "lower": estimate - half,
+        "upper": estimate + half,
     }
     if letter == "z":
         del columns["df"]
-    return pd.DataFrame(columns)
+    return rendering.Frame(columns)
 
 
 def mean_predictions(
-    fit: Fit, newdata: Any, ddf: str | None, alpha: float, offset: Any
+    fit: Fit, newdata: Any, ddf: Ddf | None, alpha: float, offset: Any
 ) -> pd.DataFrame:
     """Return predictions of the mean; see :meth:`lmmax.Fit.predict_mean`."""
     predicted = predict(
@@ -159,12 +177,12 @@ def mean_predictions(
     table = coefficient_table(test, L, at, np.zeros(len(L)), alpha)
     rows = [f"row {label!r}" for label in predicted.index[known]]
     warn_of_missing(test, rows, table["std err"])
-    table = table.drop(columns=[name for name in table if str(name)[0] in "tzP"])
+    table = table.drop(columns=["t", "z", "p"], errors="ignore")
     table = table.rename(columns={"coef": "predicted"}).set_axis(predicted.index[known])
     return table.reindex(predicted.index)
 
 
-def joint_test(fit: Fit, hypothesis: Any, ddf: str | None) -> WaldTest:
+def joint_test(fit: Fit, hypothesis: Any, ddf: Ddf | None) -> WaldTest:
     """Test hypotheses jointly; see :meth:`lmmax.Fit.f_test` and :meth:`lmmax.Fit.wald_test`."""
     R, values, labels = linear_hypotheses(fit.params, hypothesis, fit.layout.dependence)
     L = R[:, fit.layout.fixed.kept]
@@ -275,11 +293,16 @@ def _read(text: str, names: list[str]) -> list[tuple[str, np.ndarray, float]]:
     # Names such as "Time:Cu[T.b]" or "bs(x, df=4)[1]" are taken out before anything is parsed;
     # longest first, so that parts of names stay whole.
     special_names = sorted((n for n in names if not n.isidentifier()), key=len, reverse=True)
-    pattern = "|".join([r"`[^`]*`", *map(re.escape, special_names)])
+    # Blanks in them may be others than in the formula.
+    spaced = [r"\s*".join(map(re.escape, re.sub(r"\s", "", name))) for name in special_names]
+    known = {re.sub(r"\s", "", name): name for name in names}
+    pattern = "|".join([r"`[^`]*`", *map(re.escape, special_names), *spaced])
     position = {name: f"_{j}_" for j, name in enumerate(names)}
 
     def put_placeholder(match: re.Match[str]) -> str:
         name = match[0].strip("`")
+        if name not in position:
+            name = known.get(re.sub(r"\s", "", name), name)
         if name not in position:
             raise _unknown(name, names)
         return position[name]
