@@ -103,6 +103,8 @@ def design_from_arrays(
         raise DataError("the data have no rows")
     index = pd.RangeIndex(n) if index is None else index
     X, names = _as_matrix(X, "X", x_names)
+    if not isinstance(group_name, str):
+        raise DataError(f"group_name must be text, not {type(group_name).__name__}")
     several = _is_several(groups)
     if several:
         terms = _several_terms(groups, Z, z_names, covariance, n)

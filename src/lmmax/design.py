@@ -129,6 +129,11 @@ def build_design(
         spec = parse_formula(spec)
     if not isinstance(spec, ModelSpec):
         raise TypeError(f"spec must be a ModelSpec or a formula, not {type(spec).__name__}")
+    if context is not None and not isinstance(context, Mapping):
+        raise DataError(
+            "context must be a mapping from names to what they stand for, not "
+            f"{type(context).__name__}"
+        )
     context = {} if context is None else dict(context)
     table = as_table(data)
     factors = _factors(spec, spec.random)

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import starts, zero_scale
 from .along import hessian_along
-from .compilation import Compiled
+from .compilation import Compiled, computing
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .compress.iterative import Rows
@@ -642,7 +642,7 @@ class _Search:
         )
         for i, start in enumerate(starts):
             many.D[i], many.s[i], many.theta[i] = start[:3]
-        with jax.enable_x64(True), compilation_cache():
+        with computing(), compilation_cache():
             flat = np.asarray(_compiled[self.solver](self.problem, self.constraints, chosen, many))
         found = _unflatten(flat, self.problem, self.constraints, together)
         values, statuses = found.values[: len(starts)], found.statuses[: len(starts)]

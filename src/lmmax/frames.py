@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import narwhals.stable.v1 as nw
@@ -30,6 +30,13 @@ def as_table(data: Any) -> Table:
     if isinstance(data, (pd.DataFrame, Mapping)):
         return data
     frame = nw.from_native(data, pass_through=True)
+    if (
+        hasattr(data, "schema")
+        and hasattr(data, "to_pydict")
+        and not hasattr(data, "combine_chunks")
+    ):
+        # A record batch of pyarrow, of which narwhals reads no more than the names.
+        return {name: data.column(i) for i, name in enumerate(data.schema.names)}
     if isinstance(frame, nw.DataFrame):
         return {name: frame.get_column(name) for name in frame.columns}
     if isinstance(frame, nw.LazyFrame):
@@ -45,7 +52,8 @@ def n_rows(table: Table) -> int:
     """Number of rows; of a mapping without columns none."""
     if isinstance(table, pd.DataFrame):
         return len(table)
-    return len(next(iter(table.values()), ()))
+    first = next(iter(table.values()), ())
+    return len(first) if hasattr(first, "__len__") else 0
 
 
 def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
@@ -63,6 +71,11 @@ def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
             columns[name] = column.array
         return pd.DataFrame(columns, index=table.index, copy=False)
     given = {name: table[name] for name in names}
+    for name, values in given.items():
+        if isinstance(values, Iterator):
+            raise DataError(
+                f"column {name!r} is an iterator, which can be read only once: pass list() of it"
+            )
     check_same_rows({f"column {name!r}": values for name, values in given.items()})
     read = {name: one_dimensional(values, f"column {name!r}") for name, values in given.items()}
     lengths = {name: len(values) for name, values in read.items()}
@@ -93,6 +106,8 @@ def one_dimensional(values: Any, what: str) -> pd.Series:
     shape = getattr(values, "shape", (0,))
     if len(shape) != 1:
         raise DataError(f"{what} must be one-dimensional, its shape is {shape}")
+    if str(getattr(values, "dtype", "")) == "float16":  # of which pandas makes no index
+        values = values.astype(np.float64)
     column = pd.Series(values)
     if not hasattr(values, "dtype") and column.dtype == np.float64 and beyond_integers(column):
         # Python's own numbers, among which a missing one made floats of the others.

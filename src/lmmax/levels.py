@@ -45,7 +45,16 @@ def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
     counts as ordered if the data say so, or have the categories in another order than the sorted.
     """
     _check_kinds(values)
-    categorical = pd.Categorical(values)
+    if values.dtype == np.float16:  # of which pandas makes no index
+        values = values.astype(np.float64)
+    try:
+        categorical = pd.Categorical(values)
+    except (TypeError, NotImplementedError) as error:  # lists, dicts, sets
+        name = getattr(values, "name", None)
+        raise DataError(
+            f"the labels of {'groups' if name is None else repr(name)} are of a kind that cannot "
+            "be told apart (lists, dicts or other containers): convert them to text"
+        ) from error
     if isinstance(values.dtype, pd.CategoricalDtype):
         if not categorical.categories.is_monotonic_increasing:
             categorical = categorical.as_ordered()
