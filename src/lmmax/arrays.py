@@ -28,6 +28,7 @@ from .matrices import (
     NewDesign,
     RandomBlock,
     check_groups,
+    check_range,
     check_response,
     check_unique,
     needed_offset,
@@ -129,6 +130,8 @@ def design_from_arrays(
     rows, dropped_by = complete_rows(missing_values(columns, index), missing)
     index = index[rows]
     check_response(response, y[rows], index)
+    if offset is not None:
+        check_range(offset[rows][:, None], ["offset"], smallest=0.0)
     random = [
         RandomTerm(plain_names(term.effects), quote(term.name), term.covariance) for term in terms
     ]

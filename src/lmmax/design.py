@@ -45,6 +45,7 @@ from .matrices import (
     RandomBlock,
     check_groups,
     check_matrix,
+    check_range,
     check_response,
     check_unique,
     needed_offset,
@@ -403,4 +404,5 @@ def _total_offset(encoder: Encoder, spec: ModelSpec) -> np.ndarray:
         if _OFFSET in encoder.data:
             total += encoder.data[_OFFSET].to_numpy()
     check_finite("offset", total, encoder.data.index)
+    check_range(total[:, None], ["offset"], smallest=0.0)
     return total

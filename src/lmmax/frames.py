@@ -277,7 +277,7 @@ def missing_values(columns: Iterable[tuple[Any, Any]], index: pd.Index) -> dict[
     """Rows in which columns lack a value, by name; an infinite value is an error."""
     masks: dict[str, np.ndarray] = {}
     for name, column in columns:
-        values = as_numbers(column).values if isinstance(column, pd.Series) else column
+        values = as_numbers(column).array if isinstance(column, pd.Series) else column
         if is_number(values.dtype):
             check_finite(name, values, index)
         mask = np.asarray(pd.isna(values))

@@ -45,8 +45,11 @@ def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
     counts as ordered if the data say so, or have the categories in another order than the sorted.
     """
     _check_kinds(values)
-    if values.dtype == np.float16:  # of which pandas makes no index
-        values = values.astype(np.float64)
+    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "fiu":
+        if values.dtype.kind == "f" and values.dtype != np.float32:  # half and long numbers
+            values = values.astype(np.float64)
+        elif not values.dtype.isnative:
+            values = values.astype(values.dtype.newbyteorder("="))
     try:
         categorical = pd.Categorical(values)
     except (TypeError, NotImplementedError) as error:  # lists, dicts, sets
@@ -63,7 +66,7 @@ def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
     levels = categorical.categories
     if levels.dtype == np.float64:
         values = levels.to_numpy()
-        if ((values % 1 == 0) & (np.abs(values) < 2**53)).all():
+        if (np.abs(values) < 2**53).all() and (values % 1 == 0).all():
             return pd.Categorical.from_codes(
                 categorical.codes, values.astype(np.int64), ordered=categorical.ordered
             )
