@@ -30,11 +30,7 @@ def as_table(data: Any) -> Table:
     if isinstance(data, (pd.DataFrame, Mapping)):
         return data
     frame = nw.from_native(data, pass_through=True)
-    if (
-        hasattr(data, "schema")
-        and hasattr(data, "to_pydict")
-        and not hasattr(data, "combine_chunks")
-    ):
+    if type(data).__module__.startswith("pyarrow") and type(data).__name__ == "RecordBatch":
         # A record batch of pyarrow, of which narwhals reads no more than the names.
         return {name: data.column(i) for i, name in enumerate(data.schema.names)}
     if isinstance(frame, nw.DataFrame):
@@ -277,7 +273,11 @@ def missing_values(columns: Iterable[tuple[Any, Any]], index: pd.Index) -> dict[
     """Rows in which columns lack a value, by name; an infinite value is an error."""
     masks: dict[str, np.ndarray] = {}
     for name, column in columns:
-        values = as_numbers(column).array if isinstance(column, pd.Series) else column
+        values = column
+        if isinstance(column, pd.Series):
+            numbers = as_numbers(column)
+            plain = isinstance(numbers.dtype, np.dtype)
+            values = numbers.to_numpy() if plain else numbers.array
         if is_number(values.dtype):
             check_finite(name, values, index)
         mask = np.asarray(pd.isna(values))
