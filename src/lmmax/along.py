@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
-from .compilation import Compiled
+from .compilation import Compiled, computing
 from .compilation_cache import compilation_cache
 from .likelihood import Problem, derivatives
 from .solve import Point
@@ -27,5 +26,5 @@ def hessian_along(problem: Problem, point: Point, reml: bool, changes: np.ndarra
         changes: the directions, (c, q, q).
     """
     at: tuple[Any, ...] = (point.D, float(reml), point.s, False, None, changes)
-    with jax.enable_x64(True), compilation_cache():
+    with computing(), compilation_cache():
         return np.asarray(_along(problem, *at).hessian)

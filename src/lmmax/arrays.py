@@ -28,6 +28,7 @@ from .matrices import (
     NewDesign,
     RandomBlock,
     check_groups,
+    check_range,
     check_response,
     check_unique,
     needed_offset,
@@ -103,6 +104,8 @@ def design_from_arrays(
         raise DataError("the data have no rows")
     index = pd.RangeIndex(n) if index is None else index
     X, names = _as_matrix(X, "X", x_names)
+    if not isinstance(group_name, str):
+        raise DataError(f"group_name must be text, not {type(group_name).__name__}")
     several = _is_several(groups)
     if several:
         terms = _several_terms(groups, Z, z_names, covariance, n)
@@ -127,6 +130,8 @@ def design_from_arrays(
     rows, dropped_by = complete_rows(missing_values(columns, index), missing)
     index = index[rows]
     check_response(response, y[rows], index)
+    if offset is not None:
+        check_range(offset[rows][:, None], ["offset"], smallest=0.0)
     random = [
         RandomTerm(plain_names(term.effects), quote(term.name), term.covariance) for term in terms
     ]

@@ -14,7 +14,8 @@ are dropped before that; what is called again is compiled again, or read from th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,8 +30,35 @@ FEW = 64
 MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 """The mappings of this process, a line each, and how many it may have; on Linux only."""
 
+SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "jax_enable_x64": (jax.enable_x64, True),
+    "jax_debug_nans": (jax.debug_nans, False),
+    "jax_debug_infs": (jax.debug_infs, False),
+    "jax_numpy_rank_promotion": (jax.numpy_rank_promotion, "allow"),
+    "jax_numpy_dtype_promotion": (jax.numpy_dtype_promotion, "standard"),
+    "jax_default_matmul_precision": (jax.default_matmul_precision, None),
+    "jax_transfer_guard_host_to_device": (jax.transfer_guard_host_to_device, "allow"),
+    "jax_transfer_guard_device_to_host": (jax.transfer_guard_device_to_host, "allow"),
+    "jax_transfer_guard_device_to_device": (jax.transfer_guard_device_to_device, "allow"),
+}
+"""What JAX is set to while the high-level calls compute.
+
+Double precision; and not what a user may have set to find faults in programs of their own: NaN and
+infinity mark what is not known in ours, arrays of NumPy are handed over, and scalars broadcast.
+"""
+
 _every: weakref.WeakSet[Compiled] = weakref.WeakSet()
 _lock = Lock()
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Set JAX, in this thread and for the time being, to what our computations need."""
+    with ExitStack() as stack:
+        for name, (setting, value) in SETTINGS.items():
+            if getattr(jax.config, name) not in (value, None):  # None: JAX's default
+                stack.enter_context(setting(value))
+        yield
 
 
 class Compiled:

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .compilation import Compiled
+from .compilation import Compiled, computing
 from .compilation_cache import compilation_cache
 from .frames import DataError, listing
 from .levels import level_numbers
@@ -890,7 +890,7 @@ def bends(structure: Covariance, theta: Any, q: int, of: Function = "matrix") ->
 
 
 def _derivative(structure: Covariance, of: Function, theta: Any, q: int, order: int) -> np.ndarray:
-    with jax.enable_x64(True), compilation_cache():
+    with computing(), compilation_cache():
         return np.asarray(_compiled(structure, of, q, order)(np.asarray(theta, float)))
 
 

@@ -46,6 +46,7 @@ from .matrices import (
     RandomBlock,
     check_groups,
     check_matrix,
+    check_range,
     check_response,
     check_unique,
     needed_offset,
@@ -131,6 +132,11 @@ def build_design(
         spec = parse_formula(spec)
     if not isinstance(spec, ModelSpec):
         raise TypeError(f"spec must be a ModelSpec or a formula, not {type(spec).__name__}")
+    if context is not None and not isinstance(context, Mapping):
+        raise DataError(
+            "context must be a mapping from names to what they stand for, not "
+            f"{type(context).__name__}"
+        )
     context = {} if context is None else dict(context)
     table = as_table(data)
     factors = _factors(spec, spec.random)
@@ -433,4 +439,5 @@ def _total_offset(encoder: Encoder, spec: ModelSpec) -> np.ndarray:
         if _OFFSET in encoder.data:
             total += encoder.data[_OFFSET].to_numpy()
     check_finite("offset", total, encoder.data.index)
+    check_range(total[:, None], ["offset"], smallest=0.0)
     return total

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import starts, zero_scale
 from .along import hessian_along
-from .compilation import Compiled
+from .compilation import Compiled, computing
 from .compilation_cache import compilation_cache
 from .compress import Compression
 from .compress.iterative import Rows
@@ -255,7 +255,11 @@ class Estimates:
             and where it does not vary at all (fixed, or at a boundary).
         """
         curvatures, directions = self._information
-        parts = (gradients @ directions[: gradients.shape[1]]) ** 2
+        along = gradients @ directions[: gradients.shape[1]]
+        # Squares of what is in the user's units need not be numbers; a power of two costs no digit.
+        largest = np.max(np.abs(along), axis=1, initial=0.0)
+        unit = np.ldexp(1.0, np.frexp(largest)[1])
+        parts = (along / unit[:, None]) ** 2
         # With fewer contrasts than parameters, whatever curvature there is comes from rounding.
         curved = self._curved(curvatures)
         curved &= self.n_free <= self.contrasts
@@ -269,7 +273,7 @@ class Estimates:
             most = most[:, None] * np.max(self.sizes[:, None] * np.abs(null), axis=0, initial=0.0)
             flat |= (along > 1e-7 * most).any(axis=1)
         variances = parts[:, curved] @ (1.0 / curvatures[curved])
-        return np.sqrt(np.where(flat | (size == 0.0), np.nan, variances))
+        return unit * np.sqrt(np.where(flat | (size == 0.0), np.nan, variances))
 
     def _curved(self, curvatures: np.ndarray) -> np.ndarray:
         """Return which of the directions have a curvature that is not rounding, (r,)."""
@@ -535,7 +539,9 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
     )
     ends = found.values[found.statuses == Status.CONVERGED].tolist()
     new = found.solution
-    if is_credible(problem, new.status, float(new.point.s)) and better(*merit(new), *merit(usual)):
+    with computing():
+        credible = is_credible(problem, new.status, float(new.point.s))
+    if credible and better(*merit(new), *merit(usual)):
         new = search.finish(start_at(new))
         if better(*merit(new), *merit(usual)):
             return new, ends
@@ -650,7 +656,7 @@ class _Search:
         )
         for i, start in enumerate(starts):
             many.D[i], many.s[i], many.theta[i] = start[:3]
-        with jax.enable_x64(True), compilation_cache():
+        with computing(), compilation_cache():
             flat = np.asarray(_compiled[self.solver](self.problem, self.constraints, chosen, many))
         found = _unflatten(flat, self.problem, self.constraints, together)
         values, statuses = found.values[: len(starts)], found.statuses[: len(starts)]

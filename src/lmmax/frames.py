@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import narwhals.stable.v1 as nw
@@ -86,7 +86,8 @@ def n_rows(table: Table) -> int:
     """Number of rows; of a mapping without columns none."""
     if isinstance(table, pd.DataFrame):
         return len(table)
-    return len(next(iter(table.values()), ()))
+    first = next(iter(table.values()), ())
+    return len(first) if hasattr(first, "__len__") else 0
 
 
 def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
@@ -104,6 +105,11 @@ def read_columns(table: Table, names: Iterable[str]) -> pd.DataFrame:
             columns[name] = column.array
         return pd.DataFrame(columns, index=table.index, copy=False)
     given = {name: table[name] for name in names}
+    for name, values in given.items():
+        if isinstance(values, Iterator):
+            raise DataError(
+                f"column {name!r} is an iterator, which can be read only once: pass list() of it"
+            )
     check_same_rows({f"column {name!r}": values for name, values in given.items()})
     read = {name: one_dimensional(values, f"column {name!r}") for name, values in given.items()}
     lengths = {name: len(values) for name, values in read.items()}
@@ -134,6 +140,8 @@ def one_dimensional(values: Any, what: str) -> pd.Series:
     shape = getattr(values, "shape", (0,))
     if len(shape) != 1:
         raise DataError(f"{what} must be one-dimensional, its shape is {shape}")
+    if str(getattr(values, "dtype", "")) == "float16":  # of which pandas makes no index
+        values = values.astype(np.float64)
     column = pd.Series(values)
     if not hasattr(values, "dtype") and column.dtype == np.float64 and beyond_integers(column):
         # Python's own numbers, among which a missing one made floats of the others.
@@ -305,8 +313,9 @@ def missing_values(columns: Iterable[tuple[Any, Any]], index: pd.Index) -> dict[
     for name, column in columns:
         values = column
         if isinstance(column, pd.Series):
-            found = as_numbers(column)
-            values = found.values if isinstance(found.dtype, np.dtype) else found.array
+            numbers = as_numbers(column)
+            plain = isinstance(numbers.dtype, np.dtype)
+            values = numbers.to_numpy() if plain else numbers.array
         if is_number(values.dtype):
             if np.isfinite(values).all():
                 continue

@@ -45,7 +45,19 @@ def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
     counts as ordered if the data say so, or have the categories in another order than the sorted.
     """
     _check_kinds(values)
-    categorical = pd.Categorical(values)
+    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "fiu":
+        if values.dtype.kind == "f" and values.dtype != np.float32:  # half and long numbers
+            values = values.astype(np.float64)
+        elif not values.dtype.isnative:
+            values = values.astype(values.dtype.newbyteorder("="))
+    try:
+        categorical = pd.Categorical(values)
+    except (TypeError, NotImplementedError) as error:  # lists, dicts, sets
+        name = getattr(values, "name", None)
+        raise DataError(
+            f"the labels of {'groups' if name is None else repr(name)} are of a kind that cannot "
+            "be told apart (lists, dicts or other containers): convert them to text"
+        ) from error
     if isinstance(values.dtype, pd.CategoricalDtype):
         if not categorical.categories.is_monotonic_increasing:
             categorical = categorical.as_ordered()
@@ -54,7 +66,7 @@ def as_categories(values: Any, *, unused: bool = False) -> pd.Categorical:
     levels = categorical.categories
     if levels.dtype == np.float64:
         values = levels.to_numpy()
-        if ((values % 1 == 0) & (np.abs(values) < 2**53)).all():
+        if (np.abs(values) < 2**53).all() and (values % 1 == 0).all():
             return pd.Categorical.from_codes(
                 categorical.codes, values.astype(np.int64), ordered=categorical.ordered
             )

@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from .compilation import Compiled
+from .compilation import Compiled, computing
 from .compilation_cache import compilation_cache
 from .compress import Compression, Layout
 from .compress.crossed import Skeleton
@@ -116,7 +115,7 @@ def _at_boundary(
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """Return the conditional effects at the estimates themselves, working coordinates."""
     root = estimates.working_root
-    with jax.enable_x64(True), compilation_cache():
+    with computing(), compilation_cache():
         found = _crossed(problem, root @ root.T, estimates.solution.point.at.beta)
         return tuple((np.asarray(modes), np.asarray(cov)) for modes, cov in found)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ..compilation import Compiled
+from ..compilation import Compiled, computing
 from ..compilation_cache import compilation_cache
 from ..threads import n_cores
 
@@ -35,7 +35,7 @@ def side_by_side(call: Callable[[Chunk], Any], chunks: Iterable[Chunk]) -> list[
     """
 
     def run(chunk: Chunk) -> Any:
-        with jax.enable_x64(True), compilation_cache():
+        with computing(), compilation_cache():
             return jax.device_get(call(chunk))
 
     chunks = list(chunks)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from ..compilation import computing
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle, unpack_symmetric
 
@@ -72,7 +73,7 @@ def _expectations(common: GroupedProblem, D: np.ndarray, df: float) -> tuple[flo
     """Return ``n - p`` and the matrix of the linear equations above, (k + 1, k + 1)."""
     from ..inference.sensitivity import expansion
 
-    with jax.enable_x64(True):
+    with computing():
         found = jax.device_get(expansion(common, D))
     slopes, p = found.at.S_slope[:, :-1, :-1], found.at.S.shape[0] - 1
     inverse = np.linalg.inv(found.at.S[:p, :p])

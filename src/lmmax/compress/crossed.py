@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..compilation import Compiled
+from ..compilation import Compiled, computing
 from ..compilation_cache import compilation_cache
 from ..likelihood.cells import DenseCells, SparseCells
 from ..likelihood.crossed import CrossedProblem, Tail
@@ -189,7 +189,7 @@ def skeleton(layout: Layout, *, pad: bool = True) -> Skeleton:
         place, term = np.zeros(padded_terms, dtype=np.int32), np.zeros(padded_terms)
         np.concatenate(where, out=place[:n_terms], casting="unsafe")
         np.concatenate(what, out=term[:n_terms])
-        with jax.enable_x64(True), compilation_cache():
+        with computing(), compilation_cache():
             C_tail = _outside(cells, place, term)
     padded = np.zeros((q1, q1, size))
     padded[:, :, :m] = U

@@ -53,6 +53,10 @@ APART = 1e-6
 """Contrasts that leave so much of each other are independent, without a closer look."""
 
 
+RANGE = 300.0
+"""Numbers of more decimal places than this, before or after the point, are not represented."""
+
+
 class HypothesisError(ValueError):
     """A hypothesis that does not fit the model's coefficients."""
 
@@ -155,6 +159,13 @@ def method_name(ddf: str | None) -> Ddf:
     return DEFAULT if ddf is None else choose("ddf", ddf, METHODS, OTHER_NAMES)
 
 
+def representable(scale: float, powers: int) -> bool:
+    """Whether a variance to that power, up or down, keeps its digits in double precision."""
+    if scale <= 0.0:
+        return False
+    return not bool(abs(np.log10(scale)) * powers >= RANGE)  # NaN, of fits that failed, stays so
+
+
 def _check_independent(L: np.ndarray) -> None:
     """Raise unless contrasts (r, p) are linearly independent, each coefficient in its own units."""
     sizes = np.max(np.abs(L), axis=0, initial=0.0)
@@ -191,6 +202,15 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
     if not np.isfinite(cov_x).all():
         # The fit failed; its tables print all the same.
         return Fixed(name, cov_x, np.full(p, np.nan), to_x)
+    if name == "satterthwaite" or name.startswith("kenward-roger"):
+        powers = 2 if name == "satterthwaite" else 3
+        if not representable(fit.estimates.scale, powers):
+            unknown = Fixed(name, cov_x, np.full(p, np.nan), to_x)
+            unknown.limits = (
+                f"the residual variance, {fit.estimates.scale:.3g}, has no powers in double "
+                "precision, which the degrees of freedom need: measure the response in other units"
+            )
+            return unknown
     found = _denominator(fit, name, cov_x)
     return found if fit.unidentified is None else Partial(found, fit.unidentified)
 
@@ -256,7 +276,7 @@ class Fixed(Denominator):
 
     def degrees(self, L: np.ndarray) -> np.ndarray:
         """See :class:`Denominator`."""
-        return np.min(np.where(L != 0.0, self.each, np.inf), axis=1)
+        return np.min(np.where(L != 0.0, self.each, np.inf), axis=1, initial=np.inf)
 
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """See :class:`Denominator`."""

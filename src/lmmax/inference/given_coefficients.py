@@ -21,6 +21,7 @@ from functools import cached_property
 import jax
 import numpy as np
 
+from ..compilation import computing
 from ..compilation_cache import compilation_cache
 from ..compress import Compression
 from ..likelihood import block_entries
@@ -141,7 +142,7 @@ def given_covariance(
     """
     problem = compression.problem
     A = np.asarray(problem.z_factor)
-    with jax.enable_x64(True), compilation_cache():
+    with computing(), compilation_cache():
         found = jax.tree.map(np.asarray, expansion(problem, A @ D @ A.T))
     p = int(problem.n_fixed)
     kept = np.append(np.arange(p), len(problem.beta_origin))

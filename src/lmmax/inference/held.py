@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..compilation import Compiled
+from ..compilation import Compiled, computing
 from ..compilation_cache import compilation_cache
 from ..likelihood import Hold, Problem, derivatives
 from ..parameters import pack_triangle, unpack_symmetric
@@ -316,7 +316,7 @@ class Searches:
         plain = len(problem.slices) == 1 and not problem.effect_shapes
         self._many = plain and sum(map(np.size, leaves)) * 8 <= LANES_BYTES
         self._reml = float(reml)
-        with jax.enable_x64(True):
+        with computing():
             # Once, not at every call.
             self._problem, self._constraints = jax.tree.map(jnp.asarray, (problem, constraints))
 
@@ -325,7 +325,7 @@ class Searches:
         if not charts:
             return []
         data = (self._problem, self._constraints, self._reml)
-        with jax.enable_x64(True), compilation_cache():
+        with computing(), compilation_cache():
             rows: list[np.ndarray] = []
             if not self._many:
                 for i, chart in enumerate(charts):

@@ -112,7 +112,8 @@ class Information:
 def joint_information(fit: Fit, kind: str, parameters: str) -> Information:
     """Return the information of :func:`information` before it is brought to the user's units."""
     kind = choose("kind", kind, KINDS)
-    chosen, at = _parameters(fit, parameters), fit.sensitivity
+    at = fit.sensitivity  # first: it tells of units that have no information
+    chosen = _parameters(fit, parameters)
     steady = chosen.steady
     traces = at.restricted_traces if fit.reml else at.traces
     J, p = steady.slope, len(at.to_x)

@@ -21,13 +21,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ..compilation import Compiled
+from ..compilation import Compiled, computing
 from ..compilation_cache import compilation_cache
 from ..compress import Compression, EngineError
 from ..compress.iterative import Rows
 from ..estimation import Estimates
+from ..frames import DataError
 from ..likelihood import block_entries, expand
 from ..parameters import pack_triangle
+from .denominator import representable
 
 expansion = Compiled(expand)
 """The expansion of any problem, compiled once for all that asks for it."""
@@ -133,6 +135,7 @@ def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
 
     Raises:
         EngineError: for the iterative engine, which knows no traces.
+        DataError: for a scale whose powers are no numbers of double precision.
     """
     if isinstance(compression.detail, Rows):
         raise EngineError(
@@ -140,9 +143,15 @@ def sensitivity(compression: Compression, estimates: Estimates) -> Sensitivity:
             "matrices need; use ddf='satterthwaite', or engine='crossed' where its dense factor "
             "fits into memory"
         )
+    if not representable(estimates.scale, 3):
+        raise DataError(
+            f"the residual variance, {estimates.scale:.3g}, has no third power in double "
+            "precision, which information about the variances needs: measure the response in "
+            "other units"
+        )
     problem = compression.problem
     root = estimates.working_root
-    with jax.enable_x64(True), compilation_cache():
+    with computing(), compilation_cache():
         found = jax.tree.map(np.asarray, expansion(problem, root @ root.T))
     p = int(problem.n_fixed)
     kept = np.append(np.arange(p), len(problem.beta_origin))

@@ -211,6 +211,8 @@ def linear_hypotheses(
             hypothesis about an aliased coefficient.
     """
     names = [str(name) for name in params.index]
+    if not names:
+        raise HypothesisError("the model has no fixed effects, so there is nothing to test")
     if isinstance(hypothesis, str):
         hypothesis = [hypothesis]
     if (
@@ -323,7 +325,7 @@ def _read(text: str, names: list[str]) -> list[tuple[str, np.ndarray, float]]:
             terms = [_linear(tree, names) for tree in trees]
         except HypothesisError:
             raise
-        except (SyntaxError, ValueError, ZeroDivisionError) as error:
+        except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError) as error:
             raise HypothesisError(
                 f"cannot read the hypothesis {original(part)!r}; write a linear one, for example "
                 f"'{names[-1]} = 0' or '2*{names[0]} - {names[-1]} = -1.5', with the coefficients "

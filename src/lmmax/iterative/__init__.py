@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..compilation import computing
 from ..compilation_cache import compilation_cache
 from ..compress import EngineError
 from ..compress.iterative import Rows
@@ -73,7 +74,7 @@ def solve_iterative(
     """
     if len(factors) < 2:
         raise ValueError("the iterative engine is for two or more grouping factors")
-    with jax.enable_x64(True), compilation_cache():
+    with computing(), compilation_cache():
         parts = [Factor(*part) for part in factors]
         model = prepare(parts, np.asarray(X), np.asarray(y), reml, patterns, seed)
         D = moments(model) if D0 is None else join(model, D0)
@@ -120,7 +121,7 @@ def probed(
     D = np.zeros_like(constraints.blocks)
     for here, block in zip(blocks, found.D, strict=True):
         D[here, here] = block
-    with jax.enable_x64(True):
+    with computing():
         point = _record(problem, constraints, found, blocks, D)
     trace = np.full((TRACE_LENGTH, TRACE_COLUMNS), np.nan)
     shown = found.trace[:TRACE_LENGTH]
