@@ -39,7 +39,8 @@ from formulaic.utils.layered_mapping import LayeredMapping
 from formulaic.utils.stateful_transforms import stateful_eval
 from interface_meta import override
 
-from .formula import R_HINTS, expression_names, from_r, is_factor_of, parse_terms
+from .expressions import ExpressionError, expression_names
+from .formula import R_HINTS, FormulaError, from_r, is_factor_of, parse_terms
 from .frames import (
     DataError,
     Table,
@@ -285,7 +286,10 @@ def factor_names(factor: Factor) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()
     if factor.eval_method is _LOOKUP:
         return (factor.expr,), ()
-    return expression_names(factor.expr)
+    try:
+        return expression_names(factor.expr)
+    except ExpressionError as error:
+        raise FormulaError(f"`{factor.expr}` {error}") from None
 
 
 def used_columns(
@@ -364,6 +368,9 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         with np.errstate(all="ignore"), warnings.catch_warnings():
             # Results that are not numbers are reported by `undefined` and by the caller.
             warnings.simplefilter("ignore", RuntimeWarning)
+            # Of Python about the text of expressions.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             for factor in factors:
                 try:
                     self._evaluate_factor(factor, settings, set())
@@ -374,6 +381,14 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                     raise DataError(
                         f"cannot evaluate the term `{factor.expr}`: {type(cause).__name__}: {cause}"
                     ) from cause
+                except (SystemExit, GeneratorExit, KeyboardInterrupt) as error:
+                    # A user's own Ctrl-C goes through, what the text itself raises does not.
+                    name = type(error).__name__
+                    if isinstance(error, KeyboardInterrupt) and name not in factor.expr:
+                        raise
+                    raise FormulaError(
+                        f"the term `{factor.expr}` raises {name}: a formula cannot end the program"
+                    ) from None
 
     def undefined(self) -> dict[str, np.ndarray]:
         """Rows, (n,) bool, in which an expression gave NaN from complete columns."""
