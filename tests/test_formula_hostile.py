@@ -77,7 +77,7 @@ def test_mutations():
             try:
                 parse_formula("".join(text))
             except FormulaError as error:
-                assert "^" in str(error)  # noqa: PT017
+                assert "^" in str(error)
 
 
 @pytest.mark.parametrize(

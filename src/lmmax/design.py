@@ -150,7 +150,7 @@ def build_design(
     rows, dropped_by = complete_rows(masks, missing)
     frame = frame[rows] if dropped_by else frame
 
-    encoder, undefined = _evaluate(frame, factors, context, missing, whole)
+    encoder, undefined = _evaluate(frame, factors, context, missing, whole, spec.evaluate == "safe")
     frame = encoder.data
     for name, (count, first) in undefined.items():
         dropped_by[name] = dropped_by.get(name, 0) + count
@@ -270,7 +270,8 @@ class _FormulaRecipe:
         if len(rows):
             # The transforms and encoders of formulaic are handed the state itself.
             transforms, parts = copy.deepcopy((self.transforms, parts))
-            encoder = Encoder(frame.iloc[rows], self.context, transforms, self.levels)
+            safe = spec.evaluate == "safe"
+            encoder = Encoder(frame.iloc[rows], self.context, transforms, self.levels, safe=safe)
             encoder.evaluate(factors)
             defined = ~any_missing(encoder.undefined(), len(rows))
             missing[rows[~defined]] = True
@@ -318,13 +319,14 @@ def _evaluate(
     context: Mapping[str, Any],
     missing: str,
     whole: bool,
+    safe: bool,
 ) -> tuple[Encoder, dict[str, tuple[int, str]]]:
     """Evaluate all factors on complete rows, leaving out rows in which one is not a number.
 
     Returns:
         The encoder, with the rows that stay, and the number of rows each term lost and the first.
     """
-    encoder = Encoder(frame, context, whole=whole)
+    encoder = Encoder(frame, context, whole=whole, safe=safe)
     encoder.evaluate(factors)
     masks = encoder.undefined()
     if not masks:
@@ -341,7 +343,7 @@ def _evaluate(
         for name, count in counts.items()
     }
     # Levels, means and knots are learnt from the rows that stay, so all starts again.
-    encoder = Encoder(frame[rows], context, whole=whole)
+    encoder = Encoder(frame[rows], context, whole=whole, safe=safe)
     encoder.evaluate(factors)
     for name, mask in encoder.undefined().items():
         raise DataError(

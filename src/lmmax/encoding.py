@@ -53,6 +53,7 @@ from .frames import (
     unknown_column,
 )
 from .levels import as_categories, label_positions, positions
+from .safe import UnsafeError, evaluate_safely
 from .splines import SPLINES, Spline
 from .terms import CodedTerms, Element, Term
 
@@ -345,6 +346,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         transforms: state of the transforms; None learns it.
         levels: levels of the categorical factors, by expression; None learns them.
         whole: whether there will be no other rows; else categories that do not occur are levels.
+        safe: whether expressions are evaluated by `lmmax.safe` and not as Python.
     """
 
     def __init__(
@@ -354,11 +356,12 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         transforms: dict[str, Any] | None = None,
         levels: dict[str, pd.Index] | None = None,
         whole: bool = True,
+        safe: bool = False,
     ) -> None:
         super().__init__(frame, context)
         self.transforms = {} if transforms is None else transforms
         self.levels: dict[str, pd.Index] = {} if levels is None else levels
-        self._learning, self._whole = levels is None, whole
+        self._learning, self._whole, self._safe = levels is None, whole, safe
         self._widths: list[tuple[int, ...]] = []
         self._centred: set[str] = set()
 
@@ -378,6 +381,8 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                     cause = error.__cause__
                     if isinstance(cause, DataError):
                         raise cause from None
+                    if isinstance(cause, UnsafeError):
+                        raise FormulaError(f"`{factor.expr}` {cause}") from None
                     raise DataError(
                         f"cannot evaluate the term `{factor.expr}`: {type(cause).__name__}: {cause}"
                     ) from cause
@@ -533,6 +538,17 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             LayeredMapping(self.context, name="context"),
             LayeredMapping(_FUNCTIONS if self._whole else _FUNCTIONS_OF_PARTS, name="transforms"),
         )
+        if self._safe:
+            functions = _FUNCTIONS if self._whole else _FUNCTIONS_OF_PARTS
+            state = spec.transform_state
+
+            def column(name: str) -> Any:
+                if name not in self.data:
+                    raise UnsafeError(f"has `{name}`, which is not a column")
+                return self._values(name, expr)
+
+            value = evaluate_safely(expr, column, functions, state, self.nrows)
+            return self._checked(expr, value), set()
         try:
             value = stateful_eval(expr, scope, {}, spec.transform_state, spec)
         except DataError as error:

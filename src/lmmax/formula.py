@@ -24,6 +24,7 @@ from .characters import one_wide
 from .covariances import NAMES, Covariance, covariance
 from .expressions import QUOTED, ExpressionError, expression_names, read_expression
 from .operators import PARSER
+from .safe import Evaluate, check_evaluate, check_safe
 from .spec import ModelSpec, RandomTerm
 
 __all__ = ["FormulaError", "parse_formula"]
@@ -485,8 +486,11 @@ def _outer_bar_groups(pieces: list[_Piece]) -> list[_Piece]:
     return pieces
 
 
-def parse_formula(text: str) -> ModelSpec:
+def parse_formula(text: str, *, evaluate: Evaluate = "python") -> ModelSpec:
     """Read a model formula in lme4's notation.
+
+    A formula is code: its expressions run as Python when the model meets data, though not here. For
+    text of others use ``evaluate="safe"``.
 
     Besides what formulaic reads (`a*b`, `a:b`, `poly()`, `bs()`, `C()`, any Python expression in
     a call), the right-hand side takes random terms `(design | group)`, `(design || group)` and
@@ -498,6 +502,7 @@ def parse_formula(text: str) -> ModelSpec:
 
     Args:
         text: the formula, for instance `"Reaction ~ Days + (Days | Subject)"`.
+        evaluate: how expressions are evaluated later, "python" or "safe"; see `ModelSpec`.
 
     Returns:
         The model specification; equal text gives the same object.
@@ -512,11 +517,20 @@ RandomTerm(design='1', group='Litter:Pig', covariance='us'))
     """
     if not isinstance(text, str):
         raise TypeError(f"a formula must be a string, not {type(text).__name__}")
-    return _parse_formula(text)
+    check_evaluate(evaluate)
+    return _parse_formula(text, evaluate)
+
+
+def with_evaluate(formula: str | ModelSpec, evaluate: Evaluate) -> ModelSpec:
+    """A formula or specification as a specification; one that is safe stays so."""
+    if isinstance(formula, ModelSpec):
+        check_evaluate(evaluate)
+        return formula if evaluate == "python" else replace(formula, evaluate=evaluate)
+    return parse_formula(formula, evaluate=evaluate)
 
 
 @lru_cache(maxsize=1024)
-def _parse_formula(text: str) -> ModelSpec:
+def _parse_formula(text: str, evaluate: Evaluate) -> ModelSpec:
     source = re.sub(r"\s", " ", text).rstrip()
     if len(source) > _LONGEST:
         raise _error(f"a formula has at most {_LONGEST} characters", source, _LONGEST, len(source))
@@ -524,7 +538,7 @@ def _parse_formula(text: str) -> ModelSpec:
         with warnings.catch_warnings():
             # Of Python about the text of expressions.
             warnings.simplefilter("ignore")
-            return _read_formula(source)
+            return replace(_read_formula(source, evaluate), evaluate=evaluate)
     except FormulaError:
         raise
     except (RecursionError, MemoryError):
@@ -536,9 +550,17 @@ def _parse_formula(text: str) -> ModelSpec:
         raise _error("this is not a formula", source, 0, len(source)) from None
 
 
-def _read_formula(source: str) -> ModelSpec:
+def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
     _check_balance(source)
     pieces = _pieces(source)
+    if evaluate == "safe":
+        for piece in pieces:
+            if piece.kind is Token.Kind.PYTHON and not _is_structured(piece, source):
+                text = _offset_expression(piece, source) if _is_offset(piece) else piece.text
+                try:
+                    check_safe(text[1:-1] if text.startswith("{") else text)
+                except ExpressionError as error:
+                    raise _error_at(f"`{_short(text)}` {error}", source, [piece]) from None
     tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
     if not tildes:
         raise _error(
