@@ -48,7 +48,7 @@ def test_as_python(term):
     assert safe.x_names == python.x_names
     np.testing.assert_array_equal(safe.X, python.X)
     new = {name: values[:20] for name, values in DATA.items()}
-    np.testing.assert_array_equal(safe.new_data(new, [], None).X, python.new_data(new, [], None).X)
+    np.testing.assert_array_equal(safe.new_data(new).X, python.new_data(new).X)
 
 
 @pytest.mark.parametrize(

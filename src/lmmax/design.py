@@ -24,7 +24,7 @@ from .encoding import (
     term_factors,
     used_columns,
 )
-from .formula import parse_formula, parse_response
+from .formula import parse_formula, parse_response, with_evaluate
 from .frames import (
     DataError,
     any_missing,
@@ -51,6 +51,7 @@ from .matrices import (
     prior_weights,
 )
 from .relationship import with_relationships
+from .safe import Evaluate
 from .spec import ModelSpec, RandomTerm
 
 __all__ = [
@@ -78,6 +79,7 @@ def build_design(
     context: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
     whole: bool = True,
+    evaluate: Evaluate = "python",
 ) -> Design:
     """Evaluate a model specification on data.
 
@@ -108,6 +110,7 @@ def build_design(
             ``relmat[i, j] * D`` with the D of their term. Levels that do not occur may be in it.
         whole: whether there will be no other rows; else one group, or one row, is enough, and
             levels of a categorical that do not occur stay.
+        evaluate: "python" or "safe", see `ModelSpec`; a specification that is safe stays so.
 
     Returns:
         The design.
@@ -129,6 +132,7 @@ def build_design(
         spec = parse_formula(spec)
     if not isinstance(spec, ModelSpec):
         raise TypeError(f"spec must be a ModelSpec or a formula, not {type(spec).__name__}")
+    spec = with_evaluate(spec, evaluate)
     context = {} if context is None else dict(context)
     table = as_table(data)
     factors = _factors(spec, spec.random)

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..constraints import Settings
 from ..fit import IdentifiabilityWarning, check_reml
+from ..safe import Evaluate
 from ..spec import ModelSpec
 from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
@@ -60,6 +61,7 @@ def fit_many(
     executor: Executor | None = None,
     progress: bool = False,
     context: Mapping[str, Any] | None = None,
+    evaluate: Evaluate = "python",
 ) -> BatchFit:
     """Fit one model to many responses, or to many subsets of the rows, each to its own optimum.
 
@@ -120,6 +122,8 @@ def fit_many(
             ``client.get_executor()``), that fits the chunks.  Results are the same without it.
         progress: show a progress bar with rate and remaining time (needs tqdm).
         context: names for use in the formula.
+        evaluate: "python", for which a formula is code, or "safe" for formulas of others: only
+            columns, arithmetic, elementwise functions of NumPy and the transforms.
 
     Returns:
         The fits.  A response that cannot be fitted (constant, infinite, too few rows) has NaN and
@@ -179,6 +183,7 @@ def fit_many(
         "relmat": relmat,
         "missing": missing,
         "context": context,
+        "evaluate": evaluate,
     }
     source: Source
     work: Work | SubsetWork

@@ -17,6 +17,7 @@ import pandas as pd
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import check_reml
+from ..safe import Evaluate
 from ..spec import ModelSpec
 from .devices import n_devices
 from .reading import begin, block_size, check_chunk
@@ -134,6 +135,7 @@ def plan(
     max_steps: int | None = None,
     engine: str = "auto",
     context: Mapping[str, Any] | None = None,
+    evaluate: Evaluate = "python",
 ) -> Plan:
     """Predict what :func:`lmmax.fit_many` needs on this machine.
 
@@ -164,6 +166,8 @@ def plan(
         max_steps: most solver steps.
         engine: form of the likelihood.
         context: names for use in the formula.
+        evaluate: "python", for which a formula is code, or "safe" for formulas of others: only
+            columns, arithmetic, elementwise functions of NumPy and the transforms.
 
     Returns:
         The plan, which prints as a few lines.
@@ -191,6 +195,7 @@ def plan(
         "relmat": relmat,
         "missing": missing,
         "context": context,
+        "evaluate": evaluate,
     }
     if (responses is None) == (by is None):
         raise ValueError("give one of responses= and by=")
