@@ -169,7 +169,7 @@ def _f_row(fit: Fit, denominator: Denominator, L: np.ndarray) -> tuple[float, ..
     difference = L @ fit.estimates.beta
     found = denominator.joint(L, difference)
     # Without the factor by which Kenward and Roger scale F.
-    square = denominator.wald(L, difference) * fit.scale
+    square = found.wald * fit.scale
     return (square, square / r, r, found.df_den, found.statistic, found.pvalue)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -518,8 +519,8 @@ class Charts:
     def _parallel(self, parameter: Parameter, found: Place) -> Iterator[Place]:
         """Yield a place with one effect a multiple of another, which stays what it is."""
         block = self.blocks[parameter.group]
-        axes = _held_first(self.z_inverse[np.ix_(np.array(parameter.where), block)])
-        rows = np.linalg.solve(axes, found.root[block])
+        axes, along = _held_first(self.z_inverse[np.ix_(np.array(parameter.where), block)])
+        rows = along @ found.root[block]
         for j in range(1, len(block)):
             for multiple in PARALLEL:
                 changed, root = rows.copy(), np.array(found.root)
@@ -592,17 +593,18 @@ def _root_chart(root: np.ndarray, functionals: np.ndarray, noise: float, u: floa
         u: value of the coordinate.
     """
     w, h = len(root), len(functionals)
-    axes = _held_first(functionals) if h else np.eye(w)
-    root = np.linalg.solve(axes, root) if h else root
+    axes, along = _held_first(functionals) if h else (np.eye(w),) * 2
+    root = along @ root
     size = root.copy()
     if h == 1:
         norm = float(np.linalg.norm(root[0]))
         size[0] *= u / norm if norm > 0.0 else 0.0
     order = _pivots(size, list(range(h)) if h == 2 else [])
     L = lower_from_root(root[order])
+    direction = L[order.index(0)].copy()
     small = np.abs(np.diag(L)) < NEAR_ZERO * noise
     L[small, small] = LIFT * noise
-    rows, columns = np.tril_indices(w)
+    rows, columns = _triangle(w)
     free, square = np.ones(len(rows)), np.zeros(len(rows))
     place = np.full((w, w), -1)
     place[np.asarray(order)[rows], columns] = np.arange(len(rows))
@@ -610,7 +612,6 @@ def _root_chart(root: np.ndarray, functionals: np.ndarray, noise: float, u: floa
     if h == 1:
         at = order.index(0)
         own = rows == at
-        direction = lower_from_root(root[order])[at]
         norm = float(np.linalg.norm(direction))
         direction = direction / norm if norm > 0.0 else np.eye(w)[0]
         if at and abs(direction[at]) < NEAR_ZERO:
@@ -626,11 +627,27 @@ def _root_chart(root: np.ndarray, functionals: np.ndarray, noise: float, u: floa
     return _RootChart(axes, place, z, free, square)
 
 
-def _held_first(functionals: np.ndarray) -> np.ndarray:
-    """Return axes (w, w) in which the first coordinates are functionals (h, w) of unit length."""
-    f = functionals / np.linalg.norm(functionals, axis=1)[:, None]
+def _held_first(functionals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return axes (w, w) in which functionals (h, w) come first, and their inverse.
+
+    Functionals count by their directions.  A profile asks for the same ones again and again.
+    """
+    return _axes(functionals.shape, functionals.tobytes())
+
+
+@lru_cache(maxsize=64)
+def _axes(shape: tuple[int, ...], functionals: bytes) -> tuple[np.ndarray, np.ndarray]:
+    f = np.frombuffer(functionals).reshape(shape)
+    f = f / np.linalg.norm(f, axis=1)[:, None]
     rest = np.linalg.qr(f.T, mode="complete")[0][:, len(f) :]
-    return np.asarray(np.linalg.inv(np.vstack([f, rest.T])))
+    along = np.vstack([f, rest.T])
+    return np.linalg.inv(along), along
+
+
+@lru_cache(maxsize=64)
+def _triangle(w: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of the lower triangle of a matrix (w, w)."""
+    return np.tril_indices(w)
 
 
 def _pivots(root: np.ndarray, first: Sequence[int]) -> list[int]:

@@ -37,6 +37,8 @@ DEFAULT = "satterthwaite"
 CERTAIN = 1e-14
 """A variance whose own variance, relative to its square, is smaller than this is known: degrees of
 freedom beyond that number are rounding, and no test tells them from infinitely many."""
+APART = 1e-6
+"""Contrasts that leave so much of each other are independent, without a closer look."""
 
 
 class HypothesisError(ValueError):
@@ -55,12 +57,14 @@ class JointTest(NamedTuple):
         df_num: r.
         df_den: denominator degrees of freedom, infinite for the chi-squared test.
         pvalue: upper tail probability.
+        wald: ``(L beta)' (L cov L')^-1 (L beta)``, of which F is a multiple.
     """
 
     statistic: float
     df_num: int
     df_den: float
     pvalue: float
+    wald: float
 
 
 class Denominator(ABC):
@@ -116,15 +120,9 @@ class Denominator(ABC):
         Raises:
             HypothesisError: if the hypotheses are linearly dependent.
         """
-        sizes = np.max(np.abs(L), axis=0, initial=0.0)
-        scaled = L / np.where(sizes > 0.0, sizes, 1.0)
-        rank = int(np.linalg.matrix_rank(scaled / np.linalg.norm(scaled, axis=1, keepdims=True)))
-        if rank < len(L):
-            raise HypothesisError(
-                f"the {len(L)} hypotheses are linearly dependent (rank {rank}); leave out the "
-                "redundant ones"
-            )
         basis, R, sizes = orthonormal(L @ self.to_x)
+        if not np.all(np.abs(np.diag(R)) > APART):
+            _check_independent(L)
         V = self._jointly(basis)
         if not np.isfinite(V).all():
             return float("nan")
@@ -134,6 +132,18 @@ class Denominator(ABC):
             return float("nan")
         along = vectors.T @ (np.linalg.solve(R.T, difference / sizes) / unit)
         return float(np.sum(along**2 / values))
+
+
+def _check_independent(L: np.ndarray) -> None:
+    """Raise unless contrasts (r, p) are linearly independent, each coefficient in its own units."""
+    sizes = np.max(np.abs(L), axis=0, initial=0.0)
+    scaled = L / np.where(sizes > 0.0, sizes, 1.0)
+    rank = int(np.linalg.matrix_rank(scaled / np.linalg.norm(scaled, axis=1, keepdims=True)))
+    if rank < len(L):
+        raise HypothesisError(
+            f"the {len(L)} hypotheses are linearly dependent (rank {rank}); leave out the "
+            "redundant ones"
+        )
 
 
 def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
@@ -205,7 +215,7 @@ class Partial(Denominator):
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """See :class:`Denominator`."""
         if self.unidentified.concerns_jointly(L):
-            return JointTest(np.nan, len(L), np.nan, np.nan)
+            return JointTest(np.nan, len(L), np.nan, np.nan, np.nan)
         return self.inner.joint(L, difference)
 
     def wald(self, L: np.ndarray, difference: np.ndarray) -> float:
@@ -231,8 +241,8 @@ class Fixed(Denominator):
 
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """See :class:`Denominator`."""
-        F = self.wald(L, difference) / len(L)
-        return f_test(F, len(L), float(np.min(self.degrees(L))))
+        wald = self.wald(L, difference)
+        return f_test(wald, len(L), float(np.min(self.degrees(L))))
 
 
 class Satterthwaite(Denominator):
@@ -244,7 +254,7 @@ class Satterthwaite(Denominator):
         """Take what is needed from a fit."""
         Phi, P, to_x = fit.covariance_slopes
         self.to_x, self.cov_x = to_x, Phi
-        self.slopes = np.einsum("xy,cyz,zw->cxw", Phi, P, Phi, optimize=True)
+        self.slopes = Phi @ P @ Phi
         self.variance_cov = fit.estimates.slope_cov
         self.known = fit.estimates.n_free <= fit.estimates.contrasts
 
@@ -252,8 +262,8 @@ class Satterthwaite(Denominator):
         """See :class:`Denominator`."""
         x = L @ self.to_x
         f = np.einsum("ix,ix->i", x @ self.cov_x, x)
-        g = np.stack([np.einsum("ix,ix->i", x @ slope, x) for slope in self.slopes], axis=1)
-        variance = np.einsum("ic,cd,id->i", g, self.variance_cov, g)
+        g = forms(self.slopes, x)
+        variance = np.einsum("ic,ic->i", g @ self.variance_cov, g)
         if not self.known:
             return np.full(len(L), np.nan)
         return matched_degrees(f, variance)
@@ -264,12 +274,17 @@ class Satterthwaite(Denominator):
         The F statistic is the mean of squares of r uncorrelated t statistics, each with its own
         degrees of freedom; those of F give it the expectation of that mean.
         """
-        F = self.wald(L, difference) / len(L)
+        wald = self.wald(L, difference)
         x = L @ self.to_x
         V = x @ self.cov_x @ x.T
         # Principal axes of L beta as it is given: of the choices that one has, that of lmerTest.
         _, vectors = np.linalg.eigh(V)
-        return f_test(F, len(L), float(combined(self.degrees(vectors.T @ L))))
+        return f_test(wald, len(L), float(combined(self.degrees(vectors.T @ L))))
+
+
+def forms(A: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return the quadratic forms ``x_i' A_c x_i`` (i, c) of rows x (i, p) in matrices (c, p, p)."""
+    return np.asarray(((x @ A) * x).sum(axis=-1).T)
 
 
 def matched_degrees(f: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -305,10 +320,11 @@ def orthonormal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return Q.T, R, sizes
 
 
-def f_test(F: float, df_num: int, df_den: float) -> JointTest:
-    """Return the test of an F statistic; chi-squared where df_den is infinite."""
+def f_test(wald: float, df_num: int, df_den: float, scaling: float = 1.0) -> JointTest:
+    """Return the F test of a Wald form; chi-squared where df_den is infinite."""
+    F = scaling * wald / df_num
     p = float(f_pvalues(np.asarray(F), df_num, np.asarray(df_den)))
-    return JointTest(float(F), df_num, float(df_den), p)
+    return JointTest(float(F), df_num, float(df_den), p, float(wald))
 
 
 def f_pvalues(F: np.ndarray, df_num: int, df_den: np.ndarray) -> np.ndarray:

@@ -52,6 +52,8 @@ ROUNDING = 1e-12
 # must be met.  Each column of a design is one combination of these, whatever the data.
 _Product = tuple[tuple[str, int], ...]
 _Coordinate = tuple[_Product, frozenset[tuple[str, int]]]
+# A column of a categorical factor: its part at each level but the first, and everywhere (None).
+_Factor = list[tuple[tuple[str, int] | None, float]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,16 @@ def cells(coded: CodedTerms) -> Cells:
         for element in elements
         if element.factor in coded.codings
     }
-    codings = {(name, reduced): coded.codings[name].matrix(reduced) for name, reduced in used}
+    codings = {
+        (name, reduced): [_factor(name, column) for column in coded.codings[name].matrix(reduced).T]
+        for name, reduced in used
+    }
+    units = {
+        name: [_factor(name, unit) for unit in np.eye(len(coding.levels))]
+        for name, coding in coded.codings.items()
+    }
     columns = [
-        _coordinates(*_values(codings, elements))
+        _coordinates(*_factors(codings, elements))
         for term in coded.terms
         for elements in term.elements
     ]
@@ -93,11 +102,7 @@ def cells(coded: CodedTerms) -> Cells:
     for term in coded.terms:
         start = len(wanted)
         for product, levels in _cells_of(coded, term):
-            units = {
-                factor: np.arange(len(coded.codings[factor].levels)) == level
-                for factor, level in levels.items()
-            }
-            wanted.append(_coordinates(product, units))
+            wanted.append(_coordinates(product, [units[name][i] for name, i in levels.items()]))
             plain.append(all(level > 0 for level in levels.values()))
             names.append(_name(coded, term, product, levels))
         slices[term.label if term.factors else ""] = slice(start, len(wanted))
@@ -108,36 +113,36 @@ def cells(coded: CodedTerms) -> Cells:
     return Cells(M, slices, np.array(plain, dtype=bool), tuple(names))
 
 
-def _values(
-    codings: Mapping[tuple[str, bool], Array], elements: Sequence[Element]
-) -> tuple[_Product, dict[str, Array]]:
-    """Return a column as a product: its numeric columns, and values by level of the others.
+def _factors(
+    codings: Mapping[tuple[str, bool], Sequence[_Factor]], elements: Sequence[Element]
+) -> tuple[_Product, list[_Factor]]:
+    """Return a column as a product: its numeric columns, and its categorical factors.
 
     Args:
-        codings: values of categorical factors' columns by level, by factor and whether reduced.
+        codings: the columns of categorical factors, by factor and whether reduced.
         elements: what the column is made of.
     """
-    product, values = [], {}
+    product, factors = [], []
     for element in elements:
         coding = codings.get((element.factor, element.reduced))
         if coding is None:
             product.append((element.factor, element.column))
         else:
-            values[element.factor] = coding[:, element.column]
-    return tuple(sorted(product)), values
+            factors.append(coding[element.column])
+    return tuple(sorted(product)), factors
 
 
-def _coordinates(product: _Product, values: Mapping[str, np.ndarray]) -> dict[_Coordinate, float]:
+def _factor(name: str, by_level: np.ndarray) -> _Factor:
+    """Return a column of a categorical factor by its values at each level."""
+    rest = by_level[1:] - by_level[0]
+    part: _Factor = [((name, int(j) + 1), float(rest[j])) for j in np.flatnonzero(rest)]
+    return [*part, (None, float(by_level[0]))] if by_level[0] else part
+
+
+def _coordinates(product: _Product, factors: Sequence[_Factor]) -> dict[_Coordinate, float]:
     """Return the coordinates of a column, those that are not zero."""
-    parts = []
-    for factor, by_level in values.items():
-        rest = by_level[1:].astype(float) - by_level[0]
-        part: list[tuple[tuple[str, int] | None, float]] = [
-            ((factor, int(j) + 1), float(rest[j])) for j in np.flatnonzero(rest)
-        ]
-        parts.append([*part, (None, float(by_level[0]))] if by_level[0] else part)
     found = {}
-    for combination in itertools.product(*parts):
+    for combination in itertools.product(*factors):
         levels = frozenset(level for level, _ in combination if level is not None)
         found[product, levels] = math.prod(weight for _, weight in combination)
     return found

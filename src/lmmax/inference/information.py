@@ -121,7 +121,7 @@ def joint_information(fit: Fit, kind: str, parameters: str) -> Information:
         own = 0.5 * J.T @ traces @ J
         cross = np.zeros((p, len(own)))
     else:
-        forms = np.einsum("x,cdxy,y->cd", at.v, at.Q, at.v, optimize=True)
+        forms = at.Q @ at.v @ at.v
         own = J.T @ (forms - 0.5 * traces) @ J - np.tensordot(score(fit), steady.bend, 1)
         cross = np.linalg.solve(white, (at.P @ at.v)[:, :-1].T @ J)
     matrix = np.block([[np.eye(p), cross], [cross.T, own]])

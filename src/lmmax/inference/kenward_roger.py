@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .denominator import Denominator, JointTest, f_test, matched_degrees, orthonormal
+from .denominator import Denominator, JointTest, f_test, forms, matched_degrees, orthonormal
 from .inverse import inverted
 
 if TYPE_CHECKING:
@@ -52,14 +52,13 @@ class KenwardRoger(Denominator):
         J = steady.slope
         self.to_x, self.Phi = at.to_x, at.Phi
         self.P = np.tensordot(J.T, at.P_x, 1)
-        Q = np.einsum("ci,cdxy,dj->ijxy", J, at.Q_x, J, optimize=True)
+        Q = np.tensordot(J, np.tensordot(J, at.Q_x, (0, 0)), (0, 1))
         self.inverse = inverted(
             0.5 * J.T @ at.restricted_traces @ J, 0.5 * np.diag(J.T @ at.traces @ J)
         )
         self.W = self.inverse.covariance
-        middle = np.einsum("ij,ijxy->xy", self.W, Q)
-        middle = middle - np.einsum("ij,ixy,yz,jzw->xw", self.W, self.P, self.Phi, self.P,
-                                    optimize=True)  # fmt: skip
+        weighted = np.tensordot(self.W, self.P, 1)
+        middle = np.tensordot(self.W, Q, 2) - (self.P @ self.Phi @ weighted).sum(axis=0)
         adjusted = self.Phi + 2.0 * self.Phi @ middle @ self.Phi
         self.cov_x = self.linear = 0.5 * (adjusted + adjusted.T)
         if not linear and np.any(steady.bend):
@@ -92,18 +91,18 @@ class KenwardRoger(Denominator):
         """See :class:`Denominator`; for one contrast the two moments give ``2 f^2 / (g'Wg)``."""
         x = L @ self.to_x @ self.Phi
         f = np.einsum("ix,ix->i", x, L @ self.to_x)
-        g = np.einsum("ix,cxy,iy->ic", x, self.P, x, optimize=True)
-        df = matched_degrees(f, np.einsum("ic,cd,id->i", g, self.W, g))
+        g = forms(self.P, x)
+        df = matched_degrees(f, np.einsum("ic,ic->i", g @ self.W, g))
         return np.where(self.inverse.tells(g), df, np.nan)
 
     def joint(self, L: np.ndarray, difference: np.ndarray) -> JointTest:
         """See :class:`Denominator`; the F statistic is scaled by lambda."""
         r = len(L)
-        F = self.wald(L, difference) / r
+        wald = self.wald(L, difference)
         if r == 1:
-            return f_test(F, 1, float(self.degrees(L)[0]))
+            return f_test(wald, 1, float(self.degrees(L)[0]))
         scaling, df = self._moments(orthonormal(L @ self.to_x)[0])
-        return f_test(scaling * F, r, df)
+        return f_test(wald, r, df, scaling)
 
     def _moments(self, x: np.ndarray) -> tuple[float, float]:
         """Return lambda and the denominator degrees of freedom for contrasts x (r, p).
@@ -115,10 +114,10 @@ class KenwardRoger(Denominator):
         V = x @ self.Phi @ x.T
         half = np.linalg.solve(np.linalg.cholesky(V), x @ self.Phi)
         # Theta Phi P_i Phi in the coordinates of the contrasts, (k, r, r).
-        M = np.einsum("ax,cxy,by->cab", half, self.P, half, optimize=True)
+        M = half @ self.P @ half.T
         first = np.einsum("caa->c", M)
         A1 = float(first @ self.W @ first)
-        A2 = float(np.einsum("cd,cab,dba->", self.W, M, M))
+        A2 = float(np.vdot(np.tensordot(self.W, M, 1), M.swapaxes(1, 2)))
         if A2 <= 0.0:
             return 1.0, np.inf
         B = (A1 + 6.0 * A2) / (2.0 * r)

@@ -215,8 +215,8 @@ def _congruent(A: np.ndarray, packed: np.ndarray) -> np.ndarray:
     rows, columns = np.tril_indices(q)
     place = np.zeros((q, q), dtype=int)
     place[rows, columns] = place[columns, rows] = np.arange(len(rows))
-    moved = np.einsum("ai,ij...,bj->ab...", A, packed[place], A, optimize=True)
-    return np.asarray(moved[rows, columns])
+    moved = A @ (A @ packed[place].reshape(q, -1)).reshape(q, q, -1)
+    return np.asarray(moved[rows, columns].reshape(packed.shape))
 
 
 def _base(estimates: Estimates, term: TermColumns) -> tuple[np.ndarray, np.ndarray]:

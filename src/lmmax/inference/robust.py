@@ -97,14 +97,16 @@ class ClusterRobust(Denominator):
     def test(self, L: np.ndarray, difference: np.ndarray, kind: str) -> JointTest:
         """Test contrasts jointly by one of ``JOINT_TESTS``; see :class:`Denominator`."""
         r = len(L)
-        F = self.wald(L, difference) / r
+        wald = self.wald(L, difference)
         if kind == "chi2":
-            return f_test(F, r, np.inf)
+            return f_test(wald, r, np.inf)
         if kind == "naive-F":
-            return f_test(F, r, self.n_clusters - 1.0)
+            return f_test(wald, r, self.n_clusters - 1.0)
         eta = _wishart_df(self.moments.along(orthonormal(L @ self.to_x)[0].T))
         df = eta - r + 1.0
-        return f_test(F * df / eta, r, df) if df > 0.0 else JointTest(np.nan, r, df, np.nan)
+        if df <= 0.0:
+            return JointTest(np.nan, r, df, np.nan, wald)
+        return f_test(wald, r, df, scaling=df / eta)
 
     def wald(self, L: np.ndarray, difference: np.ndarray) -> float:
         """See :class:`Denominator`.
