@@ -207,7 +207,7 @@ def _read_file(arguments: argparse.Namespace) -> pd.DataFrame:
     except UnicodeError as error:
         raise _UserError(
             f"cannot read {data!r} as {arguments.encoding}: {_one_line(error)}; name its encoding "
-            "with --encoding, such as latin-1"
+            "with --encoding, such as latin-1, and its separator with --sep"
         ) from error
     except LookupError as error:
         raise _UserError(f"--encoding: {_one_line(error)}") from error
