@@ -65,6 +65,8 @@ def fit_many(
 ) -> BatchFit:
     """Fit one model to many responses, or to many subsets of the rows, each to its own optimum.
 
+    A formula is code: its expressions run as Python.  For text of others use ``evaluate="safe"``.
+
     What the responses share is worked out once.  A model with one random intercept, one random
     slope or one known relationship matrix is then a search on a line for each response; other
     models are solved side by side, those too large for a dense factor one by one.

@@ -139,6 +139,8 @@ def plan(
 ) -> Plan:
     """Predict what :func:`lmmax.fit_many` needs on this machine.
 
+    A formula is code: its expressions run as Python.  For text of others use ``evaluate="safe"``.
+
     The design is analysed and the first responses are fitted, some hundreds if that takes a second
     or so: their time and memory are measured and taken to grow in proportion, that of subsets with
     their rows.  Where later responses lack other rows, or a file is read for the first time, it

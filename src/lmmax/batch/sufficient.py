@@ -411,6 +411,8 @@ def sufficient_statistics(
 ) -> SufficientStatistics:
     """Reduce many responses to what their fits need, to be saved, merged and fitted again.
 
+    A formula is code: its expressions run as Python.  For text of others use ``evaluate="safe"``.
+
     Each group keeps as many numbers of a response as it has random effects, or each combination of
     levels that occurs with several grouping factors; the number of rows does not matter.  Fits from
     the statistics are those of the rows, to rounding, also of models with fewer terms and by
