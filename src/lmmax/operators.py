@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import reduce
 from itertools import chain, product
-from typing import Any
+from typing import Any, TypeAlias
 
 from formulaic.errors import FormulaParsingError
 from formulaic.parser import DefaultFormulaParser, DefaultOperatorResolver
@@ -23,7 +23,7 @@ _MOST_PRODUCTS = 150_000
 """Most products of terms in one part of a formula, half a second's work."""
 _SPENT = "__lmmax_products__"
 
-Terms = OrderedSet[Term]
+Terms: TypeAlias = "OrderedSet[Term]"
 
 
 def _products(left: Iterable[Term], right: Iterable[Term], context: Any) -> Terms:
