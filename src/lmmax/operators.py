@@ -71,7 +71,7 @@ def _in(nested: Terms, parents: Terms, *, context: Any) -> Terms:
 
 def _power(terms: Terms, power: Terms, *, context: Any) -> Terms:
     """`(a + b)^n`: a term times itself is itself, so beyond some n there is nothing new."""
-    exponent = next(iter(power)).factors if len(power) == 1 else ()
+    exponent: tuple[Any, ...] = next(iter(power)).factors if len(power) == 1 else ()
     text = exponent[0].expr if len(exponent) == 1 else ""
     token = exponent[0].token if len(exponent) == 1 else None
     number = token is not None and token.kind is Token.Kind.VALUE
