@@ -357,3 +357,43 @@ def test_cost_of_a_use():
 
     use()
     assert min(timeit.repeat(use, number=2000, repeat=10)) / 2000 < 20e-6
+
+
+def test_a_place_in_which_others_can_put_something_is_refused(tmp_path):
+    place = tmp_path / "shared" / "cache"
+    place.mkdir(parents=True, mode=0o700)
+    assert module._unsafe_place(place) == ""
+    for mode, which in ((0o777, place), (0o770, place), (0o777, place.parent)):
+        which.chmod(mode)
+        group_of_ones_own = mode == 0o770 and which.stat().st_gid == os.getuid() != 0
+        found = module._unsafe_place(place)
+        assert group_of_ones_own or found.startswith(f"{which} can be written by other users")
+        which.chmod(0o700)
+    place.parent.chmod(0o1777)  # sticky, as /tmp is
+    assert module._unsafe_place(place) == ""
+    link = tmp_path / "link"
+    link.symlink_to(place)
+    assert module._unsafe_place(link) == ""
+    place.chmod(0o777)
+    assert "can be written" in module._unsafe_place(link)
+
+
+@pytest.mark.parametrize("how", ["writable", "link", "directory", "other user"])
+def test_an_entry_that_others_can_write_is_not_read(tmp_path, monkeypatch, how):
+    store = module._Store(tmp_path)
+    store.put("key", b"code")
+    path = store._path("key")
+    assert store.get("key") == b"code"
+    if how == "writable":
+        path.chmod(0o620)
+    elif how == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    elif how == "directory":
+        path.unlink()
+        path.mkdir()
+    else:
+        mine = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    assert store.get("key") is None
+    assert store.problem.startswith(f"cannot read {path}: ")

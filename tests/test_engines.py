@@ -585,8 +585,9 @@ def test_structure_of_ones_own(data: pd.DataFrame, tmp_path: Path) -> None:
     assert fit.deviance == pytest.approx(criterion(at), rel=1e-11)
     slopes = [np.imag(criterion(at + 1e-30j * e)) / 1e-30 for e in np.eye(3)]
     assert np.max(np.abs(slopes)) < 1e-4
-    fit.save(tmp_path / "own.pickle")
-    assert lmmax.load(tmp_path / "own.pickle").deviance == fit.deviance
+    fit.save(tmp_path / "own.lmmax")
+    loaded = lmmax.load(tmp_path / "own.lmmax", objects={"Proportional": Proportional})
+    assert loaded.deviance == fit.deviance
 
 
 def test_factor_with_one_level(data: pd.DataFrame) -> None:
@@ -646,8 +647,8 @@ def test_refit_is_a_fresh_fit(
 
 
 def test_stored_fit(data: pd.DataFrame, crossed: lmmax.Fit, tmp_path: Path) -> None:
-    crossed.save(tmp_path / "fit.pickle")
-    loaded = lmmax.load(tmp_path / "fit.pickle")
+    crossed.save(tmp_path / "fit.lmmax")
+    loaded = lmmax.load(tmp_path / "fit.lmmax")
     assert loaded.deviance == crossed.deviance
     assert loaded.engine == crossed.engine
     assert str(loaded.summary()) == str(crossed.summary())

@@ -10,7 +10,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from jax import Array
 
 import lmmax
 from lmmax.batch import claim, resampling, store
+from lmmax.batch import store as store_module
 from lmmax.batch.claim import Claim, ClaimedError
 from lmmax.batch.engines import Record
 from lmmax.batch.reading import begin
@@ -248,7 +250,7 @@ def test_what_says_how_to_read_results_belongs_to_them(
 ) -> None:
     out = Path(shutil.copytree(written / "out", tmp_path / "out"))
     streaming.fit(MODEL, y, out=tmp_path / "other", reml=False)
-    shutil.copy(tmp_path / "other" / "batch.pickle", out)
+    shutil.copy(tmp_path / "other" / "batch.npz", out)
     with pytest.raises(StoreError, match="holds results of two works"):
         lmmax.BatchFit.open(out)
 
@@ -361,30 +363,79 @@ def test_works_with_the_same_arrays_and_formula_are_told_apart() -> None:
     assert key(simple, data.copy()) == keys[0]
 
 
-DAMAGED = {
-    "work.json": ("holds no results", None),
-    "batch.pickle": ("is damaged", None),
-    "params/zarr.json": ("lacks the results", "is damaged: what says how"),
-    "batch_pickle/zarr.json": ("is damaged", None),
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "empty": lambda path: path.write_bytes(b""),
+    "binary": lambda path: path.write_bytes(bytes(range(256))),
+    "of something else": lambda path: path.write_text('{"format": 3, "attributes": [1]}'),
+    "a list": lambda path: path.write_text("[1]"),
+    "missing": Path.unlink,
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "a loop": lambda path: (path.unlink(), path.symlink_to(path)),
 }
+DAMAGED = [
+    "work.json",
+    "batch.npz",
+    "chunk-000000000000.parquet",
+    "zarr.json",
+    "params/zarr.json",
+    "sha256/zarr.json",
+    "batch/zarr.json",
+    "response/zarr.json",
+]
+STAY = [(name, "a directory") for name in (*DAMAGED[:4],)]
+STAY += [("work.json", "a loop"), ("zarr.json", "a loop")]
+"""What is not ours to remove."""
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_said_or_mended(
-    written: Path, tmp_path: Path, y: np.ndarray, plain: lmmax.BatchFit, name: str
+def test_damage_is_said_and_mended(
+    written: Path, tmp_path: Path, y: np.ndarray, plain: lmmax.BatchFit, name: str, damage: str
 ) -> None:
     zarrs = "zarr" in name
     out = Path(shutil.copytree(written / ("out.zarr" if zarrs else "out"), tmp_path / "o.zarr"))
     out = out if zarrs else out.rename(tmp_path / "out")
-    (out / name).write_bytes((out / name).read_bytes()[:40])
-    opens, resumes = DAMAGED[name]
-    with pytest.raises(StoreError, match=opens):
-        _ = lmmax.BatchFit.open(out).params
-    if resumes is None:
+    DAMAGES[damage](out / name)
+    try:
+        found = lmmax.BatchFit.open(out)
+        np.testing.assert_array_equal(found.params, plain.params)
+        equal(found, plain)
+    except StoreError as error:
+        assert str(out) in str(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoreWarning)
+        if (name, damage) in STAY:
+            with pytest.raises(StoreError, match=name if damage == "a directory" else "work"):
+                streaming.fit(MODEL, y, out=out, resume=True)
+            return
         equal(streaming.fit(MODEL, y, out=out, resume=True), plain)
-    else:
-        with pytest.raises(StoreError, match=resumes):
-            streaming.fit(MODEL, y, out=out, resume=True)
+    equal(lmmax.BatchFit.open(out), plain)
+
+
+@pytest.mark.parametrize("store", ["out", "out.zarr"])
+def test_a_full_disk_is_said(
+    written: Path, tmp_path: Path, y: np.ndarray, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module.ZarrStore, "_put", full)
+    monkeypatch.setattr(store_module.ParquetStore, "_put", full)
+    with pytest.raises(StoreError, match=r"cannot be written to; resume=True .*No space left"):
+        streaming.fit(MODEL, y, out=tmp_path / store)
+
+
+def test_what_differs_is_said(written: Path, y: np.ndarray) -> None:
+    with pytest.raises(
+        StoreError, match=r"chunk differ \(chunk=, which was \d+ and is 3\): pass chunk="
+    ):
+        streaming.fit(MODEL, y, out=written / "out", resume=True, chunk=3)
+    with pytest.raises(
+        StoreError,
+        match=r"settings differ \(the options of the fits: reml=True is now reml=False\)",
+    ):
+        streaming.fit(MODEL, y, out=written / "out", resume=True, reml=False)
 
 
 # --- one run at a time ----------------------------------------------------------------------

@@ -127,9 +127,9 @@ def test_results_are_read_back_without_the_responses(
     pd.testing.assert_frame_equal(found.frame(), plain.frame())
     pd.testing.assert_frame_equal(found.variances, plain.variances)
     assert (str(found), found.notes) == (str(plain), plain.notes)
-    found.save(tmp_path / "one.pickle")
+    found.save(tmp_path / "one.lmmax")
     shutil.rmtree(moved)
-    equal(lmmax.BatchFit.load(tmp_path / "one.pickle").record, plain.record)
+    equal(lmmax.BatchFit.load(tmp_path / "one.lmmax").record, plain.record)
     with pytest.raises(StoreError, match="holds no results of fit_many"):
         lmmax.BatchFit.open(moved)
 
@@ -141,7 +141,7 @@ def test_a_file_of_responses_is_read_again(y: np.ndarray, tmp_path: Path) -> Non
     streaming.fit("intercept", y[:, :3], out=tmp_path / "out", resume=True)
     with pytest.raises(lmmax.DataError, match="the responses were not kept"):
         lmmax.BatchFit.open(tmp_path / "out")[2]
-    (tmp_path / "out" / "batch.pickle").unlink()
+    (tmp_path / "out" / "batch.npz").unlink()
     with pytest.raises(StoreError, match=r"is not finished: fit_many\(\.\.\., out=, resume=True"):
         lmmax.BatchFit.open(tmp_path / "out")
     (tmp_path / "out" / "chunk-000000000000.parquet").unlink()
@@ -524,3 +524,23 @@ def test_results_do_not_depend_on_the_number_of_devices(tmp_path: Path) -> None:
                 atol = 1e-9 if field == "gradient" else 1e-12
                 name = f"{model}.{field}"
                 np.testing.assert_allclose(found[name], one[name], 1e-12, atol, err_msg=name)
+
+
+def test_forked_processes_are_refused(y: np.ndarray) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as forked:
+        with pytest.raises(ValueError, match=r"by fork.*get_context\(\"spawn\"\)"):
+            streaming.fit("intercept", y, executor=forked)
+        assert not forked._processes
+
+    class Own:
+        """An executor of one's own."""
+
+        def submit(self, call: Any, *given: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(call, *given)
+
+    own: Any = Own()
+    equal(
+        streaming.fit("intercept", y[:, :20], executor=own).record,
+        streaming.fit("intercept", y[:, :20]).record,
+    )

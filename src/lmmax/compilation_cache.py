@@ -33,6 +33,7 @@ import hashlib
 import os
 import platform
 import re
+import stat
 import sys
 import tempfile
 import threading
@@ -123,7 +124,7 @@ class _Store:
     def get(self, key: str) -> bytes | None:
         path = self._path(key)
         try:
-            content = path.read_bytes()
+            content = _own_bytes(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -246,9 +247,8 @@ def _resolve(setting: str | None) -> tuple[_Store | None, str, Path | None]:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.parent.mkdir(mode=0o700, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)
-        for made in (directory.parent, directory):
-            if problem := _unsafe(made):
-                return None, problem, directory
+        if problem := _unsafe_place(root) or _unsafe(directory.parent) or _unsafe(directory):
+            return None, problem, directory
         with tempfile.TemporaryFile(prefix=_PARTIAL_PREFIX, dir=directory):
             pass
     except OSError as error:
@@ -264,11 +264,56 @@ def _unsafe(directory: Path) -> str:
     if not hasattr(os, "getuid"):
         return ""
     info = directory.lstat()
+    if not stat.S_ISDIR(info.st_mode):
+        return f"{directory} is not a directory"
     if info.st_uid != os.getuid():
         return f"{directory} belongs to another user"
     if info.st_mode & 0o022:
         return f"{directory} can be written by other users; run: chmod go-w {directory}"
     return ""
+
+
+def _unsafe_place(root: Path) -> str:
+    """Return why what is in a directory may be put there by others, or an empty string.
+
+    Whoever can write a directory can rename what is in it, and put something else in its place, in
+    all directories above as well; but not if it is sticky, as /tmp is.
+    """
+    if not hasattr(os, "getuid"):
+        return ""
+    trusted = (os.getuid(), 0)
+    real = Path(os.path.realpath(root))
+    for directory in (real, *real.parents):
+        info = directory.stat()
+        if info.st_uid not in trusted:
+            return f"{directory} belongs to another user, who can replace what is in it"
+        # A group with the number of its user is that user's alone, by custom.
+        others = 0o002 if info.st_gid == info.st_uid == os.getuid() != 0 else 0o022
+        if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
+            return (
+                f"{directory} can be written by other users, who can replace what is in it; run: "
+                f"chmod go-w {directory}, or set {ENVIRONMENT_VARIABLE} to a directory of your own"
+            )
+    return ""
+
+
+def _own_bytes(path: Path) -> bytes:
+    """Return the contents of a file that this user alone could write.
+
+    Raises:
+        OSError: for a link, what is no file, and a file of another user.
+    """
+    if not hasattr(os, "getuid"):
+        return path.read_bytes()
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError("it is no file")
+        if info.st_uid != os.getuid():
+            raise PermissionError("it belongs to another user")
+        if info.st_mode & 0o022:
+            raise PermissionError("it can be written by other users")
+        return file.read()
 
 
 def _prune(root: Path, max_bytes: int) -> None:

@@ -53,6 +53,7 @@ from .matrices import (
 from .relationship import with_relationships
 from .safe import Evaluate
 from .spec import ModelSpec, RandomTerm
+from .terms import CodedTerms
 
 __all__ = [
     "DataError",
@@ -103,7 +104,7 @@ def build_design(
             number) count as missing and are reported by a warning.
         context: names that formulas may use besides the columns, for instance functions of your
             own. `np`, formulaic's transforms and common functions are always there; variables of
-            the calling code are not. A design with functions in it pickles if they do.
+            the calling code are not.
         relmat: by name of a grouping factor, the known relationship matrix of its levels, as of
             animals with common ancestors: a DataFrame with the levels as index and columns,
             symmetric and positive semidefinite. Effects of levels i and j then have covariance
@@ -150,7 +151,9 @@ def build_design(
                 raise DataError(f"a column named {name!r} does not go with {what}=: rename it")
             frame[name] = side_column(values, what, table, frame.index)
             labels[name] = values if isinstance(values, str) else what
-    masks = missing_values(((labels.get(c, c), frame[c]) for c in map(str, frame)), frame.index)
+    masks = missing_values(
+        ((labels.get(str(c), c), values) for c, values in frame.items()), frame.index
+    )
     rows, dropped_by = complete_rows(masks, missing)
     frame = frame[rows] if dropped_by else frame
 
@@ -166,17 +169,23 @@ def build_design(
     index = frame.index
     y = encoder.numbers(parse_response(spec.response), "the response")
     schemes = contrasts_by_expression(contrasts, factors, encoder.levels)
-    X, fixed = _matrix(encoder, formula_part(spec.fixed, schemes), "the fixed-effects design")
-    terms = encoder.terms(fixed)
+    asked = formula_part(spec.fixed, schemes)
+    of_fixed = _matrix(encoder, asked, "the fixed-effects design")
+    X, fixed, terms = of_fixed
+    # Most random terms repeat the fixed effects, or each other.
+    made = {} if schemes else {_expressions(asked): of_fixed}
     blocks, parts = [], [fixed]
     for term in spec.random:
-        Z, effects = _matrix(encoder, formula_part(term.design), f"the random term {term}")
+        asked = formula_part(term.design)
+        same = _expressions(asked)
+        if same not in made:
+            made[same] = _matrix(encoder, asked, f"the random term {term}")
+        Z, effects, own = made[same]
         if Z.shape[1] == 0:
             raise DataError(f"the random term {term} has no column: its design is empty")
         names = tuple(effects.column_names)
         structure = _prepared(term, names, encoder)
         Z = _shared(Z, names, X, fixed.column_names)
-        own = encoder.terms(effects)
         blocks.append(RandomBlock(term, spec.grouping_of(term), Z, names, structure, own))
         parts.append(effects)
     groups = [
@@ -388,11 +397,17 @@ def _shared(
     return Z
 
 
-def _matrix(encoder: Encoder, asked: Part, what: str) -> tuple[np.ndarray, Part]:
+def _matrix(encoder: Encoder, asked: Part, what: str) -> tuple[np.ndarray, Part, CodedTerms]:
+    """The columns of a part of the formula, the part with what it learnt, and its terms."""
     matrix, learnt = encoder.matrix(asked)
     check_unique(learnt.column_names, what)
     check_matrix(matrix, learnt.column_names, encoder.data.index)
-    return matrix, learnt
+    return matrix, learnt, encoder.terms(learnt)
+
+
+def _expressions(part: Part) -> tuple[tuple[str, ...], ...]:
+    """The expressions in each term of a part: alike without contrasts, they make one matrix."""
+    return tuple(tuple(factor.expr for factor in term.factors) for term in part.formula)
 
 
 def _total_offset(encoder: Encoder, spec: ModelSpec) -> np.ndarray:

@@ -464,6 +464,8 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             {e for e, value in self.factor_cache.items() if isinstance(value.values, kind)}
             for kind in (Spline, _Categories)
         )
+        if not spline:
+            return set()
         terms = [
             [f.expr for f in term.factors if f.eval_method is not _LITERAL] for term in part.formula
         ]

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,8 @@ MAX_STEPS = {"newton": 100, "lbfgs": 3000}
 TOLERANCE, TOLERANCE_CROSSED = 1e-16, 1e-13
 """Newton decrements that count as converged; squared distances to the optimum in standard errors.
 Where an evaluation takes seconds, one more for the eighth digit of them is too many."""
+ENDS_TOL = 1e-8
+"""Newton decrement up to which searches from far away are followed."""
 RESTARTS = 5
 TOGETHER = 12
 """Most starts of one call of the compiled solver."""
@@ -216,26 +218,30 @@ class Estimates:
 
         Rounding errors are no curvature.
         """
-        point, columns = self.solution.point, self.root_columns
-        size = np.maximum(np.max(point.root**2, axis=1, initial=0.0), self.noise**2)
-        n_groups = self.noise**2 * point.at.hessian[-1, -1]
-        few = np.min(n_groups)
-        of_root = np.repeat((n_groups / size)[columns], len(columns))
-        floor = np.concatenate([[few], of_root, few / np.maximum(point.theta**2, 1.0)])
-        floor = 1e-6 * floor[point.free > 0.0]
-        return np.asarray(np.sqrt(np.maximum(np.abs(np.diag(hessian)), floor)))
+        point, columns, noise = self.solution.point, self.root_columns, self.noise**2
+        diagonal = np.abs(hessian.diagonal())
+        if diagonal.min(initial=np.inf) >= 1e-6 * point.at.hessian[-1, -1] * max(1.0, noise.min()):
+            return np.sqrt(diagonal)  # none of the floors below is higher than that
+        size = np.maximum((np.asarray(point.root) ** 2).max(axis=1, initial=0.0), noise)
+        n_groups = noise * point.at.hessian[-1, -1]
+        few, r = n_groups.min(), len(columns)
+        floor = np.empty(len(point.free))
+        floor[0] = few
+        floor[1 : 1 + r * r] = np.repeat((n_groups / size)[columns], r)
+        floor[1 + r * r :] = few / np.maximum(point.theta**2, 1.0)
+        return np.sqrt(np.maximum(diagonal, 1e-6 * floor[point.free > 0.0]))
 
     @property
     def suspect(self) -> bool:
         """Whether the criterion may be flat in some direction, so that the designs are asked."""
         if self.boundary or self.probes:
             return True
-        free = self.solution.point.free > 0.0
-        hessian = np.asarray(self.solution.point.hessian)[np.ix_(free, free)]
-        if not np.isfinite(hessian).all() or not hessian.size:
+        free = np.flatnonzero(self.solution.point.free)
+        hessian = np.asarray(self.solution.point.hessian)[free[:, None], free]
+        if not hessian.size or not np.isfinite(hessian).all():
             return False
-        unit = self._units(np.asarray(hessian))
-        return bool(np.linalg.eigvalsh(hessian / np.outer(unit, unit))[0] < SUSPECT)
+        unit = self._units(hessian)
+        return bool(np.linalg.eigvalsh(hessian / (unit[:, None] * unit))[0] < SUSPECT)
 
     def standard_errors(self, gradients: np.ndarray) -> np.ndarray:
         """Return standard errors of functions of (vech cov_re row by row, scale, theta).
@@ -521,9 +527,11 @@ def _further(search: _Search, usual: Solution) -> tuple[Solution, list[float]]:
         return usual, []
     s = usual_log_scale(problem) if constraints.scale_free else float(point.s)
     theta = np.asarray(point.theta)
+    # Ends are told apart long before they are exact: the best one is, if it is another.
+    tol = max(ENDS_TOL, tolerance(problem) if search.settings.tol is None else search.settings.tol)
     # From far away L-BFGS is easily lost, and models that have so few parameters do not need it.
     found = replace(search, solver="newton").run(
-        [Start(np.diag(search.noise**2 * size), s, theta, 0) for size in sizes], far=True
+        [Start(np.diag(search.noise**2 * size), s, theta, 0) for size in sizes], far=True, tol=tol
     )
     ends = found.values[found.statuses == Status.CONVERGED].tolist()
     new = found.solution
@@ -781,9 +789,18 @@ def free_terms(
 
 def _is_interior(D: Any, noise: np.ndarray) -> bool:
     """Return whether no direction of the random effects is at the boundary."""
-    if not np.all(np.isfinite(D)):
+    # One end of a search is asked about several times.
+    return _is_interior_in((D / (noise[:, None] * noise)).tobytes())
+
+
+@lru_cache(maxsize=64)
+def _is_interior_in(units: bytes) -> bool:
+    """Return the same for D in units of the noise, (q, q)."""
+    flat = np.frombuffer(units)
+    if not np.isfinite(flat).all():
         return True  # nor anywhere else
-    return bool(np.linalg.eigvalsh(D / np.outer(noise, noise))[0] > BOUNDARY**2)
+    q = math.isqrt(len(flat))
+    return bool(np.linalg.eigvalsh(flat.reshape(q, q))[0] > BOUNDARY**2)
 
 
 def _step_off(

@@ -88,10 +88,11 @@ def estimate_closely(
 def _has_strong(found: Closer) -> bool:
     """Return whether a structure may have correlations too close to one for a search to find."""
     estimates = found.estimates
+    if not estimates.constraints.structures:
+        return False
     far = is_far(estimates.solution.point.s, float(found.compression.problem.n_obs))
     # Without a residual at all, a structure describes the data by itself.
-    known = estimates.status is not Status.UNBOUNDED
-    return bool(far and known and estimates.constraints.structures)
+    return bool(far and estimates.status is not Status.UNBOUNDED)
 
 
 def _is_unclear(found: Closer, terms: Sequence[TermColumns]) -> bool:

@@ -264,6 +264,8 @@ def missing_values(columns: Iterable[tuple[Any, Any]], index: pd.Index) -> dict[
     for name, column in columns:
         values = as_numbers(column).values if isinstance(column, pd.Series) else column
         if is_number(values.dtype):
+            if np.isfinite(values).all():
+                continue
             check_finite(name, values, index)
         mask = np.asarray(pd.isna(values))
         if mask.any():

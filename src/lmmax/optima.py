@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,8 @@ def least_determined(root: np.ndarray, hessian: np.ndarray, constraints: Constra
     """
     movable = np.asarray(constraints.blocks) * (1.0 - np.asarray(constraints.held))
     rooted = constraints.rooted
-    basis = _symmetric_units((movable * np.outer(rooted, rooted)).tobytes(), len(movable))
+    free = movable * (rooted[:, None] * rooted)
+    basis, rows, columns = _symmetric_units(free.tobytes(), len(free))
     if not len(basis):
         return np.full(len(root), np.inf)
     profiled = hessian[:, :-1, :-1]
@@ -64,9 +66,10 @@ def least_determined(root: np.ndarray, hessian: np.ndarray, constraints: Constra
         cross = hessian[:, :-1, -1]
         corner = hessian[:, -1, -1][:, None, None]
         profiled = profiled - cross[:, :, None] * cross[:, None, :] / corner
-    rows, columns = np.tril_indices(len(movable))
     moved = (root[:, None] @ basis @ root[:, None].transpose(0, 1, 3, 2))[:, :, rows, columns]
     curvature = moved @ profiled @ moved.transpose(0, 2, 1)
+    if np.isfinite(curvature).all():
+        return np.linalg.eigvalsh(curvature)[:, 0]
     finite = np.isfinite(curvature).all(axis=(1, 2))
     return np.where(
         finite, np.linalg.eigvalsh(np.where(finite[:, None, None], curvature, 0.0))[:, 0], -np.inf
@@ -74,14 +77,17 @@ def least_determined(root: np.ndarray, hessian: np.ndarray, constraints: Constra
 
 
 @cache
-def _symmetric_units(free: bytes, q: int) -> np.ndarray:
-    """Return an orthonormal basis of the symmetric matrices with the given entries, (c, q, q)."""
+def _symmetric_units(free: bytes, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return an orthonormal basis of the symmetric matrices with the given entries, (c, q, q).
+
+    And rows and columns of the lower triangle, (k,) each.
+    """
     rows, columns = np.nonzero(np.tril(np.frombuffer(free).reshape(q, q)))
     basis = np.zeros((len(rows), q, q))
     size = np.where(rows == columns, 1.0, np.sqrt(0.5))
     basis[np.arange(len(rows)), rows, columns] = size
     basis[np.arange(len(rows)), columns, rows] = size
-    return basis
+    return basis, *np.tril_indices(q)
 
 
 def is_balanced(problem: Problem, constraints: Constraints) -> bool:
@@ -92,16 +98,21 @@ def is_balanced(problem: Problem, constraints: Constraints) -> bool:
     order constraint between them is explicit and unique (Anderson, Anderson and Olkin, 1986,
     Ann. Statist. 14, 405-417).
     """
-    if not np.all(constraints.blocks) or np.any(constraints.held):
+    if not constraints.blocks.all() or constraints.held.any():
         return False
     if isinstance(problem, SharedProblem):
         if problem.exchanged is not None or problem.order is not None:
             return False
     elif not isinstance(problem, GroupedProblem):
         return False
-    U, p = np.asarray(problem.U)[:, :, np.asarray(problem.weight) > 0.0], int(problem.n_fixed)
-    same = np.max(np.abs(U - U[:, :, :1]), initial=0.0) <= 1e-12 * np.max(np.abs(U), initial=0.0)
-    return bool(same and np.max(np.diag(problem.C)[:p], initial=0.0) <= 1e-12)
+    p, groups = int(problem.n_fixed), np.flatnonzero(problem.weight)
+    if np.asarray(problem.C).diagonal()[:p].max(initial=0.0) > 1e-12:
+        return False
+    # Equal groups have been merged, but for rounding.
+    if len(groups) > 1:
+        U = np.asarray(problem.U)[:, :, groups]
+        return bool(np.abs(U - U[:, :, :1]).max() <= 1e-12 * np.abs(U).max())
+    return True
 
 
 def work(problem: Problem) -> float:
@@ -111,7 +122,8 @@ def work(problem: Problem) -> float:
         return float(np.shape(problem.C_tail)[0]) ** 3 / 6.0 + q * float(np.size(problem.Y))
     if isinstance(problem, SharedProblem):
         return q * float(np.size(problem.U) + np.size(problem.X) + np.size(problem.y[0]))
-    return q * sum(float(np.size(getattr(problem, name))) for name in ("U", "Y"))
+    by_group: Any = problem
+    return q * float(np.size(by_group.U) + np.size(by_group.Y))
 
 
 def looks_again(
@@ -145,8 +157,10 @@ def may_vanish(problem: Problem, reml: bool) -> bool:
     Coefficients and random effects that together fit every row let the residual go to zero, and the
     criterion falls without end where the effects alone do not fit them.
     """
+    if reml:
+        return False
     columns = float(problem.n_fixed) + float(np.sum(problem.n_groups))
-    return not reml and columns >= float(problem.n_obs) and work(problem) <= FREE_WORK
+    return columns >= float(problem.n_obs) and work(problem) <= FREE_WORK
 
 
 def spread_starts(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .archive import NoArchiveError, is_archive, pickled, read, refuse_pickle, write
 from .compress import Compression, Engine, EngineError, Layout
 from .constraints import Settings, TermColumns
 from .design import Design
@@ -35,6 +35,9 @@ from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
     from .summary import Summary
+
+FORMAT, VERSION, WHAT = "lmmax fit", 1, "saved lmmax fit"
+"""Of the files that fits are saved to."""
 
 MESSAGES = {
     Status.CONVERGED: "converged",
@@ -749,28 +752,51 @@ class Fit:
         return self.summary()._repr_html_()
 
     def save(self, path: str | Path) -> None:
-        """Write the fit to a file; :func:`lmmax.load` reads it back.
+        """Write the fit to a file; :func:`lmmax.load` reads it back, with the same numbers.
 
-        The file is a pickle: load only files you trust.
+        The file has arrays and text only, with a hash of all of it.  It is complete or not there: a
+        save that fails leaves an earlier file as it is.  Functions that were given in `context=`,
+        and covariance structures of classes of your own, are kept by name, and handed to
+        :func:`lmmax.load` again.
+
+        Raises:
+            ArchiveError: for what a file of data cannot hold.
         """
         from . import __version__
+        from .saved import Writer, classes
 
-        with open(path, "wb") as file:
-            pickle.dump({"lmmax": __version__, "fit": self}, file)
+        writer = Writer(classes())
+        described = writer.describe(self, "the fit")
+        about = {"format": FORMAT, "version": VERSION, "lmmax": __version__, "fit": described}
+        write(path, {**about, "objects": sorted(writer.own)}, writer.arrays)
 
 
-def load(path: str | Path) -> Fit:
-    """Read a fit written by :meth:`Fit.save`.
+def load(
+    path: str | Path, *, objects: Mapping[str, Any] | None = None, allow_pickle: bool = False
+) -> Fit:
+    """Read a fit written by :meth:`Fit.save`; nothing in the file is executed.
+
+    The formula of a fit is code once it is evaluated, which :meth:`Fit.predict` does with new data:
+    look at ``fit.formula`` first where the file is not of someone you trust.
+
+    Args:
+        path: the file.
+        objects: by name, what is not data and therefore not in the file: functions that were given
+            in `context=`, and your own classes of covariance structures.
+        allow_pickle: read files of earlier versions of lmmax, which are pickles: such a file can
+            run anything, so open only those that you trust.
 
     Raises:
-        ValueError: if the file does not hold a fit of this library.
+        ArchiveError: a ValueError, if the file does not hold a fit of this library, is damaged, or
+            needs `objects`.
     """
-    with open(path, "rb") as file:
-        try:
-            content = pickle.load(file)
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise ValueError(f"{str(path)!r} is not a saved lmmax fit: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("fit"), Fit):
-        raise ValueError(f"{str(path)!r} is not a saved lmmax fit")
-    result: Fit = content["fit"]
-    return result
+    from .saved import Reader, classes
+
+    if allow_pickle and not is_archive(path):
+        return pickled(path, Fit)
+    try:
+        about, arrays = read(path, FORMAT, VERSION, WHAT)
+    except NoArchiveError:
+        refuse_pickle(path, WHAT, "lmmax.load")
+        raise
+    return Reader(classes(), arrays, objects, repr(str(path))).read(about["fit"], Fit)

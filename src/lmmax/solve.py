@@ -686,7 +686,7 @@ def newton_from_each(
         )
         wins = (i == 0) | (wins & (~starts.far | is_credible(problem, new.status, new.point.s)))
         return i + 1, Best(
-            solution=jax.tree.map(lambda a, b: jnp.where(wins, a, b), new, old),
+            solution=lax.cond(wins, lambda: new, lambda: old),
             values=best.values.at[i].set(new.point.at.value),
             statuses=best.statuses.at[i].set(new.status),
         )

@@ -5,8 +5,6 @@ The same content gives the same bytes.  A hash of all of it is checked when it i
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +13,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .. import archive
+from ..archive import ArchiveError, NoArchiveError
 from ..covariances import Covariance
 from ..frames import DataError
 from ..levels import Grouping
 from ..matrices import Design, NewDesign, RandomBlock
 from ..spec import ModelSpec, RandomTerm
 from ..terms import CodedTerms, Coding, Element, Term
-from .files import whole
 from .selection import structure_of
 
 FORMAT, VERSION = "lmmax sufficient statistics", 1
-DESCRIPTION = "description"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +64,7 @@ def write(path: str | Path, about: Mapping[str, Any], arrays: Mapping[str, np.nd
         about: what JSON can hold.
         arrays: arrays of numbers or text.
     """
-    about = {"format": FORMAT, "version": VERSION, **about}
-    text = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
-    content = {DESCRIPTION: np.frombuffer(text, dtype=np.uint8), **arrays}
-    with whole(Path(path)) as file:
-        np.savez(file, **content, hash=_digest(content))  # type: ignore[arg-type]
+    archive.write(path, {"format": FORMAT, "version": VERSION, **about}, arrays)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -80,35 +74,11 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         DataError: if it is another file, damaged, or of a later version.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-        about = json.loads(content[DESCRIPTION].tobytes())
-        known = about["format"] == FORMAT
-        found = content.pop("hash")
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise DataError(f"{str(path)!r} holds no sufficient statistics, or is damaged") from error
-    if not known:
-        raise DataError(f"{str(path)!r} holds no sufficient statistics")
-    if about["version"] > VERSION:
-        raise DataError(
-            f"{str(path)!r} was written by a later version of lmmax (format {about['version']}, "
-            f"this one reads {VERSION}): update lmmax"
-        )
-    if not np.array_equal(found, _digest(content)):
-        raise DataError(f"{str(path)!r} is damaged: its contents do not have the hash it carries")
-    del content[DESCRIPTION]
-    return about, content
-
-
-def _digest(content: Mapping[str, np.ndarray]) -> np.ndarray:
-    digest = hashlib.sha256()
-    for name in sorted(content):
-        array = np.ascontiguousarray(content[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.tobytes() if array.dtype.kind == "U" else array.data)
-    return np.frombuffer(digest.digest(), dtype=np.uint8)
+        return archive.read(path, FORMAT, VERSION, "file of sufficient statistics")
+    except NoArchiveError as error:
+        raise DataError(f"{str(path)!r} holds no sufficient statistics") from error
+    except ArchiveError as error:
+        raise DataError(str(error)) from error
 
 
 def labels_array(labels: pd.Index, what: str) -> np.ndarray:

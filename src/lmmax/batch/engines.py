@@ -343,14 +343,17 @@ class GeneralEngine:
         design, layout = self.prepared.design, self.prepared.layout
         return empty(n, len(design.x_names), len(layout.A), len(self.tests))
 
-    def _single(self, y: np.ndarray) -> Fit | None:
-        """Fit one response; None if the data cannot identify its variances."""
+    def _single(self, y: np.ndarray, start: Any = None) -> Fit | None:
+        """Fit one response, from ``start`` if given; None if it cannot identify its variances."""
         design = replace(self.prepared.design, y=np.ascontiguousarray(y, dtype=float))
         try:
             if self.template is None:
                 return fitted_alone(design, self.settings)
+            template = self.template
+            if start is not None:
+                template = replace(template, settings=replace(template.settings, start=start))
             with quiet():
-                return self.template.refit(design.y)
+                return template.refit(design.y)
         except DataError:
             return None
 
@@ -364,12 +367,16 @@ class GeneralEngine:
         assert template is not None and self.shared is not None
         moved = 0.0 if origin is None else _in_working_units(self.prepared, origin)
         around = _without_offset(template.design, y).T
-        return record_of_lanes(
-            solve_responses(template, self.shared, around, moved),
-            template.layout.fixed.kept,
-            self.tests,
-            lambda lane: self._row(self._single(self._whole(y, origin, lane))),
-        )
+        solved = solve_responses(template, self.shared, around, moved)
+        own = solved.estimates
+
+        def alone(lane: int) -> Record:
+            # All optima have been looked for: the fit is the lane's own end.
+            ended = own.status[lane] == Status.CONVERGED
+            start = {"cov_re": own.cov_re[lane], "scale": own.scale[lane]} if ended else None
+            return self._row(self._single(self._whole(y, origin, lane), start))
+
+        return record_of_lanes(solved, template.layout.fixed.kept, self.tests, alone)
 
     @cached_property
     def _shared(self) -> SharedDesigns | SharedFactors | None:

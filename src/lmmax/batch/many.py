@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..archive import ArchiveError
 from ..constraints import Settings
 from ..fit import IdentifiabilityWarning, check_reml
 from ..safe import Evaluate
@@ -23,11 +24,12 @@ from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
 from .progress import progress_bar
 from .reading import begin, block_size, check_chunk
-from .result import BatchFit, hypotheses, read_again
+from .result import BatchFit, hypotheses
+from .saved import to_bytes
 from .seals import fingerprint, parts_of
 from .sources import Chunks, Columns, identity, total
 from .store import FORMAT, Store, StoredRecord, StoreError, fields_of, store_at
-from .stream import stream
+from .stream import check_forks, stream
 from .subsets import SUBSETS, Subsets, SubsetWork, read_subsets
 from .varied import Varied
 from .work import Done, Work
@@ -122,6 +124,9 @@ def fit_many(
             directory, this one waits up to a minute for it to end.
         executor: a `concurrent.futures` executor, or one that acts like it (Dask's
             ``client.get_executor()``), that fits the chunks.  Results are the same without it.
+            Processes must not be forked, which JAX does not survive:
+            ``ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn"))``, in a
+            script under ``if __name__ == "__main__":``.
         progress: show a progress bar with rate and remaining time (needs tqdm).
         context: names for use in the formula.
         evaluate: "python", for which a formula is code, or "safe" for formulas of others: only
@@ -136,6 +141,7 @@ def fit_many(
         DataError: if the responses have another number of rows than the data, and as for
             :func:`lmmax.fit`.
         StoreError: if `out` holds other results, or another run writes to it.
+        ValueError: for an executor whose processes are forked.
 
     Warns:
         LostWorkerWarning: if a worker of the executor is lost; its responses are fitted here.
@@ -236,6 +242,7 @@ def _check_where(out: Any, resume: bool, executor: Any) -> None:
         raise TypeError(
             f"executor={executor!r} must be an executor of concurrent.futures, or have its submit()"
         )
+    check_forks(executor)
 
 
 def _fitted(
@@ -268,8 +275,12 @@ def _finished(batch: BatchFit, store: Store) -> BatchFit:
     """Keep in the store what reads its results back, the responses left out."""
     trouble = ""
     if share()[0] == 0:
-        kept = replace(batch, source=read_again(batch.source))
-        trouble = store.finish(batch.names, kept)
+        try:
+            content = to_bytes(batch)
+        except ArchiveError as error:
+            trouble = str(error)
+        else:
+            store.finish(batch.names, content)
     wait()
     if trouble:
         note = f"BatchFit.open cannot read the results back: {trouble}"

@@ -56,6 +56,7 @@ class Plan:
         pilot: responses that were fitted to measure the times.
         read_seconds: time to read all, at the pilot's rate.
         fit_seconds: time to fit all, at the pilot's rate, without compiling.
+        compile_seconds: time to compile, as the pilot took; little where compiled code is at hand.
         workers: how many blocks are fitted at a time.
         devices: how many devices share the lanes of a block.
     """
@@ -74,6 +75,7 @@ class Plan:
     worker_bytes: int = 0
     workers: int = 1
     devices: int = 1
+    compile_seconds: float = 0.0
 
     @property
     def chunks(self) -> int:
@@ -82,9 +84,11 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Time in all: reading goes on while the chunk before is fitted."""
-        return max(self.read_seconds, self.fit_seconds) + (
-            min(self.read_seconds, self.fit_seconds) / self.chunks
+        """Time in all: reading goes on while the chunk before is fitted, once compiled."""
+        return (
+            self.compile_seconds
+            + max(self.read_seconds, self.fit_seconds)
+            + (min(self.read_seconds, self.fit_seconds) / self.chunks)
         )
 
     @property
@@ -95,6 +99,7 @@ class Plan:
     def __str__(self) -> str:
         free = "" if self.free_bytes is None else f"; {_size(self.free_bytes)} are free"
         each = f" and {_size(self.worker_bytes)} in each worker" if self.worker_bytes else ""
+        compiling = f", compiling {self.compile_seconds:.3g} s" if self.compile_seconds else ""
         spread = [f"{self.workers} workers"] * (self.workers > 1)
         spread += [f"{self.devices} devices"] * (self.devices > 1)
         return "\n".join(
@@ -106,7 +111,7 @@ class Plan:
                 f"memory: {_size(self.peak_bytes)} at the peak{each}, of which "
                 f"{_size(self.result_bytes)} are results{free}",
                 f"time:   {self.seconds:.3g} s, {self.rate:,.0f} responses a second "
-                f"(reading {self.read_seconds:.3g} s, fitting {self.fit_seconds:.3g} s; "
+                f"(reading {self.read_seconds:.3g} s, fitting {self.fit_seconds:.3g} s{compiling}; "
                 f"by a pilot of {self.pilot})",
             ]
         )
@@ -259,6 +264,8 @@ def plan(
         pilot=measured.lanes,
         read_seconds=measured.read * k,
         fit_seconds=measured.fit * k / (1 if threads else count),
+        # The last chunk may have a shape of its own.
+        compile_seconds=measured.compile * (2 if k > size and k % size else 1),
         worker_bytes=of_workers,
         workers=count,
         devices=n_devices(),
@@ -281,11 +288,15 @@ def _refusal(peak: Callable[[int], int], size: int, free: int) -> str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a response takes: seconds to read and to fit, bytes to hold, of results, to fit."""
+    """What a response takes: seconds to read and to fit, bytes to hold, of results, to fit.
+
+    And seconds to compile for a number of responses.
+    """
 
     lanes: int
     read: float
     fit: float
+    compile: float
     block: float
     result: float
     per_response: float
@@ -302,12 +313,12 @@ def _pilot(work: Work | SubsetWork, source: Columns | Varied | Subsets, most: in
         return next(pieces(source, count)).read()
 
     read, _ = _timed(lambda: block(most))
-    work.done(block(few))  # compiles
+    cold, _ = _timed(lambda: work.done(block(few)))  # compiles
     first, _ = _timed(lambda: work.done(block(few)))
     lanes = min(most, max(few, int(few * SECONDS / first)))
     half = max(lanes // 2, 1)
     y = block(lanes)
-    return _measured(work, y, block(half), lanes, half, lanes, read / most)
+    return _measured(work, y, block(half), lanes, half, lanes, read / most, cold - first)
 
 
 def _pilot_of_subsets(work: Work | SubsetWork, source: Subsets, most: int) -> _Measured:
@@ -322,11 +333,11 @@ def _pilot_of_subsets(work: Work | SubsetWork, source: Subsets, most: int) -> _M
         """Return how many average subsets have as many rows."""
         return float(max(sizes[numbers].sum(), 1) / sizes.mean())
 
-    work.done(some(few))
+    cold, _ = _timed(lambda: work.done(some(few)))
     first, _ = _timed(lambda: work.done(some(few)))
     many = some(min(most, max(few, int(few * SECONDS / first))))
     half = many[::2]
-    return _measured(work, many, half, like(many), like(half), len(many), 0.0)
+    return _measured(work, many, half, like(many), like(half), len(many), 0.0, cold - first)
 
 
 def _measured(
@@ -337,6 +348,7 @@ def _measured(
     half: float,
     pilot: int,
     read: float,
+    compiling: float,
 ) -> _Measured:
     """Measure what fitting a block takes, and from a part of it what of that is by response.
 
@@ -348,8 +360,9 @@ def _measured(
         half: the same for the part.
         pilot: responses of the block.
         read: seconds to read a response.
+        compiling: seconds that a smaller block took to compile.
     """
-    work.done(y)
+    cold, _ = _timed(lambda: work.done(y))
     fit, (record, _) = _timed(lambda: work.done(y))
     small, large = (_traced(work, block) for block in (part, y))
     per_response = (large - small) / (lanes - half) if lanes > half else large / lanes
@@ -357,6 +370,7 @@ def _measured(
         lanes=pilot,
         read=read,
         fit=fit / lanes,
+        compile=max(compiling, cold - fit, 0.0),
         block=_held(y) / pilot,
         result=sum(leaf.nbytes for leaf in record) / pilot,
         per_response=max(per_response, 0.0),

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
 from ..design import DataError
+from ..files import whole
 from ..inference.denominator import HypothesisError
 from ..matrices import Design
 from ..simulate import check_count, check_seed, generator
@@ -33,7 +33,6 @@ from .exchange import (
     exchange_of,
     independent_blocks,
 )
-from .files import whole
 from .progress import progress_bar
 from .reading import CANDIDATES, block_size, check_chunk, lent
 from .replicates import BLOCK, Model, Tester, drawer
@@ -478,26 +477,30 @@ class State:
         from .. import __version__
 
         try:
-            file = np.load(path)
+            with np.load(path) as opened:
+                file = {name: opened[name] for name in opened.files}
             known, version = str(file["key"]), str(file.get("lmmax", "an earlier version"))
-        except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
-            raise DataError(f"out={str(path)!r} holds no replicates, or is damaged") from error
-        with file:
-            if version != __version__:
-                raise DataError(
-                    f"out={str(path)!r} was begun by lmmax {version}, and this is {__version__}: "
-                    "replicates of two versions are not mixed; go on with that version, or use "
-                    "another file"
-                )
-            if known != key:
-                raise DataError(f"out={str(path)!r} holds replicates of other work")
-            return State(
+            found = State(
                 int(file["done"]),
                 file["statistic"],
                 file["exceeded"],
                 file["failed"],
                 [file[f"maxima{h}"] for h in range(len(self.maxima))],
             )
+        except Exception as error:  # whatever damaged files make NumPy raise
+            raise DataError(
+                f"out={str(path)!r} holds no replicates, or is damaged: delete it, or use another "
+                "file"
+            ) from error
+        if version != __version__:
+            raise DataError(
+                f"out={str(path)!r} was begun by lmmax {version}, and this is {__version__}: "
+                "replicates of two versions are not mixed; go on with that version, or use "
+                "another file"
+            )
+        if known != key:
+            raise DataError(f"out={str(path)!r} holds replicates of other work: use another file")
+        return found
 
 
 class Part(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +25,7 @@ from ..solve import Status, is_optimal
 from .engines import Hypothesis, Record
 from .multiple import qvalues
 from .sources import Columns
-from .store import StoredRecord, StoreError, store_at
-from .subsets import Subsets
+from .store import StoredRecord
 from .varied import Varied
 
 CHANGED = (1e-3, 1e-6)
@@ -338,7 +336,7 @@ class BatchFit:
         table = every.quantile([0.0, 0.25, 0.5, 0.75, 1.0]).T
         table.columns = pd.Index(["min", "25%", "median", "75%", "max"])
         p = self.pvalues[self.converged]
-        table["p < 0.05"] = (p < 0.05).mean().reindex(table.index)
+        table["share p < 0.05"] = (p < 0.05).mean().reindex(table.index)
         return table
 
     def _lines(self) -> list[str]:
@@ -359,32 +357,70 @@ class BatchFit:
         return "\n".join([*lines[:2], table, *lines[2:]])
 
     def save(self, path: str | Path) -> None:
-        """Write the batch to a file; read it back with `BatchFit.load`.  Open files you trust."""
-        record = self.record.load() if isinstance(self.record, StoredRecord) else self.record
-        with open(path, "wb") as file:
-            pickle.dump(replace(self, record=record), file)
+        """Write the batch to a file; :meth:`load` reads it back, with the same numbers.
+
+        The file has arrays and text only, with a hash of all of it, and is complete or not there.
+        Of responses in a file its name is kept, of an array that acts like a matrix nothing.
+
+        Raises:
+            ArchiveError: for what a file of data cannot hold.
+        """
+        from .saved import write
+
+        write(path, self)
 
     @staticmethod
-    def load(path: str | Path) -> BatchFit:
-        """Read a batch written by `save`."""
-        with open(path, "rb") as file:
-            found = pickle.load(file)
-        if not isinstance(found, BatchFit):
-            raise ValueError(f"{str(path)!r} does not hold a batch of fits")
-        return found
+    def load(
+        path: str | Path,
+        *,
+        responses: Any = None,
+        objects: Mapping[str, Any] | None = None,
+        allow_pickle: bool = False,
+    ) -> BatchFit:
+        """Read a batch written by `save`; nothing in the file is executed.
+
+        Args:
+            path: the file.
+            responses: as in :meth:`open`.
+            objects: by name, functions of `context=` and classes of covariance structures of your
+                own, as in :func:`lmmax.load`.
+            allow_pickle: read files of earlier versions, which are pickles: such a file can run
+                anything, so open only those that you trust.
+
+        Raises:
+            ArchiveError: a ValueError, if the file does not hold a batch, is damaged, or needs
+                `objects`.
+        """
+        from .saved import read, with_responses
+
+        found = read(path, objects, allow_pickle)
+        return found if responses is None else with_responses(found, responses)
 
     @staticmethod
-    def open(path: str | Path) -> BatchFit:
+    def open(
+        path: str | Path,
+        *,
+        responses: Any = None,
+        objects: Mapping[str, Any] | None = None,
+        allow_pickle: bool = False,
+    ) -> BatchFit:
         """Return the results that ``fit_many(..., out=path)`` wrote, without reading them yet.
 
-        The responses are not needed; of those in a file, ``batch[i]`` reads one again.  Open
-        directories you trust.
+        Nothing in the directory is executed.  The responses are not needed for the results; of
+        those in a file, ``batch[i]`` reads one again.
 
         Args:
             path: the directory.
+            responses: the responses, as `fit_many` had them, for ``batch[i]``; they are not kept
+                with the results unless they are in a file.
+            objects: by name, functions of `context=` and classes of covariance structures of your
+                own, as in :func:`lmmax.load`.
+            allow_pickle: read directories of earlier versions, which have a pickle: it can run
+                anything, so open only those that you trust.
 
         Raises:
             StoreError: if it holds no results, or the work is not finished.
+            DataError: if `responses` are not those of the results, by their number or names.
 
         Example:
             >>> import lmmax, numpy as np, tempfile
@@ -392,29 +428,30 @@ class BatchFit:
             >>> y = sleep[["Reaction"]].to_numpy()
             >>> with tempfile.TemporaryDirectory() as here:
             ...     _ = lmmax.fit_many("~ Days + (1 | Subject)", sleep, y, out=here + "/results")
-            ...     lmmax.BatchFit.open(here + "/results").params.round(3)
-               Intercept    Days
-            0    251.405  10.467
+            ...     batch = lmmax.BatchFit.open(here + "/results", responses=y)
+            ...     batch.params.round(3), batch[0].converged
+            (   Intercept    Days
+            0    251.405  10.467, True)
         """
-        store = store_at(Path(path))
-        found = store.opened()
-        if not isinstance(found, BatchFit):
-            raise StoreError(f"{str(path)!r} holds no results of fit_many")
-        kept = found.record
-        assert isinstance(kept, StoredRecord)
-        if kept.store.work != store.work:
-            raise StoreError(
-                f"{str(path)!r} holds results of two works: files were copied into it; "
-                "fit_many(..., out=, resume=True) fits them again"
-            )
-        # The directory may have been moved since.
-        there = store_at(Path(path), kept.store.fields, store.work)
-        return replace(found, record=StoredRecord(there, len(found), kept.size, kept.contents))
+        from .saved import opened, with_responses
+
+        found = opened(Path(path), objects, allow_pickle)
+        return found if responses is None else with_responses(found, responses)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NotKept:
-    """Responses that are not there any more."""
+    """Responses that are not there any more.
+
+    Attributes:
+        rows: rows of the design in the data that there were, if they are known.
+        n_data: number of rows of these data, likewise.
+        why: what the matter was with their file.
+    """
+
+    rows: np.ndarray | None = None
+    n_data: int | None = None
+    why: str = ""
 
     def column(self, number: int) -> np.ndarray:
         """See `Source`.
@@ -422,16 +459,16 @@ class NotKept:
         Raises:
             DataError: always.
         """
+        if self.why:
+            raise DataError(
+                f"the file of the responses cannot be read again ({self.why}): put it back, or "
+                "pass BatchFit.open(path, responses=...)"
+            )
         raise DataError(
-            "the responses were not kept with the results: fit this one with lmmax.fit, or open "
-            "results of responses in a .npy or .parquet file, which is read again"
+            "the responses were not kept with the results: pass them, BatchFit.open(path, "
+            "responses=...), or fit this one with lmmax.fit; those in a .npy or .parquet file are "
+            "read again"
         )
-
-
-def read_again(source: Source) -> Source:
-    """Return where responses are read again in another process: the source, if that is a file."""
-    by_rows = isinstance(source, Subsets)  # the design has them
-    return source if by_rows or getattr(source, "path", None) is not None else NotKept()
 
 
 def hypotheses(asked: Any, names: Sequence[str]) -> tuple[Hypothesis, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -36,7 +35,7 @@ def fingerprint(*parts: Any) -> str:
         if isinstance(part, np.ndarray):
             _add(digest, part)
         else:
-            digest.update(pickle.dumps(part))
+            digest.update(_canonical(part).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

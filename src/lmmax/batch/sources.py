@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -332,6 +332,11 @@ class ParquetColumns:
     def __getitem__(self, where: tuple[slice, slice]) -> pd.DataFrame:
         names = self._file.schema_arrow.names[where[1]]
         return self._file.read(columns=names).to_pandas(ignore_metadata=True)
+
+
+def reopened(source: Columns) -> Columns:
+    """Return responses whose file, if they are in one, is open again."""
+    return source if source.path is None else replace(source, values=_open(source.path))
 
 
 def _open(path: str) -> Any:

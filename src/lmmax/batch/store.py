@@ -11,7 +11,6 @@ arrays.
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import partial_beside, whole
 from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Record
-from .files import partial_beside, whole
 from .seals import DIGEST, NAMES, Names, fingerprint_names, seal_of, sealed, work_of
 
 FORMAT = 3
@@ -166,6 +165,7 @@ class Store:
                 self._take_claim(PATIENCE if resume else 0.0)
                 if not self._check(description, resume):
                     self._make(description)
+                self._mend(description)
             if self._claim.exclusive:  # or another run may be writing them
                 self._clear()
         except BaseException:
@@ -174,7 +174,9 @@ class Store:
 
     def join(self, description: dict[str, Any]) -> None:
         """Take part in work that another process of the same job has begun; see `begin`."""
-        if not self._check(description, resume=True):
+        if self._check(description, resume=True):
+            self._look()
+        else:
             raise StoreError(
                 f"out={str(self.path)!r} holds nothing here: it must be a directory that all "
                 "processes of the job see"
@@ -202,16 +204,8 @@ class Store:
         differs = [key for key in description if before.get(key) != description[key]]
         if differs:
             raise StoreError(
-                f"{here} holds results of other work: {', '.join(differs)} differ; use another "
-                "directory"
+                f"{here} holds results of other work: {_difference(differs, before, description)}"
             )
-        try:
-            self._look()
-        except Exception as error:  # as in `_checked`
-            raise StoreError(
-                f"{here} is damaged: what says how its arrays are laid out cannot be read "
-                f"({type(error).__name__}); use another directory"
-            ) from error
         return True
 
     def _take_claim(self, patience: float) -> None:
@@ -250,7 +244,9 @@ class Store:
         try:
             yield
         except OSError as error:
-            why = error.strerror or str(error)
+            name = error.filename2 or error.filename
+            at = "" if name is None else f", {str(name)!r}"
+            why = f"{error.strerror or str(error)}{at}"
             raise StoreError(f"out={str(self.path)!r} {trouble} ({why})") from error
 
     def read(self, first: int) -> Stored | None:
@@ -303,7 +299,14 @@ class Store:
         for number, first in enumerate(range(0, total, size)):
             stored = self._checked(first, (field,), total)
             content = contents[number].tobytes()
-            values[first : first + size] = self._there(first, stored, content).parts[name]
+            part = self._there(first, stored, content).parts[name]
+            if part.shape != values[first : first + size].shape:
+                raise StoreError(
+                    f"the results of the responses from {first} on in {str(self.path)!r} are of "
+                    f"{len(part)} responses and not {len(values[first : first + size])}; "
+                    "fit_many(..., out=, resume=True) fits them again"
+                )
+            values[first : first + size] = part
         return values
 
     def chunk(self, first: int, total: int, content: bytes) -> Record:
@@ -353,6 +356,8 @@ class Store:
         """
         try:
             found = self._get(first, fields, total)
+        except ModuleNotFoundError:
+            raise
         except Exception:  # whatever damaged files make the formats' libraries raise
             return None
         if found is None:
@@ -364,18 +369,18 @@ class Store:
         sound = all(digests.get(name) == sealed(seal, name, part) for name, part in parts.items())
         return Stored(parts, digests[CONTENT], seal) if sound else None
 
-    def finish(self, names: Names, batch: Any) -> str:
-        """Keep what reads the results back without the data; return why not if that fails."""
-        try:
-            content = pickle.dumps(batch)
-        except Exception as error:  # what a pickle cannot hold is up to each object
-            return f"{type(error).__name__}: {error}"
+    def finish(self, names: Names, content: bytes) -> None:
+        """Keep what reads the results back without the data.
+
+        Args:
+            names: of the responses.
+            content: it, as a file of :mod:`lmmax.archive`.
+        """
         with self._written(WRITING):
             self._keep(content, names)
-        return ""
 
-    def opened(self) -> Any:
-        """Return what `finish` kept; its work is that of this store from then on.
+    def opened(self) -> bytes:
+        """Return what `finish` kept; the work is that of this store from then on.
 
         Raises:
             StoreError: if the work is not finished, or there is none.
@@ -385,24 +390,40 @@ class Store:
         if description is None:
             raise StoreError(
                 f"{here} holds no results of fit_many, or what says of which work they are is "
-                "damaged"
+                "damaged; if it is, fit_many(..., out=, resume=True) repairs it"
             )
         _check_format(here, description)
         try:
             content = self._kept()
-            found = None if content is None else pickle.loads(content)
+        except ModuleNotFoundError:
+            raise
         except Exception as error:  # whatever damaged files make the formats' libraries raise
+            raise self.damaged(f"{type(error).__name__}: {error}") from error
+        if content is None and self.pickled() is not None:
             raise StoreError(
-                f"what reads the results in {here} back is damaged ({type(error).__name__}); "
-                "fit_many(..., out=, resume=True) makes it again"
-            ) from error
+                f"{here} was finished by an earlier version of lmmax, whose file is a pickle, "
+                "which can run anything when it is read: fit_many(..., out=, resume=True) makes "
+                "one of data; BatchFit.open(path, allow_pickle=True) reads it, if you trust where "
+                "it comes from"
+            )
         if content is None:
             raise StoreError(
                 f"the work in {here} is not finished: fit_many(..., out=, resume=True) goes on "
                 "with it"
             )
         self.work = work_of(description)
-        return found
+        return content
+
+    def damaged(self, why: str) -> StoreError:
+        """Return the error for what `finish` kept if that is damaged."""
+        return StoreError(
+            f"what reads the results in {str(self.path)!r} back is damaged ({why}); "
+            "fit_many(..., out=, resume=True) makes it again"
+        )
+
+    def pickled(self) -> bytes | None:
+        """Return what an earlier version kept, which is a pickle; None if there is none."""
+        raise NotImplementedError
 
     # What a format does.
 
@@ -425,7 +446,10 @@ class Store:
         raise NotImplementedError
 
     def _look(self) -> None:
-        """Raise, whatever it is, if chunks cannot be read or written at all."""
+        """Look anew at what another run may have changed."""
+
+    def _mend(self, description: dict[str, Any]) -> None:
+        """Make anew what chunks cannot be read or written without, if it is damaged."""
 
     def _claim_path(self) -> Path:
         """Return the file that is there while a run writes."""
@@ -450,7 +474,7 @@ class ParquetStore(Store):
     _CHUNKS, _ASIDE = "chunk-*.parquet", ".unknown"
 
     def _described(self) -> dict[str, Any] | None:
-        return _json(self.path / "work.json")
+        return _description(_json(self.path / "work.json"))
 
     def _make(self, description: dict[str, Any]) -> None:
         self._set_aside()
@@ -485,7 +509,7 @@ class ParquetStore(Store):
         return self.path / "claim.partial"
 
     def _clear(self) -> None:
-        for name in ("chunk-*", "work.json*", "batch.pickle*"):
+        for name in ("chunk-*", "work.json*", "batch.npz*"):
             for left in self.path.glob(f"{name}.partial"):
                 left.unlink(missing_ok=True)
 
@@ -534,12 +558,15 @@ class ParquetStore(Store):
         return parts, {name: bytes.fromhex(note) for name, note in noted.items()}
 
     def _keep(self, content: bytes, names: Names) -> None:
-        with whole(self.path / "batch.pickle") as file:
+        with whole(self.path / "batch.npz") as file:
             file.write(content)
 
     def _kept(self) -> bytes | None:
-        about = self.path / "batch.pickle"
-        return about.read_bytes() if about.exists() else None
+        return _bytes(self.path / "batch.npz")
+
+    def pickled(self) -> bytes | None:
+        """See `Store`."""
+        return _bytes(self.path / "batch.pickle")
 
 
 class ZarrStore(Store):
@@ -549,7 +576,7 @@ class ZarrStore(Store):
     of the responses and the seal; the chunk is there once they are.
     """
 
-    _SHA, _BATCH = "sha256", "batch_pickle"
+    _SHA, _BATCH, _NAMES, _PICKLED = "sha256", "batch", "response", "batch_pickle"
 
     @property
     def _hashed(self) -> tuple[str, ...]:
@@ -581,47 +608,83 @@ class ZarrStore(Store):
 
     def _described(self) -> dict[str, Any] | None:
         # Of a group, or of something that is none of ours.
-        attributes = (_json(self.path / "zarr.json") or {}).get("attributes") or {}
-        description: dict[str, Any] | None = attributes.get("lmmax")
-        return description
+        attributes = (_json(self.path / "zarr.json") or {}).get("attributes")
+        return _description(attributes.get("lmmax") if isinstance(attributes, dict) else None)
 
     def _look(self) -> None:
         self.__dict__.pop("_arrays", None)  # another run may have made them longer
-        assert self._arrays
+
+    def _mend(self, description: dict[str, Any]) -> None:
+        self._look()
+        group, damaged = self._group, []
+        for name, layout in self._layouts(description).items():
+            try:
+                found = group[name]
+                sound = (found.shape[1:], found.dtype) == (layout["shape"][1:], layout["dtype"])
+                # Of an unknown number of responses they grow.
+                sound &= not description["responses"] or found.shape[0] == layout["shape"][0]
+                sound &= found.chunks == layout["chunks"]
+            except Exception:  # as in `_checked`
+                sound = False
+            if not sound:
+                damaged.append(name)
+        for name in damaged:
+            self._remove(name)
+            group.create_array(name, **self._layouts(description)[name])
+        if damaged:
+            self._look()
+            warnings.warn(
+                f"out={str(self.path)!r} was damaged: {', '.join(damaged)} cannot be read; what "
+                "was lost is fitted again",
+                StoreWarning,
+                stacklevel=2,
+            )
 
     def _claim_path(self) -> Path:
         return self.path.with_name(self.path.name + ".claim.partial")  # beside what is Zarr's
 
     def _make(self, description: dict[str, Any]) -> None:
+        if (self.path / self._SHA).is_dir():
+            # Ours, without a description: seals tell what is of this work.
+            self._remove("zarr.json")
+            self._zarr.create_group(str(self.path), attributes={"lmmax": description})
+            return
         # Whole at once, and never over something else, which opening it for writing would delete.
         if self.path.is_dir():
             self.path.rmdir()
         begun = partial_beside(self.path)
         try:
-            self._begin(begun, description)
+            group = self._zarr.open_group(str(begun), mode="w")
+            for name, layout in self._layouts(description).items():
+                group.create_array(name, **layout)
+            group.attrs["lmmax"] = description
             begun.rename(self.path)
         finally:
             shutil.rmtree(begun, ignore_errors=True)
 
-    def _begin(self, path: Path, description: dict[str, Any]) -> None:
-        """Make a group with the arrays."""
+    def _layouts(self, description: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return how each array is laid out."""
         total, size = description["responses"] or 0, description["chunk"]
-        group = self._zarr.open_group(str(path), mode="w")
+        found: dict[str, dict[str, Any]] = {}
         for field in self.fields:
             # Zarr has no chunks of length zero; without tests these arrays stay empty.
             own = tuple(max(length, 1) for length in field.shape)
-            group.create_array(
-                field.name,
-                shape=(total, *field.shape),
-                chunks=(min(size, total or size), *own),
-                dtype=np.dtype(field.kind),
-                fill_value=np.nan if field.kind == "f8" else 0,
-                dimension_names=("response", *field.axes),
-                attributes={"labels": list(field.labels)},
-            )
+            found[field.name] = {
+                "shape": (total, *field.shape),
+                "chunks": (min(size, total or size), *own),
+                "dtype": np.dtype(field.kind),
+                "fill_value": np.nan if field.kind == "f8" else 0,
+                "dimension_names": ("response", *field.axes),
+                "attributes": {"labels": list(field.labels)},
+            }
         shape = (-(-total // size), len(self._hashed), DIGEST)
-        group.create_array(self._SHA, shape=shape, chunks=(1, *shape[1:]), dtype="u1", fill_value=0)
-        group.attrs["lmmax"] = description
+        found[self._SHA] = {
+            "shape": shape,
+            "chunks": (1, *shape[1:]),
+            "dtype": np.dtype("u1"),
+            "fill_value": 0,
+        }
+        return found
 
     @cached_property
     def _size(self) -> int:
@@ -631,10 +694,13 @@ class ZarrStore(Store):
     def _put(self, first: int, names: Names, parts: Parts, digests: dict[str, bytes]) -> None:
         arrays, number = self._arrays, first // self._size
         with self._growing:
-            if arrays["n_obs"].shape[0] < first + len(names):  # of an unknown number of responses
-                for name in parts:
-                    arrays[name].resize((first + len(names), *arrays[name].shape[1:]))
-                arrays[self._SHA].resize((number + 1, *arrays[self._SHA].shape[1:]))
+            # Of an unknown number of responses they grow.
+            for name, length in {
+                **dict.fromkeys(parts, first + len(names)),
+                self._SHA: number + 1,
+            }.items():
+                if arrays[name].shape[0] < length:
+                    arrays[name].resize((length, *arrays[name].shape[1:]))
         for name, part in parts.items():
             if part.size:
                 arrays[name][first : first + len(part)] = part
@@ -664,23 +730,38 @@ class ZarrStore(Store):
         with warnings.catch_warnings():
             # Zarr's text is not in its specification yet; it is for other readers.
             warnings.simplefilter("ignore")
+            self._remove(self._NAMES, self._BATCH)
             text = group.create_array(
-                "response",
+                self._NAMES,
                 shape=(len(names),),
                 chunks=(min(NAMES, len(names)),),
                 dtype=np.dtypes.StringDType(),
                 dimension_names=("response",),
-                overwrite=True,
             )
         for first in range(0, len(names), NAMES):
             text[first : first + NAMES] = np.array(
                 list(map(str, names[first : first + NAMES])), dtype=np.dtypes.StringDType()
             )
-        group.create_array(self._BATCH, data=values, overwrite=True)
+        group.create_array(self._BATCH, data=values)
 
     def _kept(self) -> bytes | None:
-        group = self._group
-        return group[self._BATCH][:].tobytes() if self._BATCH in group else None
+        return self._bytes(self._BATCH)
+
+    def pickled(self) -> bytes | None:
+        """See `Store`."""
+        return self._bytes(self._PICKLED)
+
+    def _bytes(self, name: str) -> bytes | None:
+        there = (self.path / name).exists()
+        return self._group[name][:].tobytes() if there else None
+
+    def _remove(self, *names: str) -> None:
+        """Remove arrays, whatever state they are in."""
+        for name in names:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+            else:
+                (self.path / name).unlink(missing_ok=True)
 
 
 def store_at(path: Path, fields: tuple[Field, ...] = (), work: bytes = b"") -> Store:
@@ -722,6 +803,41 @@ class StoredRecord:
         return Record(*self)
 
 
+_WHAT = {
+    "formula": "the formula",
+    "design": "the data or options of the designs (columns, weights, offset, contrasts, relmat)",
+    "rows": "which rows have missing values",
+    "settings": "the options of the fits",
+    "tests": "the hypotheses in tests=",
+    "responses": "the number of responses",
+    "values": "the first response that varies, or the last",
+    "names": "the names of the responses",
+    "models": "the weights, offsets or columns of scan= of the first model or the last",
+    "chunk": "chunk=",
+}
+"""What the parts of a description of work are, for messages."""
+
+
+def _difference(differs: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return what differs between two works, and the remedy."""
+    parts = []
+    for key in differs:
+        what = _WHAT.get(key, key)
+        if key == "settings":
+            was, here = (
+                str(of.get(key, "")).removeprefix("Settings(").removesuffix(")").split(", ")
+                for of in (before, now)
+            )
+            what += f": {', '.join(x for x in was if x not in here)} is now "
+            what += ", ".join(x for x in here if x not in was)
+        elif key in ("formula", "responses", "chunk") and key in before:
+            what += f", which was {before[key]} and is {now[key]}"
+        parts.append(what)
+    own = differs == ["chunk"] and "chunk" in before
+    again = f"pass chunk={before['chunk']}" if own else "go on with what it was begun with"
+    return f"{', '.join(differs)} differ ({'; '.join(parts)}): {again}, or use another directory"
+
+
 def _check_format(here: str, description: dict[str, Any]) -> None:
     """Raise for a directory that another version laid out in its own way."""
     if description.get("format") != FORMAT:
@@ -732,13 +848,35 @@ def _check_format(here: str, description: dict[str, Any]) -> None:
         )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """Return what a file holds; None if there is none, or it is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+def _description(found: Any) -> dict[str, Any] | None:
+    """Return a description of work if it is one, or one that another version wrote."""
+    if not isinstance(found, dict):
         return None
+    return found if "lmmax" in found or found.get("format") != FORMAT else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds; None if there is none, or it is damaged.
+
+    Raises:
+        StoreError: if it cannot be read at all.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise StoreError(
+            f"{str(path)!r}, which says of which work results are, cannot be read ({why}): remove "
+            "what is in its place, or use another directory"
+        ) from error
     return found if isinstance(found, dict) else None
+
+
+def _bytes(path: Path) -> bytes | None:
+    """Return the contents of a file, None if there is none."""
+    return path.read_bytes() if path.exists() else None
 
 
 def _parquet() -> tuple[Any, Any]:

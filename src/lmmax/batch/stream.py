@@ -50,6 +50,23 @@ class LostWorkerWarning(UserWarning):
     """A worker did not return what it was given, which was then done here."""
 
 
+def check_forks(executor: Any) -> None:
+    """Raise for an executor whose processes are forks of this one.
+
+    JAX runs threads, which hold locks that a fork inherits without the threads: its processes
+    wait for ever.
+    """
+    context = getattr(executor, "_mp_context", None) or getattr(executor, "_context", None)
+    method = getattr(context, "get_start_method", lambda: None)()
+    if method == "fork":
+        raise ValueError(
+            f"executor={type(executor).__name__}(...) starts its processes by fork, which JAX's "
+            "threads do not survive: they would wait for ever. Use "
+            'ProcessPoolExecutor(..., mp_context=multiprocessing.get_context("spawn")), in a '
+            'script under `if __name__ == "__main__":`'
+        )
+
+
 def stream(
     work: Work | SubsetWork,
     source: Indexed | Chunks,

@@ -208,9 +208,11 @@ def random_factor(
         at = here.stop
         factor = column_factor(block, weights) if mix and block.shape[1] > 1 else None
         if factor is not None and len(factor.kept) == block.shape[1]:
-            ones = constant(block, factor, weights)
-            first = np.eye(block.shape[1]) if ones is None else to_first(factor.R @ ones)
-            A[here, here] = first @ factor.R / np.sqrt(n)
+            A[here, here] = factor.R / np.sqrt(n)
+            # An intercept is the first working column already.
+            ones = None if np.all(block[:, 0] == 1.0) else constant(block, factor, weights)
+            if ones is not None:
+                A[here, here] = to_first(factor.R @ ones) @ A[here, here]
         else:
             squares = block * block if weights is None else block * block * weights[:, None]
             A[here, here] = np.diag(np.sqrt(squares.sum(axis=0) / n))
