@@ -113,6 +113,7 @@ def test_summary_by_default(calls, capsys):
         "weights": None,
         "offset": None,
         "missing": "drop",
+        "evaluate": "safe",
         "verbose": False,
     }
 

@@ -1,7 +1,7 @@
 """The ``lmmax`` command: a linear mixed model from a formula and a table.
 
 Exit status: 0 converged, 1 a mistake in the input (one line on stderr), 2 a mistake in the
-options, 3 not converged (the results are printed all the same).
+options, 3 not converged (the results are printed all the same), 130 interrupted.
 
 JSON output, in which ``null`` stands for a value that does not exist or is not finite::
 
@@ -39,14 +39,18 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_CONVERGED, _USER_ERROR, _NOT_CONVERGED = 0, 1, 3
+_CONVERGED, _USER_ERROR, _NOT_CONVERGED, _INTERRUPTED = 0, 1, 3, 130
 _JSON_SCHEMA = 1
 
 _EPILOG = """\
 DATA is a CSV file (also .tsv, and compressed as .gz, .bz2, .xz or .zip), a Parquet file
 (.parquet, .pq), - for CSV on standard input, or the name of a bundled data set.
 
-exit status: 0 converged, 1 mistake in the input, 2 mistake in the options, 3 not converged
+A formula's expressions are columns, arithmetic and functions of NumPy; --evaluate python runs
+them as Python, which a formula from somebody else should not.
+
+exit status: 0 converged, 1 mistake in the input, 2 mistake in the options, 3 not converged,
+130 interrupted
 
 examples:
   lmmax "Weight ~ Time + (1 | Pig)" dietox
@@ -92,7 +96,19 @@ def _parser() -> argparse.ArgumentParser:
         default="drop",
         help="rows with missing values: leave them out (default), or stop",
     )
+    model.add_argument(
+        "--evaluate",
+        choices=("safe", "python"),
+        default="safe",
+        help="safe (default): columns, arithmetic, NumPy's elementwise functions and transforms; "
+        "python: the formula's expressions are code and run as such",
+    )
     table = parser.add_argument_group("reading the data")
+    table.add_argument("--encoding", default="utf-8", help="of a CSV file; default: utf-8")
+    table.add_argument("--decimal", default=".", help="decimal sign of a CSV file; default: .")
+    table.add_argument(
+        "--na", metavar="TEXT", action="append", help="stands for a missing value; may be repeated"
+    )
     table.add_argument("--sep", help="separator of a CSV file; default: comma, or tab for .tsv")
     table.add_argument(
         "--categorical",
@@ -133,12 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_table(data: str, sep: str | None, categorical: Sequence[str]) -> pd.DataFrame:
+def _read_table(arguments: argparse.Namespace) -> pd.DataFrame:
     """Read DATA: an existing path wins over a bundled set of the same name."""
     from lmmax import datasets
 
+    data, categorical = arguments.data, arguments.categorical
     if data == "-" or Path(data).exists():
-        frame = _read_file(data, sep, categorical)
+        frame = _read_file(arguments)
     elif data in datasets.names():
         frame = datasets.load(data)
     else:
@@ -158,9 +175,10 @@ def _read_table(data: str, sep: str | None, categorical: Sequence[str]) -> pd.Da
     return frame
 
 
-def _read_file(data: str, sep: str | None, categorical: Sequence[str]) -> pd.DataFrame:
+def _read_file(arguments: argparse.Namespace) -> pd.DataFrame:
     import pandas as pd
 
+    data, sep, categorical = arguments.data, arguments.sep, arguments.categorical
     path = Path(data)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if path.is_dir():
@@ -182,7 +200,17 @@ def _read_file(data: str, sep: str | None, categorical: Sequence[str]) -> pd.Dat
             sys.stdin if data == "-" else path,
             sep=separator.replace("\\t", "\t"),
             dtype=labels,
+            encoding=arguments.encoding,
+            decimal=arguments.decimal,
+            na_values=arguments.na,
         )
+    except UnicodeError as error:
+        raise _UserError(
+            f"cannot read {data!r} as {arguments.encoding}: {_one_line(error)}; name its encoding "
+            "with --encoding, such as latin-1, and its separator with --sep"
+        ) from error
+    except LookupError as error:
+        raise _UserError(f"--encoding: {_one_line(error)}") from error
     except (ValueError, OSError) as error:
         raise _UserError(
             f"cannot read {data!r} as CSV: {_one_line(error)}; name its separator with --sep"
@@ -283,7 +311,10 @@ def _text(fit: Any, arguments: argparse.Namespace) -> str:
 
 def _write(text: str, target: Path | None) -> None:
     if target is None:
-        sys.stdout.write(text)
+        from .characters import visible
+
+        # Labels of the data must not command a terminal; a pipe is another program's.
+        sys.stdout.write(visible(text, lines=True) if sys.stdout.isatty() else text)
         sys.stdout.flush()
         return
     try:
@@ -305,7 +336,9 @@ def _fit_and_print(arguments: argparse.Namespace) -> int:
     # Found out now, not after a long fit.
     if target is not None and not target.absolute().parent.is_dir():
         raise _UserError(f"--output: there is no directory {str(target.parent)!r}")
-    frame = _read_table(arguments.data, arguments.sep, arguments.categorical)
+    if "~" in arguments.data and "~" not in arguments.formula:
+        raise _UserError("the formula comes first and DATA second: swap the two")
+    frame = _read_table(arguments)
 
     import warnings
 
@@ -325,6 +358,7 @@ def _fit_and_print(arguments: argparse.Namespace) -> int:
             weights=arguments.weights,
             offset=arguments.offset,
             missing=arguments.missing,
+            evaluate=arguments.evaluate,
             verbose=arguments.verbose,
         )
         _write(_text(result, arguments), target)
@@ -332,6 +366,15 @@ def _fit_and_print(arguments: argparse.Namespace) -> int:
         return _CONVERGED
     print(f"lmmax: not converged: {_one_line(result.message)}", file=sys.stderr)
     return _NOT_CONVERGED
+
+
+def _said(error: Exception) -> str:
+    """Return an error as one line, or as three below it where a caret shows the place."""
+    from .characters import visible
+    from .formula import FormulaError
+
+    text = str(error) if isinstance(error, FormulaError) else _one_line(error)
+    return visible(text, lines=True)
 
 
 def _one_line(message: object) -> str:
@@ -348,7 +391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; ``None`` means those of the process.
 
     Returns:
-        0 if the fit converged, 1 after a mistake in the input, 3 if the fit did not converge.
+        0 if the fit converged, 1 after a mistake in the input, 3 if the fit did not converge, 130
+        after Ctrl-C.
 
     Raises:
         SystemExit: With status 2 after a mistake in the options, 0 after ``--help``.
@@ -383,11 +427,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; without this Python complains again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _USER_ERROR
+    except KeyboardInterrupt:
+        print("lmmax: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     # What the library raises for a mistake in formula or data is one of these.
     except (_UserError, ValueError, LookupError, TypeError, OSError) as error:
         if arguments.verbose:
             traceback.print_exc()
-        print(f"lmmax: error: {_one_line(error) or type(error).__name__}", file=sys.stderr)
+        print(f"lmmax: error: {_said(error) or type(error).__name__}", file=sys.stderr)
         return _USER_ERROR
     return _CONVERGED
 

@@ -24,7 +24,7 @@ from .encoding import (
     term_factors,
     used_columns,
 )
-from .formula import parse_formula, parse_response
+from .formula import parse_formula, parse_response, with_evaluate
 from .frames import (
     DataError,
     any_missing,
@@ -53,6 +53,7 @@ from .matrices import (
     prior_weights,
 )
 from .relationship import with_relationships
+from .safe import Evaluate
 from .spec import ModelSpec, RandomTerm
 from .terms import CodedTerms
 
@@ -81,6 +82,7 @@ def build_design(
     context: Mapping[str, Any] | None = None,
     relmat: Mapping[str, pd.DataFrame] | None = None,
     whole: bool = True,
+    evaluate: Evaluate = "python",
 ) -> Design:
     """Evaluate a model specification on data.
 
@@ -111,6 +113,7 @@ def build_design(
             ``relmat[i, j] * D`` with the D of their term. Levels that do not occur may be in it.
         whole: whether there will be no other rows; else one group, or one row, is enough, and
             levels of a categorical that do not occur stay.
+        evaluate: "python" or "safe", see `ModelSpec`; a specification that is safe stays so.
 
     Returns:
         The design.
@@ -137,6 +140,7 @@ def build_design(
             "context must be a mapping from names to what they stand for, not "
             f"{type(context).__name__}"
         )
+    spec = with_evaluate(spec, evaluate)
     context = {} if context is None else dict(context)
     table = as_table(data)
     factors = _factors(spec, spec.random)
@@ -160,7 +164,7 @@ def build_design(
     rows, dropped_by = complete_rows(masks, missing)
     frame = frame[rows] if dropped_by else frame
 
-    encoder, undefined = _evaluate(frame, factors, context, missing, whole)
+    encoder, undefined = _evaluate(frame, factors, context, missing, whole, spec.evaluate == "safe")
     frame = encoder.data
     for name, (count, first) in undefined.items():
         dropped_by[name] = dropped_by.get(name, 0) + count
@@ -305,7 +309,8 @@ class _FormulaRecipe:
         if len(rows):
             # The transforms and encoders of formulaic are handed the state itself.
             transforms, parts = copy.deepcopy((self.transforms, parts))
-            encoder = Encoder(frame.iloc[rows], self.context, transforms, self.levels)
+            safe = spec.evaluate == "safe"
+            encoder = Encoder(frame.iloc[rows], self.context, transforms, self.levels, safe=safe)
             encoder.evaluate(factors)
             defined = ~any_missing(encoder.undefined(), len(rows))
             missing[rows[~defined]] = True
@@ -353,13 +358,14 @@ def _evaluate(
     context: Mapping[str, Any],
     missing: str,
     whole: bool,
+    safe: bool,
 ) -> tuple[Encoder, dict[str, tuple[int, str]]]:
     """Evaluate all factors on complete rows, leaving out rows in which one is not a number.
 
     Returns:
         The encoder, with the rows that stay, and the number of rows each term lost and the first.
     """
-    encoder = Encoder(frame, context, whole=whole)
+    encoder = Encoder(frame, context, whole=whole, safe=safe)
     encoder.evaluate(factors)
     masks = encoder.undefined()
     if not masks:
@@ -376,7 +382,7 @@ def _evaluate(
         for name, count in counts.items()
     }
     # Levels, means and knots are learnt from the rows that stay, so all starts again.
-    encoder = Encoder(frame[rows], context, whole=whole)
+    encoder = Encoder(frame[rows], context, whole=whole, safe=safe)
     encoder.evaluate(factors)
     for name, mask in encoder.undefined().items():
         raise DataError(

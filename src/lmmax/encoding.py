@@ -39,7 +39,8 @@ from formulaic.utils.layered_mapping import LayeredMapping
 from formulaic.utils.stateful_transforms import stateful_eval
 from interface_meta import override
 
-from .formula import R_HINTS, expression_names, from_r, is_factor_of, parse_terms
+from .expressions import ExpressionError, expression_names
+from .formula import R_HINTS, FormulaError, from_r, is_factor_of, parse_terms
 from .frames import (
     DataError,
     Table,
@@ -52,6 +53,7 @@ from .frames import (
     unknown_column,
 )
 from .levels import as_categories, label_positions, positions
+from .safe import UnsafeError, evaluate_safely
 from .splines import SPLINES, Spline
 from .terms import CodedTerms, Element, Term
 
@@ -301,7 +303,10 @@ def factor_names(factor: Factor) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()
     if factor.eval_method is _LOOKUP:
         return (factor.expr,), ()
-    return expression_names(factor.expr)
+    try:
+        return expression_names(factor.expr)
+    except ExpressionError as error:
+        raise FormulaError(f"`{factor.expr}` {error}") from None
 
 
 def used_columns(
@@ -357,6 +362,7 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         transforms: state of the transforms; None learns it.
         levels: levels of the categorical factors, by expression; None learns them.
         whole: whether there will be no other rows; else categories that do not occur are levels.
+        safe: whether expressions are evaluated by `lmmax.safe` and not as Python.
     """
 
     def __init__(
@@ -366,11 +372,12 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         transforms: dict[str, Any] | None = None,
         levels: dict[str, pd.Index] | None = None,
         whole: bool = True,
+        safe: bool = False,
     ) -> None:
         super().__init__(frame, context)
         self.transforms = {} if transforms is None else transforms
         self.levels: dict[str, pd.Index] = {} if levels is None else levels
-        self._learning, self._whole = levels is None, whole
+        self._learning, self._whole, self._safe = levels is None, whole, safe
         self._widths: list[tuple[int, ...]] = []
         self._centred: set[str] = set()
 
@@ -380,6 +387,9 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
         with np.errstate(all="ignore"), warnings.catch_warnings():
             # Results that are not numbers are reported by `undefined` and by the caller.
             warnings.simplefilter("ignore", RuntimeWarning)
+            # Of Python about the text of expressions.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             for factor in factors:
                 try:
                     self._evaluate_factor(factor, settings, set())
@@ -387,9 +397,19 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                     cause = error.__cause__
                     if isinstance(cause, DataError):
                         raise cause from None
+                    if isinstance(cause, UnsafeError):
+                        raise FormulaError(f"`{factor.expr}` {cause}") from None
                     raise DataError(
                         f"cannot evaluate the term `{factor.expr}`: {type(cause).__name__}: {cause}"
                     ) from cause
+                except (SystemExit, GeneratorExit, KeyboardInterrupt) as error:
+                    # A user's own Ctrl-C goes through, what the text itself raises does not.
+                    name = type(error).__name__
+                    if isinstance(error, KeyboardInterrupt) and name not in factor.expr:
+                        raise
+                    raise FormulaError(
+                        f"the term `{factor.expr}` raises {name}: a formula cannot end the program"
+                    ) from None
 
     def undefined(self) -> dict[str, np.ndarray]:
         """Rows, (n,) bool, in which an expression gave NaN from complete columns."""
@@ -536,6 +556,17 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
             LayeredMapping(self.context, name="context"),
             LayeredMapping(_FUNCTIONS if self._whole else _FUNCTIONS_OF_PARTS, name="transforms"),
         )
+        if self._safe:
+            functions = _FUNCTIONS if self._whole else _FUNCTIONS_OF_PARTS
+            state = spec.transform_state
+
+            def column(name: str) -> Any:
+                if name not in self.data:
+                    raise UnsafeError(f"has `{name}`, which is not a column")
+                return self._values(name, expr)
+
+            value = evaluate_safely(expr, column, functions, state, self.nrows)
+            return self._checked(expr, value), set()
         try:
             value = stateful_eval(expr, scope, {}, spec.transform_state, spec)
         except DataError as error:

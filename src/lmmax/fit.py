@@ -15,12 +15,13 @@ from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
 from .estimation import estimate_given, free_terms
 from .far_apart import estimate_closely
-from .formula import parse_formula
+from .formula import with_evaluate
 from .frames import listing, real_numbers
 from .identifiability import Unidentified, check_residual, unidentified
 from .matrices import check_range
 from .options import EngineName, Missing, Solver
 from .results import Fit
+from .safe import Evaluate
 from .spec import ModelSpec
 
 ROUNDING = 100.0
@@ -59,8 +60,11 @@ def fit(
     seed: int = 0,
     verbose: bool = False,
     context: Mapping[str, Any] | None = None,
+    evaluate: Evaluate = "python",
 ) -> Fit:
     """Fit a linear mixed model.
+
+    A formula is code: its expressions run as Python.  For text of others use ``evaluate="safe"``.
 
     Args:
         formula: lme4-style text such as ``"Weight ~ Time + (1 + Time | Pig)"``, with any number of
@@ -92,6 +96,9 @@ def fit(
             error, :attr:`Fit.criterion_error`.
         verbose: print the trace of the solve.
         context: names for use in the formula besides NumPy's ``np`` and the transforms.
+        evaluate: "python" runs the formula's expressions as Python; "safe" evaluates columns,
+            arithmetic, comparisons, NumPy's elementwise functions and the transforms, and nothing
+            else, with ``context`` unused.  A :class:`ModelSpec` that is safe stays so.
 
     Returns:
         The fit.  A singular covariance is a legitimate result, reported by ``fit.singular``; a
@@ -124,7 +131,7 @@ def fit(
         engine=engine,
         seed=seed,
     )
-    spec = formula if isinstance(formula, ModelSpec) else parse_formula(formula)
+    spec = with_evaluate(formula, evaluate)
     design = build_design(
         spec,
         data,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,19 +17,25 @@ from itertools import pairwise
 
 from formulaic import Formula
 from formulaic.errors import FormulaicError
-from formulaic.parser import DefaultFormulaParser
 from formulaic.parser.algos.tokenize import tokenize
 from formulaic.parser.types import Factor, Term, Token
 
+from .characters import one_wide
 from .covariances import NAMES, Covariance, covariance
+from .expressions import QUOTED, ExpressionError, expression_names, read_expression
+from .operators import PARSER
+from .safe import Evaluate, check_evaluate, check_safe
 from .spec import ModelSpec, RandomTerm
 
 __all__ = ["FormulaError", "parse_formula"]
 
-_PARSER = DefaultFormulaParser(feature_flags={"TWOSIDED"})
+_DEEPEST = 60
+"""Most brackets inside each other."""
+_LONGEST = 200_000
+"""Most characters of a formula; one with thousands of columns is a matter of seconds."""
+_SHOWN = 70
+"""Most characters of a long formula that a message shows on either side of the place."""
 
-_QUOTED = re.compile(r"(\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|`[^`]*`)")
-_BACKTICKS = re.compile(r"`([^`]*)`")
 # Outside quotes these R spellings have one possible meaning in a formula. `^` is always a power
 # there; Python would read it as "exclusive or".
 _R_IDIOMS = (
@@ -78,8 +85,15 @@ class _Piece:
 
 def _error(message: str, source: str, start: int, end: int) -> FormulaError:
     start = min(start, len(source))
-    caret = " " * start + "^" * max(1, end - start)
-    return FormulaError(f"{message}\n\n  {source}\n  {caret}")
+    width = max(1, end - start)
+    if len(source) > 2 * _SHOWN:
+        # A message with a formula of pages in it hides what it says.
+        width = min(width, _SHOWN)
+        first, last = max(start - _SHOWN, 0), start + width + _SHOWN
+        before, after = "... " * (first > 0), " ..." * (last < len(source))
+        source = before + source[first:last] + after
+        start += len(before) - first
+    return FormulaError(f"{message}\n\n  {one_wide(source)}\n  {' ' * start}{'^' * width}")
 
 
 def _error_at(message: str, source: str, pieces: list[_Piece]) -> FormulaError:
@@ -88,7 +102,7 @@ def _error_at(message: str, source: str, pieces: list[_Piece]) -> FormulaError:
 
 def from_r(text: str) -> str:
     """Rewrite R spellings that Python would read otherwise: `^`, `TRUE`, `FALSE`, `factor()`."""
-    parts = _QUOTED.split(text)
+    parts = QUOTED.split(text)
     for i in range(0, len(parts), 2):
         for pattern, replacement in _R_IDIOMS:
             parts[i] = pattern.sub(replacement, parts[i])
@@ -108,6 +122,8 @@ def _check_balance(source: str) -> None:
             quote = (char, i)
         elif char in closers:
             stack.append((char, i))
+            if len(stack) > _DEEPEST:
+                raise _error(f"more than {_DEEPEST} brackets inside each other", source, i, i + 1)
         elif char in closers.values():
             if not stack:
                 raise _error(f"unbalanced: this {char!r} closes nothing", source, i, i + 1)
@@ -174,14 +190,12 @@ def _pieces(source: str, begin: int = 0, stop: int | None = None) -> list[_Piece
 def _check_call(piece: _Piece, source: str) -> None:
     name = piece.text.split("(", 1)[0].strip()
     try:
-        node = ast.parse(_BACKTICKS.sub("_quoted_", piece.text).strip(), mode="eval").body
-    except SyntaxError:
+        node = read_expression(piece.text).tree
+    except ExpressionError as error:
         hint = f": {R_HINTS[name]}" if name in R_HINTS else ""
         if piece.text.startswith("."):
             hint = ": a call of what a call returns goes inside `I(...)`, as a whole"
-        raise _error_at(
-            f"`{piece.text}` is not a Python expression{hint}", source, [piece]
-        ) from None
+        raise _error_at(f"`{_short(piece.text)}` {error}{hint}", source, [piece]) from None
     if isinstance(node, ast.Call) and name != "I" and _has_bar(node):
         raise _no_structure(name, source, [piece])
     for call in ast.walk(node):
@@ -193,6 +207,11 @@ def _check_call(piece: _Piece, source: str) -> None:
                 source,
                 [piece],
             )
+
+
+def _short(text: str) -> str:
+    """Return a text as messages quote it."""
+    return one_wide(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _has_bar(call: ast.Call) -> bool:
@@ -237,7 +256,7 @@ def _outside_quotes(source: str, start: int, end: int) -> Iterator[tuple[int, st
     depth = 0
     i = start
     while i < end:
-        if quoted := _QUOTED.match(source, i, end):
+        if quoted := QUOTED.match(source, i, end):
             i = quoted.end()
             continue
         depth += (source[i] in "([{") - (source[i] in ")]}")
@@ -469,8 +488,11 @@ def _outer_bar_groups(pieces: list[_Piece]) -> list[_Piece]:
     return pieces
 
 
-def parse_formula(text: str) -> ModelSpec:
+def parse_formula(text: str, *, evaluate: Evaluate = "python") -> ModelSpec:
     """Read a model formula in lme4's notation.
+
+    A formula is code: its expressions run as Python when the model meets data, though not here. For
+    text of others use ``evaluate="safe"``.
 
     Besides what formulaic reads (`a*b`, `a:b`, `poly()`, `bs()`, `C()`, any Python expression in
     a call), the right-hand side takes random terms `(design | group)`, `(design || group)` and
@@ -482,6 +504,7 @@ def parse_formula(text: str) -> ModelSpec:
 
     Args:
         text: the formula, for instance `"Reaction ~ Days + (Days | Subject)"`.
+        evaluate: how expressions are evaluated later, "python" or "safe"; see `ModelSpec`.
 
     Returns:
         The model specification; equal text gives the same object.
@@ -496,18 +519,54 @@ RandomTerm(design='1', group='Litter:Pig', covariance='us'))
     """
     if not isinstance(text, str):
         raise TypeError(f"a formula must be a string, not {type(text).__name__}")
-    return _parse_formula(text)
+    check_evaluate(evaluate)
+    return _parse_formula(text, evaluate)
+
+
+def with_evaluate(formula: str | ModelSpec, evaluate: Evaluate) -> ModelSpec:
+    """A formula or specification as a specification; one that is safe stays so."""
+    if isinstance(formula, ModelSpec):
+        check_evaluate(evaluate)
+        return formula if evaluate == "python" else replace(formula, evaluate=evaluate)
+    return parse_formula(formula, evaluate=evaluate)
 
 
 @lru_cache(maxsize=1024)
-def _parse_formula(text: str) -> ModelSpec:
+def _parse_formula(text: str, evaluate: Evaluate) -> ModelSpec:
     source = re.sub(r"\s", " ", text).rstrip()
+    if len(source) > _LONGEST:
+        raise _error(f"a formula has at most {_LONGEST} characters", source, _LONGEST, len(source))
+    try:
+        with warnings.catch_warnings():
+            # Of Python about the text of expressions.
+            warnings.simplefilter("ignore")
+            return replace(_read_formula(source, evaluate), evaluate=evaluate)
+    except FormulaError:
+        raise
+    except (RecursionError, MemoryError):
+        raise _error("nested too deeply", source, 0, len(source)) from None
+    # Parts that the specification refuses, and what the tokenizer makes of odd characters.
+    except (SyntaxError, ValueError) as error:
+        raise _error(str(error).partition("\n")[0], source, 0, len(source)) from None
+    except (LookupError, TypeError, AttributeError, AssertionError):
+        raise _error("this is not a formula", source, 0, len(source)) from None
+
+
+def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
     _check_balance(source)
     for i, char, _ in _outside_quotes(source, 0, len(source)):
         if char == "#":
             raise _error("a formula has no comments: leave this out", source, i, len(source))
     pieces = _pieces(source)
     _check_notation(pieces, source)
+    if evaluate == "safe":
+        for piece in pieces:
+            if piece.kind is Token.Kind.PYTHON and not _is_structured(piece, source):
+                text = _offset_expression(piece, source) if _is_offset(piece) else piece.text
+                try:
+                    check_safe(text[1:-1] if text.startswith("{") else text)
+                except ExpressionError as error:
+                    raise _error_at(f"`{_short(text)}` {error}", source, [piece]) from None
     tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
     if not tildes:
         raise _error(
@@ -713,8 +772,8 @@ def _operand(piece: _Piece) -> str:
 def _is_expression(text: str) -> bool:
     """Whether Python can read a text in which names may stand in backticks."""
     try:
-        ast.parse(_BACKTICKS.sub("_quoted_", text).strip(), mode="eval")
-    except SyntaxError:
+        read_expression(text)
+    except ExpressionError:
         return False
     return True
 
@@ -738,51 +797,20 @@ def parse_terms(text: str) -> tuple[Term, ...]:
         FormulaError: if formulaic cannot read the text.
     """
     try:
-        return tuple(Formula(from_r(text), _parser=_PARSER))
+        with warnings.catch_warnings():
+            # Of Python about the text of expressions.
+            warnings.simplefilter("ignore")
+            return tuple(Formula(from_r(text), _parser=PARSER))
     except FormulaicError as error:
         raise _translate(error, text) from None
+    except (RecursionError, MemoryError):
+        raise _error("nested too deeply", text, 0, len(text)) from None
+    # formulaic lets through what Python and its own algorithms raise for text that is no formula.
+    except (SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        raise _error("this is not a formula", text, 0, len(text)) from None
 
 
 def is_factor_of(expression: str, name: str) -> bool:
     """Whether an expression is `C(...)` of a name."""
     call = re.match(r"C\(\s*(`[^`]+`|[^\W\d]\w*)\s*[,)]", expression)
     return call is not None and call[1].strip("`") == name
-
-
-@lru_cache(maxsize=4096)
-def expression_names(expression: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names used in a Python expression: (as values, as functions), each in order, once.
-
-    Example:
-        >>> expression_names("np.log(x) + poly(`my y`, 2)")
-        (('np', 'x', 'my y'), ('poly',))
-    """
-    quoted: dict[str, str] = {}
-
-    def plain(match: re.Match[str]) -> str:
-        name = f"_quoted_{len(quoted)}_"
-        quoted[name] = match[1]
-        return name
-
-    tree = ast.parse(_BACKTICKS.sub(plain, expression).strip(), mode="eval")
-    values: dict[str, None] = {}
-    functions: dict[str, None] = {}
-    called: set[int] = set()
-    bound: set[str] = set()
-    nodes = list(ast.walk(tree))
-    for node in nodes:
-        if isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            bound.add(node.id)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            called.add(id(node.func))
-            functions[node.func.id] = None
-            first = node.args[0] if node.args else None
-            if node.func.id == "Q" and isinstance(first, ast.Constant):
-                values[str(first.value)] = None
-    names = [n for n in nodes if isinstance(n, ast.Name) and id(n) not in called]
-    for node in sorted(names, key=lambda n: (n.lineno, n.col_offset)):
-        if node.id not in bound:
-            values[quoted.get(node.id, node.id)] = None
-    return tuple(values), tuple(functions)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from .covariances import Covariance, canonical
+from .safe import Evaluate, check_evaluate
 
 # Covariance structures with a bar of their own in a formula; the others stand before the term.
 _BARS = {"us": "|", "diag": "||"}
@@ -97,6 +98,9 @@ class RandomTerm:
 class ModelSpec:
     """A linear mixed model: response, fixed effects, random terms and offsets, all as text.
 
+    The text is code: its expressions run as Python when the model meets data. For text of others
+    use ``evaluate="safe"``.
+
     Args:
         response: left-hand side, `"Weight"` or `"np.log(Reaction)"`.
         fixed: right-hand side without random terms and offsets; an intercept is included unless
@@ -104,6 +108,8 @@ class ModelSpec:
         random: the random terms; any sequence of `RandomTerm`. Terms whose groups are made of the
             same columns, in any order, share a grouping factor.
         offsets: expressions whose sum is added to the linear predictor.
+        evaluate: "python", or "safe": only columns, numbers, arithmetic, comparisons, elementwise
+            functions of NumPy and the transforms, all of bounded size.
 
     Raises:
         TypeError, ValueError: for a part that is not text, is empty or does not belong there.
@@ -118,8 +124,10 @@ class ModelSpec:
     fixed: str
     random: tuple[RandomTerm, ...]
     offsets: tuple[str, ...] = ()
+    evaluate: Evaluate = "python"
 
     def __post_init__(self) -> None:
+        check_evaluate(self.evaluate)
         _check_text("ModelSpec", "response", self.response, "|~")
         _check_text("ModelSpec", "fixed", self.fixed, "|~")
         if re.search(r"(?<![\w.])offset\s*\(", self.fixed):

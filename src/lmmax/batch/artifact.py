@@ -123,6 +123,7 @@ def described(design: Design) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "response": spec.response,
             "fixed": spec.fixed,
             "offsets": spec.offsets,
+            "evaluate": spec.evaluate,
             "random": [_term(term) for term in spec.random],
         },
         "columns": design.x_names,
@@ -141,7 +142,8 @@ def rebuilt(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Desig
     """Return the design that `described` was given, without rows."""
     of = about["spec"]
     random = tuple(RandomTerm(**term) for term in of["random"])
-    spec = ModelSpec(of["response"], of["fixed"], random, tuple(of["offsets"]))
+    how = of.get("evaluate", "python")
+    spec = ModelSpec(of["response"], of["fixed"], random, tuple(of["offsets"]), how)
     blocks = []
     for term, block in zip(random, about["blocks"], strict=True):
         names, terms = tuple(block["names"]), _read_terms(block["terms"])

@@ -19,6 +19,7 @@ from ..archive import ArchiveError
 from ..constraints import Settings
 from ..fit import IdentifiabilityWarning, check_reml, warn_of_slopes
 from ..options import EngineName, Missing, Solver
+from ..safe import Evaluate
 from ..spec import ModelSpec
 from .engines import Record, stacked
 from .processes import alone, check_same, first_of_all, put_together, share, wait
@@ -63,8 +64,11 @@ def fit_many(
     executor: Executor | None = None,
     progress: bool = False,
     context: Mapping[str, Any] | None = None,
+    evaluate: Evaluate = "python",
 ) -> BatchFit:
     """Fit one model to many responses, or to many subsets of the rows, each to its own optimum.
+
+    A formula is code: its expressions run as Python.  For text of others use ``evaluate="safe"``.
 
     What the responses share is worked out once.  A model with one random intercept, one random
     slope or one known relationship matrix is then a search on a line for each response; other
@@ -126,6 +130,8 @@ def fit_many(
             script under ``if __name__ == "__main__":``.
         progress: show a progress bar with rate and remaining time (needs tqdm).
         context: names for use in the formula.
+        evaluate: "python", for which a formula is code, or "safe" for formulas of others: only
+            columns, arithmetic, elementwise functions of NumPy and the transforms.
 
     Returns:
         The fits.  A response that cannot be fitted (constant, infinite, too few rows) has NaN and
@@ -186,6 +192,7 @@ def fit_many(
         "relmat": relmat,
         "missing": missing,
         "context": context,
+        "evaluate": evaluate,
     }
     source: Source
     work: Work | SubsetWork

@@ -19,6 +19,7 @@ from ..design import DataError
 from ..fit import check_reml
 from ..options import EngineName, Missing, Solver
 from ..rendering import folded, paragraphs
+from ..safe import Evaluate
 from ..spec import ModelSpec
 from .devices import n_devices
 from .reading import begin, block_size, check_chunk
@@ -148,8 +149,11 @@ def plan(
     max_steps: int | None = None,
     engine: EngineName = "auto",
     context: Mapping[str, Any] | None = None,
+    evaluate: Evaluate = "python",
 ) -> Plan:
     """Predict what :func:`lmmax.fit_many` needs on this machine.
+
+    A formula is code: its expressions run as Python.  For text of others use ``evaluate="safe"``.
 
     The design is analysed and the first responses are fitted, some hundreds if that takes a second
     or so: their time and memory are measured and taken to grow in proportion, that of subsets with
@@ -178,6 +182,8 @@ def plan(
         max_steps: most solver steps.
         engine: form of the likelihood.
         context: names for use in the formula.
+        evaluate: "python", for which a formula is code, or "safe" for formulas of others: only
+            columns, arithmetic, elementwise functions of NumPy and the transforms.
 
     Returns:
         The plan, which prints as a few lines.
@@ -205,6 +211,7 @@ def plan(
         "relmat": relmat,
         "missing": missing,
         "context": context,
+        "evaluate": evaluate,
     }
     if (responses is None) == (by is None):
         raise ValueError("give one of responses= and by=")

@@ -21,6 +21,7 @@ from ..fit import check_reml, prepare
 from ..frames import as_table, plural
 from ..matrices import lone_group
 from ..options import EngineName, Missing, Solver
+from ..safe import Evaluate
 from ..solve import Status
 from ..spec import ModelSpec
 from . import artifact
@@ -407,8 +408,11 @@ def sufficient_statistics(
     chunk: int | None = None,
     progress: bool = False,
     context: Mapping[str, Any] | None = None,
+    evaluate: Evaluate = "python",
 ) -> SufficientStatistics:
     """Reduce many responses to what their fits need, to be saved, merged and fitted again.
+
+    A formula is code: its expressions run as Python.  For text of others use ``evaluate="safe"``.
 
     Each group keeps as many numbers of a response as it has random effects, or each combination of
     levels that occurs with several grouping factors; the number of rows does not matter.  Fits from
@@ -429,6 +433,8 @@ def sufficient_statistics(
         chunk: responses worked on at once; by their size if None.
         progress: show a progress bar (needs tqdm).
         context: names for use in the formula.
+        evaluate: "python", for which a formula is code, or "safe" for formulas of others: only
+            columns, arithmetic, elementwise functions of NumPy and the transforms.
 
     Returns:
         The statistics.
@@ -457,6 +463,7 @@ def sufficient_statistics(
         "relmat": relmat,
         "missing": missing,
         "context": context,
+        "evaluate": evaluate,
         "whole": False,  # what is too little to be fitted may be merged with more
     }
     design, rows = read_design(formula, data, **options)

@@ -173,7 +173,9 @@ def fit_reduced(fit: Fit, reduction: Reduction) -> Submodel:
         fit.design,
         blocks=tuple(blocks),
         groupings=tuple(fit.design.groupings[i] for i in used),
-        spec=ModelSpec(spec.response, spec.fixed, tuple(b.term for b in blocks), spec.offsets),
+        spec=ModelSpec(
+            spec.response, spec.fixed, tuple(b.term for b in blocks), spec.offsets, spec.evaluate
+        ),
     )
     return _solved(_kept_only(design, fit), fit)
 
