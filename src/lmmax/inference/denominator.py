@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..characters import Visible
 from ..options import DDF_METHODS, DDF_NAMES, DEFAULT_DDF, Ddf, choose
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ RANGE = 300.0
 """Numbers of more decimal places than this, before or after the point, are not represented."""
 
 
-class HypothesisError(ValueError):
+class HypothesisError(Visible, ValueError):
     """A hypothesis that does not fit the model's coefficients."""
 
 
-class AdjustmentWarning(UserWarning):
+class AdjustmentWarning(Visible, UserWarning):
     """A method for small samples that has no number for some of what it was asked."""
 
 
