@@ -99,7 +99,7 @@ MODEL = "~ log(x) + (1 | g)"
 def test_statistics(tmp_path):
     """From the data to a file, and in every model fitted to them."""
     responses = DATA["y"][:, None]
-    with pytest.raises(FormulaError, match=r"evaluate='safe' does not"):
+    with pytest.raises(FormulaError, match=r"\^\^\^"):
         lmmax.sufficient_statistics(CODE, DATA, responses, evaluate="safe")
     statistics = lmmax.sufficient_statistics(MODEL, DATA, responses, evaluate="safe")
     plain = lmmax.sufficient_statistics(MODEL, DATA, responses)
@@ -118,7 +118,7 @@ def test_statistics(tmp_path):
 @pytest.mark.filterwarnings("ignore::lmmax.fit.ConvergenceWarning")
 def test_batches_in_files(tmp_path):
     responses = DATA["y"][:, None] + [0.0, 1.0]
-    with pytest.raises(FormulaError, match=r"evaluate='safe' does not"):
+    with pytest.raises(FormulaError, match=r"\^\^\^"):
         lmmax.fit_many(CODE, DATA, responses, evaluate="safe")
     batch = lmmax.fit_many(MODEL, DATA, responses, evaluate="safe", out=tmp_path / "results")
     batch.save(tmp_path / "batch.npz")
