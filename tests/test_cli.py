@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -365,6 +366,17 @@ def test_the_separator_is_found(calls, tmp_path, monkeypatch, frame, sep, standa
         assert main(["y ~ 1 + (1 | g)", "-" if standard_input else str(path)]) == 0
     assert list(calls[0]["data"].columns) == ["y", "g", "an f"]
     assert calls[0]["data"]["g"].tolist() == [7, 7, 10]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_a_pipe_is_read_once(calls, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(path.write_text, "y;g\n1;2\n")
+        assert main(["y ~ 1 + (1 | g)", str(path)]) == 0
+        written.result()
+    assert calls[0]["data"].to_dict("list") == {"y": [1], "g": [2]}
 
 
 def test_decimal_commas_are_not_labels(calls, capsys, tmp_path):

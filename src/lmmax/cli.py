@@ -243,23 +243,29 @@ def _read_file(arguments: argparse.Namespace) -> pd.DataFrame:
             raise _UserError(f"cannot read {data!r} as Parquet: {error}") from error
     # A label such as 007 would lose its zeros if it were read as a number first.
     labels: dict[Any, Any] = dict.fromkeys(categorical, str)
-    opened = _standard_input() if data == "-" else (lambda: path)
-    read = partial(pd.read_csv, encoding=arguments.encoding)
     try:
+        opened = (lambda: path) if data != "-" and path.is_file() else _copies(data)
         if arguments.sep:
             separator = arguments.sep.replace("\\t", "\t")
         elif ".tsv" in suffixes:
             separator = "\t"
         else:
             # One row of one field, which no separator that is text can split.
-            first = read(
-                opened(), sep="\x1f", quoting=csv.QUOTE_NONE, header=None, nrows=1, dtype=str
+            first = pd.read_csv(
+                opened(),
+                sep="\x1f",
+                quoting=csv.QUOTE_NONE,
+                header=None,
+                nrows=1,
+                dtype=str,
+                encoding=arguments.encoding,
             )
             separator = _separator(str(first.iat[0, 0]))
-        frame = read(
+        frame = pd.read_csv(
             opened(),
             sep=separator,
             dtype=labels,
+            encoding=arguments.encoding,
             decimal=arguments.decimal,
             na_values=arguments.na,
         )
@@ -279,10 +285,13 @@ def _read_file(arguments: argparse.Namespace) -> pd.DataFrame:
     return frame
 
 
-def _standard_input() -> Callable[[], io.BytesIO | io.StringIO]:
-    """Read standard input, and return what opens a copy of it: it cannot be read twice."""
-    content = getattr(sys.stdin, "buffer", sys.stdin).read()
-    return partial(io.StringIO if isinstance(content, str) else io.BytesIO, content)
+def _copies(data: str) -> Callable[[], io.BytesIO | io.StringIO]:
+    """Read standard input or a pipe, once, and return what opens a copy of it."""
+    if data != "-":
+        return partial(io.BytesIO, Path(data).read_bytes())
+    if hasattr(sys.stdin, "buffer"):
+        return partial(io.BytesIO, sys.stdin.buffer.read())
+    return partial(io.StringIO, sys.stdin.read())
 
 
 def _refuse_decimal_commas(frame: pd.DataFrame) -> None:
