@@ -558,7 +558,6 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
         if char == "#":
             raise _error("a formula has no comments: leave this out", source, i, len(source))
     pieces = _pieces(source)
-    _check_notation(pieces, source)
     if evaluate == "safe":
         for piece in pieces:
             if piece.kind is Token.Kind.PYTHON and not _is_structured(piece, source):
@@ -585,6 +584,7 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
         if _is_structured(piece, source):
             raise _error_at("a random term belongs to the right of `~`", source, [piece])
     _response(left, source)
+    _check_notation(pieces, source)
     if not right:
         raise _error_at("nothing stands right of `~`", source, [tilde])
 

@@ -32,7 +32,7 @@ from .optima import distinct
 from .options import Ddf, alpha_of
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
-from .rendering import ByFactor, folded, paragraphs
+from .rendering import ByFactor, Frame, folded, paragraphs
 from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
@@ -484,7 +484,7 @@ class Fit:
         With several grouping factors a dict of such data frames, by the name of the factor.
         """
         frames = [
-            pd.DataFrame(
+            Frame(
                 effects.modes,
                 index=pd.Index(grouping.levels, name=grouping.name),
                 columns=list(self.effect_names[here]),

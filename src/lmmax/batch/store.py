@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..characters import Visible
 from ..files import partial_beside, whole
 from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Record
@@ -37,11 +38,11 @@ Parts = dict[str, np.ndarray]
 """Arrays of a chunk by field."""
 
 
-class StoreError(ValueError):
+class StoreError(Visible, ValueError):
     """A directory of results that is not, or no longer, what is asked for."""
 
 
-class StoreWarning(UserWarning):
+class StoreWarning(Visible, UserWarning):
     """A directory of results holds some that are of something else."""
 
 
