@@ -657,12 +657,7 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
 
 
 def _check_notation(pieces: list[_Piece], source: str) -> None:
-    """Raise for notation that R, or Python, reads in another way than a formula does here.
-
-    What is left of the tilde is arithmetic, and is checked as such.
-    """
-    tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
-    pieces = pieces[tildes[0] + 1 :] if tildes else pieces
+    """Raise for notation that R, or Python, reads in another way than a formula does here."""
     for piece, following in pairwise([*pieces, *pieces[-1:]]):
         if piece.text == ".":
             raise _error_at("`.` is not supported: name the variables", source, [piece])
