@@ -199,7 +199,7 @@ def _together(
             turned = scale * _congruent(A, part.cross @ part.back)
             steady_bend[here, at, -1] = steady_bend[here, -1, at] = turned
             bend[here, -1, -1] = part.twice
-            steady_bend[here, -1, -1] = scale**2 * _congruent(A, part.twice)
+            steady_bend[here, -1, -1] = scale * (scale * _congruent(A, part.twice))
     return VarianceParameters(
         tuple(apart(names, coefficients, owners)),
         values,
