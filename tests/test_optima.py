@@ -153,15 +153,12 @@ def test_a_variance_far_from_where_moments_put_it() -> None:
 
 def test_a_narrow_optimum_between_large_and_small_on_a_line() -> None:
     """Its basin begins and ends within a factor of thirty of the variance."""
-    data = pd.DataFrame(
-        {
-            "g": np.repeat(range(4), [5, 9, 3, 7]),
-            "x": [7.22, 10.8, 10.8, 14.4, 7.22, 10.8, 10.8, 10.8, 10.8, 7.22, 10.8, 14.4]
-            + [14.4, 10.8, 7.22, 10.8, 14.4, 10.8, 14.4, 14.4, 18.1, 10.8, 10.8, 10.8],
-            "y": [1.04, 1.18, 2.59, 3.13, 1.66, 2.85, 2.97, 4.14, 1.85, 3.52, 3.84, 4.25]
-            + [3.05, 2.0, 0.754, 2.53, 4.47, 2.41, 4.17, 4.36, 5.19, 3.32, 1.95, 2.99],
-        }
-    )
+    x = """7.22 10.8 10.8 14.4 7.22 10.8 10.8 10.8 10.8 7.22 10.8 14.4 14.4 10.8 7.22 10.8 14.4
+    10.8 14.4 14.4 18.1 10.8 10.8 10.8"""
+    y = """1.04 1.18 2.59 3.13 1.66 2.85 2.97 4.14 1.85 3.52 3.84 4.25 3.05 2.0 0.754 2.53 4.47
+    2.41 4.17 4.36 5.19 3.32 1.95 2.99"""
+    data = pd.DataFrame({"x": x.split(), "y": y.split()}, dtype=float)
+    data["g"] = np.repeat(range(4), [5, 9, 3, 7])
     fit = lmmax.fit("y ~ 1 + (0 + x | g)", data, reml=False)
     grid = [dense_criterion(fit, [np.array([[sd]])]) for sd in np.geomspace(1e-2, 1e1, 400)]
     assert -2.0 * fit.llf == pytest.approx(min(grid), abs=1e-3)
