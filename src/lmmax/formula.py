@@ -585,6 +585,9 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
         if _is_structured(piece, source):
             raise _error_at("a random term belongs to the right of `~`", source, [piece])
     _response(left, source)
+    for piece in right:
+        if piece.text == "%in%":
+            raise _error_at("`%in%` is not supported: write `a:b`, or `a/b`", source, [piece])
     if not right:
         raise _error_at("nothing stands right of `~`", source, [tilde])
 
@@ -661,8 +664,6 @@ def _check_notation(pieces: list[_Piece], source: str) -> None:
     for piece, following in pairwise([*pieces, *pieces[-1:]]):
         if piece.text == ".":
             raise _error_at("`.` is not supported: name the variables", source, [piece])
-        if piece.text == "%in%":
-            raise _error_at("`%in%` is not supported: write `a:b`, or `a/b`", source, [piece])
         if piece.kind is not Token.Kind.OPERATOR and piece.text == "1" and following.is_op("/"):
             raise _error_at(
                 "`/` in a formula nests and does not divide: write `I(1/x)` for a reciprocal",
