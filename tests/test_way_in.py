@@ -357,7 +357,7 @@ BY_ROW = (
     "I(scale(x) ** 2)",
     "np.where(x > 0, 1, 2)",
     "round(x)",
-    "by(x)",
+    "own_row(x)",
 )
 CONTEXT = {"own": lambda x: x - x.mean(), "own_row": lambda x: x**2}
 
