@@ -392,3 +392,25 @@ def test_parts_centred_each_by_itself_do_not_merge(data):
     )
     with pytest.raises((DataError, lmmax.ExchangeError), match=r"I\(x - x.mean\(\)\)"):
         first.merge(other)
+
+
+@pytest.mark.parametrize("name", ["1", "~"])
+@pytest.mark.parametrize(
+    "model", ["y ~ {} + (1 | g)", "y ~ base + (0 + {} | g)", "y ~ base * {} + (1 | g)"]
+)
+def test_a_column_named_as_the_intercept_is_refused_and_not_left_out(name, model, data):
+    data = data.rename(columns={"x": name})
+    with pytest.raises(FormulaError, match=rf"a column named '{name}' cannot be a term by itself"):
+        lmmax.fit(model.format(f"`{name}`"), data)
+    design = build_design(model.format(f"I(`{name}`)"), data)
+    want = build_design(model.format("x"), data.rename(columns={name: "x"}))
+    np.testing.assert_array_equal(design.X, want.X)
+    np.testing.assert_array_equal(design.blocks[0].Z, want.blocks[0].Z)
+
+
+@pytest.mark.parametrize("name", ["0", "2", "1.5", "-1", "1e5", "01"])
+def test_columns_named_as_other_numbers_are_columns(name, data):
+    got = build_design(f"y ~ base * `{name}` + (`{name}` | g)", data.rename(columns={"x": name}))
+    want = build_design("y ~ base * x + (x | g)", data)
+    np.testing.assert_array_equal(got.X, want.X)
+    np.testing.assert_array_equal(got.blocks[0].Z, want.blocks[0].Z)
