@@ -240,3 +240,21 @@ def test_crossed_factors_and_coefficients_that_span_all_rows(seed: int) -> None:
     assert fit.status == "unbounded"
     # A restricted likelihood of these data has one.
     assert lmmax.fit("y ~ x + z + (1 | a) + (1 | b)", data).converged
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lanes_on_a_line_know_whether_the_likelihood_has_a_maximum(seed: int) -> None:
+    """It has none where coefficients and effects fit any response, and effects alone do not."""
+    rng = np.random.default_rng([5, seed])
+    n, m = 8, 4 + seed % 3
+    data = pd.DataFrame({"x": rng.normal(size=n), "g": [*range(m), *rng.integers(0, m, n - m)]})
+    names = ["x", "z", "v"][: 1 + seed % 3]
+    data[["z", "v"]] = rng.normal(size=(n, 2))
+    responses = rng.normal(size=(n, 5))
+    X = np.column_stack([np.ones(n), data[names]])
+    Z = np.eye(m)[data["g"]]
+    spanned = np.linalg.matrix_rank(np.hstack([X, Z])) == n
+    formula = f"~ {' + '.join(names)} + (1 | g)"
+    batch = lmmax.fit_many(formula, data, responses, reml=False)
+    assert batch.status.get("unbounded", 0) == 5 * spanned
+    assert "unbounded" not in lmmax.fit_many(formula, data, responses).status
