@@ -27,6 +27,10 @@
 # variance components. Then it lists
 # [every difference that is there on purpose](#Deliberate-differences), with the reason, and shows
 # [what `.native` adds](#What-.native-adds). Nothing needs a network.
+#
+# A formula is code in both packages: its expressions run as Python. The formulas of
+# `lmmax.statsmodels` are read by the engine of statsmodels, which has no other way; for those of
+# others (a web form, a configuration file) `lmmax.fit` and `lmmax.fit_many` take `evaluate="safe"`.
 
 # %%
 import pickle

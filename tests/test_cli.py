@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +28,17 @@ from lmmax.cli import main
 FORMULA = "Weight ~ Time + (1 | Pig)"
 
 
+class FakeSummary(str):
+    """What the command prints, and the sentences below it."""
+
+    notes = ("3 rows dropped for missing values (Weight 3).",)
+
+
 class FakeFit:
     """The part of Fit's interface that the command uses."""
 
     nobs, n_groups, group_names = np.int64(861), 72, ("Pig",)
+    design = SimpleNamespace(n_dropped=3)
     engine = SimpleNamespace(name="grouped", reason="one grouping factor, Pig")
     llf, deviance, aic, bic, scale = -2404.7753, 4809.5505, 4817.5505, 4836.58, 11.3669
     converged, singular, status, message = True, False, "converged", "gradient is zero"
@@ -53,8 +61,8 @@ class FakeFit:
     def varcorr(self) -> pd.DataFrame:
         return pd.DataFrame({"name": ["Intercept"], "variance": [40.394], "corr": [np.nan]})
 
-    def summary(self, alpha: float, ddf: str) -> str:
-        return f"the summary at {alpha} by {ddf}\n"
+    def summary(self, alpha: float, ddf: str) -> FakeSummary:
+        return FakeSummary(f"the summary at {alpha} by {ddf}\n")
 
 
 class FakeFactors(FakeFit):
@@ -118,6 +126,11 @@ def test_summary_by_default(calls, capsys):
     }
 
 
+def test_other_names_of_methods(calls, capsys):
+    assert main([FORMULA, "dietox", "--ddf", "Kenward Roger"]) == 0
+    assert "by kenward-roger\n" in capsys.readouterr().out
+
+
 def test_options_reach_fit(calls, capsys):
     options = ["--ml", "--weights", "w", "--offset", "o", "--missing", "raise", "--verbose"]
     assert main([FORMULA, "dietox", *options, "--level", "0.9", "--ddf", "residual"]) == 0
@@ -141,6 +154,34 @@ def test_csv_of_random_effects(calls, capsys):
     assert capsys.readouterr().out == "group,Intercept\n4601,1.5\n4602,-2.25\n"
 
 
+def test_csv_for_a_spreadsheet(fake, capsys):
+    """Text that a spreadsheet would run as a formula is text; numbers stay numbers."""
+    fake.random_effects = pd.DataFrame(
+        {"Intercept": [1.5, -2.25, 0.0, 0.5, 1.0], "+x": [0.0, 0.0, 0.0, 0.0, 0.0]},
+        index=pd.Index(["=1+1", "-2", "@SUM(A1)", "\tx", "a=1"], name="Pig"),
+    )
+    assert main([FORMULA, "dietox", "--csv", "--ranef", "--spreadsheet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "group,Intercept,'+x"
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        "'=1+1",
+        "'-2",
+        "'@SUM(A1)",
+        "'\tx",
+        "a=1",
+    ]
+    assert lines[2].split(",")[1] == "-2.25"
+    assert main([FORMULA, "dietox", "--csv", "--ranef"]) == 0
+    assert "\n=1+1,1.5" in capsys.readouterr().out
+
+
+def test_csv_for_a_spreadsheet_of_several_factors(several, capsys):
+    assert main([FORMULA, "dietox", "--csv", "--ranef"]) == 0
+    plain = capsys.readouterr().out
+    assert main([FORMULA, "dietox", "--csv", "--ranef", "--spreadsheet"]) == 0
+    assert capsys.readouterr().out == plain
+
+
 def test_text_with_random_effects(calls, capsys):
     assert main([FORMULA, "dietox", "--ranef"]) == 0
     out = capsys.readouterr().out
@@ -159,6 +200,7 @@ def test_json(calls, capsys):
         "method",
         "nobs",
         "n_groups",
+        "n_dropped",
         "engine",
         "scale",
         "criterion",
@@ -168,6 +210,7 @@ def test_json(calls, capsys):
         "varcorr",
         "random_effects",
         "convergence",
+        "notes",
     ]
     assert content["schema"] == 1
     assert content["formula"] == FORMULA
@@ -175,6 +218,8 @@ def test_json(calls, capsys):
     assert content["method"] == "ML"
     assert content["nobs"] == 861
     assert content["n_groups"] == {"Pig": 72}
+    assert content["n_dropped"] == 3
+    assert content["notes"] == ["3 rows dropped for missing values (Weight 3)."]
     assert content["engine"] == "grouped"
     assert content["criterion"]["llf"] == -2404.7753
     first, second = content["coefficients"]
@@ -311,6 +356,44 @@ def test_separator(calls, tmp_path, frame, sep):
     assert list(calls[0]["data"].columns) == ["y", "g", "f"]
 
 
+@pytest.mark.parametrize("sep", [",", ";", "\t", "|", " "])
+@pytest.mark.parametrize("standard_input", [False, True])
+def test_the_separator_is_found(calls, tmp_path, monkeypatch, frame, sep, standard_input):
+    path = tmp_path / "t.csv"
+    frame.rename(columns={"f": "an f"}).to_csv(path, index=False, sep=sep, na_rep="NA")
+    with path.open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert main(["y ~ 1 + (1 | g)", "-" if standard_input else str(path)]) == 0
+    assert list(calls[0]["data"].columns) == ["y", "g", "an f"]
+    assert calls[0]["data"]["g"].tolist() == [7, 7, 10]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_a_pipe_is_read_once(calls, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(path.write_text, "y;g\n1;2\n")
+        assert main(["y ~ 1 + (1 | g)", str(path)]) == 0
+        written.result()
+    assert calls[0]["data"].to_dict("list") == {"y": [1], "g": [2]}
+
+
+def test_decimal_commas_are_not_labels(calls, capsys, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("y;g\n1,5;1\n2;2\n")
+    assert main(["y ~ 1 + (1 | g)", str(path)]) == 1
+    assert "column 'y' has numbers with a decimal comma, such as 1,5: add --decimal ," in (
+        capsys.readouterr().err
+    )
+    assert main(["y ~ 1 + (1 | g)", str(path), "--decimal", ","]) == 0
+    assert calls[0]["data"]["y"].tolist() == [1.5, 2.0]
+    assert main(["y ~ 1 + (1 | g)", str(path), "--categorical", "y"]) == 0
+    path.write_text('y,g\n1.5,"1,5"\n')
+    assert main(["y ~ 1 + (1 | g)", str(path)]) == 0
+    assert calls[-1]["data"]["g"].tolist() == ["1,5"]
+
+
 def test_standard_input(calls, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("y,g\n1,2\n"))
     assert main(["y ~ 1 + (1 | g)", "-"]) == 0
@@ -415,6 +498,40 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("lmmax ")
 
 
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_answers_at_once(option):
+    """Without the imports that take seconds, and without a traceback where nobody listens."""
+    code = (
+        "import sys\nfrom lmmax.cli import main\n"
+        f"try: main([{option!r}])\nexcept SystemExit: pass\n"
+        "print(sorted({'numpy', 'pandas', 'jax', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("\n[]\n"), done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and exit statuses of POSIX")
+@pytest.mark.parametrize("option", ["--version", "--help", "--list"])
+def test_the_reader_of_the_output_has_gone(option):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "lmmax", option]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    # argparse takes no notice of what it cannot print.
+    assert done.returncode in ((0, 141) if option == "--help" else (141,))
+    assert done.stderr == b""
+
+
+def test_exit_statuses_are_documented(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out.partition("exit status:")[2]
+    for status in ("0 converged", "1 mistake", "2 mistake", "3 not", "130 inter", "141 the reader"):
+        assert status in text
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -424,6 +541,8 @@ def test_version(capsys):
         [FORMULA, "dietox", "--level", "95"],
         [FORMULA, "dietox", "--level", "high"],
         [FORMULA, "dietox", "--missing", "impute"],
+        [FORMULA, "dietox", "--ddf", "welch"],
+        [FORMULA, "dietox", "--spreadsheet"],
     ],
 )
 def test_mistakes_in_the_options(capsys, arguments):

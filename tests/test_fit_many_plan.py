@@ -111,13 +111,14 @@ def test_it_prints() -> None:
         "engine: E",
         "chunks: 100 of 10,000 responses",
         "memory: 500 MB at the peak, of which 100 MB are results; 20 GB are free",
-        "time:   20 s, 49,900 responses a second (reading 4 s, fitting 20 s; by a pilot of 512)",
+        "time:   20 s, 49,900 responses a second (reading 4 s, fitting 20 s; by a pilot",
+        "    of 512)",
     ]
     spread = Plan(1_000_000, 1000, 8 * 10**9, "E", *numbers, 10**7, 4, 2)
-    assert str(spread).splitlines()[2:4] == [
+    assert str(spread).splitlines()[2:5] == [
         "chunks: 100 of 10,000 responses, on 4 workers, on 2 devices",
-        "memory: 500 MB at the peak and 10 MB in each worker, of which 100 MB are results; "
-        "20 GB are free",
+        "memory: 500 MB at the peak and 10 MB in each worker, of which 100 MB are",
+        "    results; 20 GB are free",
     ]
 
 

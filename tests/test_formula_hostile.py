@@ -34,12 +34,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("text", [t for family in REFUSED.values() for t in family])
 def test_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(FormulaError, match=r"\^") as caught:
             parse_formula(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     message = str(caught.value)
     assert message.count("\n") == 3 and len(message) < 1000 and message == visible(message, True)
 

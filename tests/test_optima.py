@@ -5,6 +5,7 @@ The oracle is a dense Gaussian criterion, minimised by SciPy from many starts, o
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -258,3 +259,44 @@ def test_lanes_on_a_line_know_whether_the_likelihood_has_a_maximum(seed: int) ->
     batch = lmmax.fit_many(formula, data, responses, reml=False)
     assert batch.status.get("unbounded", 0) == 5 * spanned
     assert "unbounded" not in lmmax.fit_many(formula, data, responses).status
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"), [(8, True), (26, True), (2, False), (27, True), (3, True), (9, False)]
+)
+def test_ranks_tell_whether_there_is_a_maximum(seed: int, expected: bool) -> None:
+    """Without an end where effects of a set and coefficients span all rows, effects alone less."""
+    rng = np.random.default_rng([5, seed])
+    n = int(rng.integers(9, 20))
+    m = int(rng.integers(3, max(4, n // 2)))
+    data = pd.DataFrame({"a": rng.integers(0, m, n), "b": rng.integers(0, max(3, m - 2), n)})
+    data["x"], data["y"] = rng.normal(size=(2, n))
+    covariates = [f"w{j}" for j in range(int(rng.integers(0, 6)))]
+    for name in covariates:
+        data[name] = rng.normal(size=n)
+    random = ("(x || a)", "(1 + x | a) + (1 | b)")[seed % 2]
+    A, B = (pd.get_dummies(data[name]).to_numpy(float) for name in "ab")
+    slopes = A * data[["x"]].to_numpy()
+    generic = 0.3 * A - 1.7 * slopes
+    sets = {
+        "(x || a)": [[A], [slopes], [A, slopes]],
+        "(1 + x | a) + (1 | b)": [
+            [generic], [A, slopes], [B], [generic, B], [A, slopes, B],
+        ],
+    }[random]  # fmt: skip
+    X = np.column_stack([np.ones(n), data[covariates]])
+    endless = False
+    for columns in sets:
+        Z = np.hstack(columns)
+        rank = np.linalg.matrix_rank
+        endless |= bool(rank(Z) < n == rank(np.hstack([X, Z])))
+    assert endless == expected
+    right = " + ".join(["1", *covariates, random])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = lmmax.fit(f"y ~ {right}", data, reml=False)
+        lanes = lmmax.fit_many(
+            f"~ {right}", data, data[["y", "x"]].assign(x=data.y[::-1]), reml=False
+        )
+    assert (fit.status == "unbounded") == expected
+    assert set(lanes.certificate["status"]) == ({"unbounded"} if expected else {"converged"})

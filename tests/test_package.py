@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -26,8 +28,27 @@ import sys
 import lmmax
 assert "lmmax.inference.robust" not in sys.modules
 assert "lmmax.batch" not in sys.modules
+assert not {"jax", "numpy", "pandas"} & set(sys.modules)
+import lmmax.fit, lmmax.simulate
+from lmmax.fit import prepare
 assert callable(lmmax.bootstrap) and "lmmax.batch" in sys.modules
 for name in ("simulate", "fit", "bootstrap", "profile", "robust", "anova", "information"):
     assert callable(getattr(lmmax, name)), name
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_package_is_a_module_like_others() -> None:
+    """For what asks for its class, and for cloudpickle, which pickles modules by their name."""
+    assert isinstance(lmmax, types.ModuleType)
+    assert pickle.loads(pickle.dumps(lmmax)) is lmmax
+    assert isinstance(lmmax.datasets, types.ModuleType)
+    assert set(dir(lmmax)) == set(lmmax.__all__)
+
+
+def test_names_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = lmmax.fit
+    monkeypatch.setattr(lmmax, "fit", len)
+    assert lmmax.fit is len
+    monkeypatch.undo()
+    assert lmmax.fit is original

@@ -1,6 +1,7 @@
 """`evaluate="safe"`: the same numbers as Python's, and nothing that is not a number."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import lmmax
@@ -89,3 +90,49 @@ def test_remembered():
         parse_formula("y ~ x + (1 | g)", evaluate="fast")
     with pytest.raises(FormulaError, match=r"\^\^\^"):
         parse_formula("y ~ I(exit()) + (1 | g)", evaluate="safe")
+
+
+CODE = "~ I(exit()) + (1 | g)"
+MODEL = "~ log(x) + (1 | g)"
+
+
+def test_statistics(tmp_path):
+    """From the data to a file, and in every model fitted to them."""
+    responses = DATA["y"][:, None]
+    with pytest.raises(FormulaError, match=r"\^\^\^"):
+        lmmax.sufficient_statistics(CODE, DATA, responses, evaluate="safe")
+    statistics = lmmax.sufficient_statistics(MODEL, DATA, responses, evaluate="safe")
+    plain = lmmax.sufficient_statistics(MODEL, DATA, responses)
+    assert statistics.design.spec.evaluate == "safe"
+    pd.testing.assert_frame_equal(statistics.fit().params, plain.fit().params)
+
+    statistics.save(tmp_path / "statistics.npz")
+    loaded = lmmax.SufficientStatistics.load(tmp_path / "statistics.npz")
+    assert loaded.design.spec.evaluate == "safe"
+    # Columns are found by their names: no text is run, not even where it may be.
+    for each in (loaded, plain):
+        with pytest.raises(ValueError):
+            each.fit(CODE)
+
+
+@pytest.mark.filterwarnings("ignore::lmmax.fit.ConvergenceWarning")
+def test_batches_in_files(tmp_path):
+    responses = DATA["y"][:, None] + [0.0, 1.0]
+    with pytest.raises(FormulaError, match=r"\^\^\^"):
+        lmmax.fit_many(CODE, DATA, responses, evaluate="safe")
+    batch = lmmax.fit_many(MODEL, DATA, responses, evaluate="safe", out=tmp_path / "results")
+    batch.save(tmp_path / "batch.npz")
+    for each in (
+        batch,
+        lmmax.BatchFit.load(tmp_path / "batch.npz"),
+        lmmax.BatchFit.open(tmp_path / "results"),
+    ):
+        assert each.design.spec.evaluate == "safe"
+
+
+def test_saved_fits(tmp_path):
+    fit = lmmax.fit("y ~ log(x) + (1 | g)", DATA, evaluate="safe")
+    fit.save(tmp_path / "fit.npz")
+    loaded = lmmax.load(tmp_path / "fit.npz")
+    assert loaded.design.spec.evaluate == loaded.refit(DATA["y"] + 1).design.spec.evaluate == "safe"
+    np.testing.assert_array_equal(loaded.predict(DATA), fit.predict(DATA))

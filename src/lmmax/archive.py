@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from .characters import Visible
 from .files import whole
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ DESCRIPTION, HASH = "description", "hash"
 """Names of the arrays that are the description, as bytes of JSON, and the hash of all others."""
 
 
-class ArchiveError(ValueError):
+class ArchiveError(Visible, ValueError):
     """A file that is not what was to be read, or is damaged; the message says which."""
 
 

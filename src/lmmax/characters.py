@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["neutral", "one_wide", "visible"]
+__all__ = ["Visible", "neutral", "one_wide", "visible"]
 
 # Controls of both blocks, line and paragraph separators, marks that turn the direction of writing,
 # and halves of characters, which no encoding takes.
@@ -27,6 +27,13 @@ def visible(text: str, lines: bool = False) -> str:
     """
     pattern = _CONTROLS_OF_A_LINE if lines else _CONTROLS
     return pattern.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+class Visible:
+    """An error or a warning that quotes labels of data: its text has no control characters."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__(), lines=True)
 
 
 def one_wide(text: str) -> str:

@@ -1,7 +1,8 @@
 """The ``lmmax`` command: a linear mixed model from a formula and a table.
 
 Exit status: 0 converged, 1 a mistake in the input (one line on stderr), 2 a mistake in the
-options, 3 not converged (the results are printed all the same), 130 interrupted.
+options, 3 not converged (the results are printed all the same), 130 interrupted, 141 the reader of
+the output has gone (as in ``| head``; nothing is said).
 
 JSON output, in which ``null`` stands for a value that does not exist or is not finite::
 
@@ -10,6 +11,7 @@ JSON output, in which ``null`` stands for a value that does not exist or is not 
     formula, data     as given
     method            "REML" or "ML"
     nobs, n_groups    number of rows used; of groups, by grouping factor
+    n_dropped         number of rows left out, because values are missing
     engine            form of the likelihood
     scale             residual variance
     criterion         {llf, deviance, aic, bic}
@@ -19,18 +21,26 @@ JSON output, in which ``null`` stands for a value that does not exist or is not 
     varcorr           rows of Fit.varcorr(), with its column names
     random_effects    with --ranef: [{factor, group, effects: {NAME: value, ...}}, ...]
     convergence       {converged, status, message, singular}
+    notes             the sentences below the summary
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import math
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .characters import neutral, visible
+from .options import DDF_METHODS, DDF_NAMES, DEFAULT_DDF, choose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,8 +49,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_CONVERGED, _USER_ERROR, _NOT_CONVERGED, _INTERRUPTED = 0, 1, 3, 130
+_CONVERGED, _USER_ERROR, _NOT_CONVERGED = 0, 1, 3
+# As a shell reports a program that SIGINT, or SIGPIPE, has ended.
+_INTERRUPTED, _NO_READER = 130, 141
 _JSON_SCHEMA = 1
+_SEPARATORS = (";", "\t", "|")
 
 _EPILOG = """\
 DATA is a CSV file (also .tsv, and compressed as .gz, .bz2, .xz or .zip), a Parquet file
@@ -49,8 +62,10 @@ DATA is a CSV file (also .tsv, and compressed as .gz, .bz2, .xz or .zip), a Parq
 A formula's expressions are columns, arithmetic and functions of NumPy; --evaluate python runs
 them as Python, which a formula from somebody else should not.
 
-exit status: 0 converged, 1 mistake in the input, 2 mistake in the options, 3 not converged,
-130 interrupted
+exit status:
+  0 converged (or printed what was asked for)    1 mistake in the input
+  2 mistake in the options                       3 not converged; the results are printed
+  130 interrupted                                141 the reader of the output has gone
 
 examples:
   lmmax "Weight ~ Time + (1 | Pig)" dietox
@@ -75,9 +90,14 @@ def _level(text: str) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    from .inference.denominator import DEFAULT, METHODS
+def _ddf(text: str) -> str:
+    try:
+        return choose("ddf", text, DDF_METHODS, DDF_NAMES)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lmmax",
         description="Fit a linear mixed-effects model and print its summary.",
@@ -105,11 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     table = parser.add_argument_group("reading the data")
     table.add_argument("--encoding", default="utf-8", help="of a CSV file; default: utf-8")
-    table.add_argument("--decimal", default=".", help="decimal sign of a CSV file; default: .")
+    table.add_argument(
+        "--decimal", metavar="SIGN", default=".", help="decimal sign of a CSV file; default: ."
+    )
     table.add_argument(
         "--na", metavar="TEXT", action="append", help="stands for a missing value; may be repeated"
     )
-    table.add_argument("--sep", help="separator of a CSV file; default: comma, or tab for .tsv")
+    table.add_argument(
+        "--sep",
+        help="separator of a CSV file; default: tab for .tsv, else the one that its first line "
+        "has of comma, semicolon, tab, | and blanks",
+    )
     table.add_argument(
         "--categorical",
         metavar="COL",
@@ -129,14 +155,21 @@ def _parser() -> argparse.ArgumentParser:
         help="add the predicted random effects; with --csv: print them instead",
     )
     output.add_argument(
+        "--spreadsheet",
+        action="store_true",
+        help="with --csv: an apostrophe before text that a spreadsheet would run as a formula, "
+        "which begins with =, +, -, @ or a control character",
+    )
+    output.add_argument(
         "--level", type=_level, default=0.95, help="of confidence intervals; default: 0.95"
     )
     output.add_argument(
         "--ddf",
         metavar="METHOD",
-        choices=METHODS,
-        default=DEFAULT,
-        help=f"degrees of freedom of the coefficients: {', '.join(METHODS)}; default: {DEFAULT}",
+        type=_ddf,
+        default=DEFAULT_DDF,
+        help="degrees of freedom of the coefficients: "
+        f"{', '.join(DDF_METHODS)}; default: {DEFAULT_DDF}",
     )
     output.add_argument("--output", metavar="FILE", type=Path, help="write there, not to stdout")
     output.add_argument(
@@ -175,10 +208,26 @@ def _read_table(arguments: argparse.Namespace) -> pd.DataFrame:
     return frame
 
 
+def _separator(line: str) -> str:
+    """Return the separator of a table whose first line this is; a comma wins.
+
+    Example:
+        >>> _separator('y;"a,b";g')
+        ';'
+    """
+    bare = re.sub(r'"[^"]*"', "", line)
+    if "," in bare:
+        return ","
+    best = max(_SEPARATORS, key=bare.count)
+    if best in bare:
+        return best
+    return r"\s+" if " " in bare.strip() else ","
+
+
 def _read_file(arguments: argparse.Namespace) -> pd.DataFrame:
     import pandas as pd
 
-    data, sep, categorical = arguments.data, arguments.sep, arguments.categorical
+    data, categorical = arguments.data, arguments.categorical
     path = Path(data)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if path.is_dir():
@@ -192,13 +241,29 @@ def _read_file(arguments: argparse.Namespace) -> pd.DataFrame:
             ) from None
         except (ValueError, OSError) as error:
             raise _UserError(f"cannot read {data!r} as Parquet: {error}") from error
-    separator = sep or ("\t" if ".tsv" in suffixes else ",")
     # A label such as 007 would lose its zeros if it were read as a number first.
     labels: dict[Any, Any] = dict.fromkeys(categorical, str)
     try:
-        return pd.read_csv(
-            sys.stdin if data == "-" else path,
-            sep=separator.replace("\\t", "\t"),
+        opened = (lambda: path) if data != "-" and path.is_file() else _copies(data)
+        if arguments.sep:
+            separator = arguments.sep.replace("\\t", "\t")
+        elif ".tsv" in suffixes:
+            separator = "\t"
+        else:
+            # One row of one field, which no separator that is text can split.
+            first = pd.read_csv(
+                opened(),
+                sep="\x1f",
+                quoting=csv.QUOTE_NONE,
+                header=None,
+                nrows=1,
+                dtype=str,
+                encoding=arguments.encoding,
+            )
+            separator = _separator(str(first.iat[0, 0]))
+        frame = pd.read_csv(
+            opened(),
+            sep=separator,
             dtype=labels,
             encoding=arguments.encoding,
             decimal=arguments.decimal,
@@ -215,6 +280,30 @@ def _read_file(arguments: argparse.Namespace) -> pd.DataFrame:
         raise _UserError(
             f"cannot read {data!r} as CSV: {_one_line(error)}; name its separator with --sep"
         ) from error
+    if separator != "," and arguments.decimal != ",":
+        _refuse_decimal_commas(frame.drop(columns=categorical, errors="ignore"))
+    return frame
+
+
+def _copies(data: str) -> Callable[[], io.BytesIO | io.StringIO]:
+    """Read standard input or a pipe, once, and return what opens a copy of it."""
+    if data != "-":
+        return partial(io.BytesIO, Path(data).read_bytes())
+    if hasattr(sys.stdin, "buffer"):
+        return partial(io.BytesIO, sys.stdin.buffer.read())
+    return partial(io.StringIO, sys.stdin.read())
+
+
+def _refuse_decimal_commas(frame: pd.DataFrame) -> None:
+    """Numbers such as 1,5 would be taken as labels."""
+    for name, column in frame.select_dtypes(["object", "string"]).items():
+        texts = column.dropna().astype(str)
+        commas = texts[texts.str.contains(",")]
+        if len(commas) and texts.str.fullmatch(r"\s*[-+]?\d*(,\d+)?([eE][-+]?\d+)?\s*").all():
+            raise _UserError(
+                f"column {name!r} has numbers with a decimal comma, such as "
+                f"{commas.iloc[0].strip()}: add --decimal , (or, for labels, --categorical {name})"
+            )
 
 
 def _coefficients(fit: Any, arguments: argparse.Namespace) -> pd.DataFrame:
@@ -271,6 +360,7 @@ def _json(fit: Any, arguments: argparse.Namespace) -> str:
         "n_groups": fit.n_groups
         if isinstance(fit.n_groups, dict)
         else {fit.group_names[0]: fit.n_groups},
+        "n_dropped": fit.design.n_dropped,
         "engine": fit.engine.name,
         "scale": fit.scale,
         "criterion": {name: getattr(fit, name) for name in ("llf", "deviance", "aic", "bic")},
@@ -294,7 +384,18 @@ def _json(fit: Any, arguments: argparse.Namespace) -> str:
         "message": fit.message,
         "singular": bool(fit.singular),
     }
+    content["notes"] = list(fit.summary(ddf=arguments.ddf, alpha=_alpha(arguments.level)).notes)
     return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+
+
+def _neutral(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with its texts, those of index and names too, as no formulas."""
+
+    def cell(value: Any) -> Any:
+        return neutral(value) if isinstance(value, str) else value
+
+    table = table.reset_index().map(cell).rename(columns=cell)
+    return table.set_index(table.columns[0])
 
 
 def _text(fit: Any, arguments: argparse.Namespace) -> str:
@@ -302,7 +403,7 @@ def _text(fit: Any, arguments: argparse.Namespace) -> str:
         return _json(fit, arguments)
     if arguments.csv:
         table = _random_effects(fit) if arguments.ranef else _coefficients(fit, arguments)
-        return table.to_csv(lineterminator="\n")
+        return (_neutral(table) if arguments.spreadsheet else table).to_csv(lineterminator="\n")
     text = str(fit.summary(ddf=arguments.ddf, alpha=_alpha(arguments.level))).rstrip("\n") + "\n"
     if arguments.ranef:
         text += "\nRandom effects\n" + _random_effects(fit).to_string() + "\n"
@@ -311,11 +412,10 @@ def _text(fit: Any, arguments: argparse.Namespace) -> str:
 
 def _write(text: str, target: Path | None) -> None:
     if target is None:
-        from .characters import visible
-
         # Labels of the data must not command a terminal; a pipe is another program's.
-        sys.stdout.write(visible(text, lines=True) if sys.stdout.isatty() else text)
-        sys.stdout.flush()
+        # It is None where the shell has closed it.
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        print(visible(text, lines=True) if terminal else text, end="", flush=True)
         return
     try:
         target.write_text(text, encoding="utf-8")
@@ -370,7 +470,6 @@ def _fit_and_print(arguments: argparse.Namespace) -> int:
 
 def _said(error: Exception) -> str:
     """Return an error as one line, or as three below it where a caret shows the place."""
-    from .characters import visible
     from .formula import FormulaError
 
     text = str(error) if isinstance(error, FormulaError) else _one_line(error)
@@ -392,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if the fit converged, 1 after a mistake in the input, 3 if the fit did not converge, 130
-        after Ctrl-C.
+        after Ctrl-C, 141 if the reader of the output has gone.
 
     Raises:
         SystemExit: With status 2 after a mistake in the options, 0 after ``--help``.
@@ -404,29 +503,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         ...
         0
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = argparse.Namespace(verbose=False)
     try:
-        if arguments.version:
-            import lmmax
-
-            _write(f"lmmax {lmmax.__version__}\n", None)
-        elif arguments.list:
-            _write(_list_datasets(), arguments.output)
-        elif arguments.describe is not None:
-            from lmmax import datasets
-
-            _write(f"{datasets.describe(arguments.describe)}\n", arguments.output)
-        elif arguments.formula is None or arguments.data is None:
-            parser.error(
-                'a formula and DATA are needed, such as: lmmax "Weight ~ Time + (1 | Pig)" dietox'
-            )
-        else:
-            return _fit_and_print(arguments)
+        try:
+            return _run(argv, arguments)
+        finally:
+            # What argparse has written too, while there is somebody to catch the error.
+            print(end="", flush=True)
     except BrokenPipeError:
         # The reader (head, less) has gone; without this Python complains again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _USER_ERROR
+        return _NO_READER
     except KeyboardInterrupt:
         print("lmmax: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -436,6 +523,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"lmmax: error: {_said(error) or type(error).__name__}", file=sys.stderr)
         return _USER_ERROR
+
+
+def _run(argv: Sequence[str] | None, arguments: argparse.Namespace) -> int:
+    parser = _parser()
+    parser.parse_args(argv, arguments)
+    if arguments.version:
+        from . import __version__
+
+        _write(f"lmmax {__version__}\n", None)
+    elif arguments.list:
+        _write(_list_datasets(), arguments.output)
+    elif arguments.describe is not None:
+        from . import datasets
+
+        _write(f"{datasets.describe(arguments.describe)}\n", arguments.output)
+    elif arguments.formula is None or arguments.data is None:
+        parser.error(
+            'a formula and DATA are needed, such as: lmmax "Weight ~ Time + (1 | Pig)" dietox'
+        )
+    elif arguments.spreadsheet and not arguments.csv:
+        parser.error("--spreadsheet is about the text in --csv: give both")
+    else:
+        return _fit_and_print(arguments)
     return _CONVERGED
 
 

@@ -32,6 +32,7 @@ MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "jax_enable_x64": (jax.enable_x64, True),
+    "jax_disable_jit": (jax.disable_jit, False),
     "jax_debug_nans": (jax.debug_nans, False),
     "jax_debug_infs": (jax.debug_infs, False),
     "jax_numpy_rank_promotion": (jax.numpy_rank_promotion, "allow"),

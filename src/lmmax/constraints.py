@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
+from .characters import Visible
 from .compress.layout import EngineError
 from .covariances import Covariance, matrix_at, slopes
 from .frames import real_numbers
@@ -24,7 +25,7 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 SOLVER_NAMES = {"newtonraphson": "newton", "lbfgsb": "lbfgs"}
 
 
-class ConstraintError(ValueError):
+class ConstraintError(Visible, ValueError):
     """A ``start`` or ``fix`` argument that does not fit the model."""
 
 

@@ -16,6 +16,7 @@ and are known better once the model has been solved:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +27,10 @@ from .compress.iterative import Rows
 from .compress.layout import turned
 from .constraints import Guess, Settings, TermColumns
 from .estimation import Estimates, estimate
+from .likelihood import Problem
 from .optima import distinct, may_vanish
 from .solve import Constraints, Status, better
+from .spanned import without_maximum
 
 FAR = 1e-3
 """Effects are far apart if the residual variance is less than this part of the mean square of the
@@ -71,9 +74,7 @@ def estimate_closely(
     Raises:
         ConstraintError: if ``start`` or ``fix`` does not fit the model.
     """
-    # Only exact digits tell.  Between related levels the rise begins beyond what anyone means.
-    unrelated = all(factor.root is None for factor in layout.factors)
-    endless = unrelated and may_vanish(compression.problem, settings.reml)
+    endless = may_be_endless(layout, compression.problem, settings.reml)
     if endless and needs_rows(layout, compression):
         compression = compress(y, layout, earlier=compression, far_apart=True)
     found = Closer(layout, compression, estimate(compression, terms, settings))
@@ -82,7 +83,16 @@ def estimate_closely(
         if not strong and not _is_unclear(found, terms):
             break
         found = _closer(y, found, terms, settings, strong)
+    if endless and without_maximum(layout, terms, found.estimates.constraints, y):
+        # Where the search ended there may be a maximum, but no highest one.
+        found = found._replace(estimates=replace(found.estimates, status=Status.UNBOUNDED))
     return found
+
+
+def may_be_endless(layout: Layout, problem: Problem, reml: bool) -> bool:
+    """Return whether the likelihood may rise without end, so that the ranks are worth a look."""
+    # Between related levels the rise begins beyond what anyone means.
+    return all(factor.root is None for factor in layout.factors) and may_vanish(problem, reml)
 
 
 def _has_strong(found: Closer) -> bool:

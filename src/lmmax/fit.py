@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .characters import Visible
 from .compress import Compression, FactorColumns, Layout, compress, layout
 from .constraints import Settings, TermColumns
 from .design import DataError, Design, RandomBlock, build_design, design_from_arrays
@@ -28,15 +29,15 @@ ROUNDING = 100.0
 """Residuals this many units of rounding above zero, relative to the response, are not real."""
 
 
-class ConvergenceWarning(UserWarning):
+class ConvergenceWarning(Visible, UserWarning):
     """The solver stopped before the optimum."""
 
 
-class RankWarning(UserWarning):
+class RankWarning(Visible, UserWarning):
     """Columns of the fixed-effects design were dropped as linear combinations of others."""
 
 
-class IdentifiabilityWarning(UserWarning):
+class IdentifiabilityWarning(Visible, UserWarning):
     """The data do not tell some of the variance parameters apart."""
 
 

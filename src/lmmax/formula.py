@@ -558,7 +558,6 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
         if char == "#":
             raise _error("a formula has no comments: leave this out", source, i, len(source))
     pieces = _pieces(source)
-    _check_notation(pieces, source)
     if evaluate == "safe":
         for piece in pieces:
             if piece.kind is Token.Kind.PYTHON and not _is_structured(piece, source):
@@ -585,9 +584,13 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
         if _is_structured(piece, source):
             raise _error_at("a random term belongs to the right of `~`", source, [piece])
     _response(left, source)
+<<<<<<< HEAD
     for piece in right:
         if piece.text == "%in%":
             raise _error_at("`%in%` is not supported: write `a:b`, or `a/b`", source, [piece])
+=======
+    _check_notation(pieces, source)
+>>>>>>> main
     if not right:
         raise _error_at("nothing stands right of `~`", source, [tilde])
 
@@ -660,7 +663,12 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
 
 
 def _check_notation(pieces: list[_Piece], source: str) -> None:
-    """Raise for notation that R, or Python, reads in another way than a formula does here."""
+    """Raise for notation that R, or Python, reads in another way than a formula does here.
+
+    What is left of the tilde is arithmetic, and is checked as such.
+    """
+    tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
+    pieces = pieces[tildes[0] + 1 :] if tildes else pieces
     for piece, following in pairwise([*pieces, *pieces[-1:]]):
         if piece.text == ".":
             raise _error_at("`.` is not supported: name the variables", source, [piece])

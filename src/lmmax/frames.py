@@ -10,12 +10,13 @@ import narwhals.stable.v1 as nw
 import numpy as np
 import pandas as pd
 
+from .characters import Visible
 from .options import Missing, choose
 
 __all__ = ["DataError"]
 
 
-class DataError(ValueError):
+class DataError(Visible, ValueError):
     """Data that do not fit the model; the message names the column, level or row."""
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from .characters import visible
 from .covariances import Covariance
 from .frames import DataError, check_finite, listing, plural, row_text
 from .levels import Grouping
@@ -159,7 +160,7 @@ class Design:
     def __repr__(self) -> str:
         groups = [f"{plural(len(g.levels), 'group')} of {g.name}" for g in self.groupings]
         sizes = [f"{plural(len(self.y), 'row')}, {plural(len(self.x_names), 'fixed effect')}"]
-        return f"Design({self.spec.formula!r}: {', '.join(sizes + groups)})"
+        return visible(f"Design({self.spec.formula!r}: {', '.join(sizes + groups)})")
 
 
 def lone_group(groupings: Sequence[Grouping], blocks: Sequence[RandomBlock]) -> Grouping | None:

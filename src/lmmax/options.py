@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 Ddf = Literal[
     "satterthwaite",
@@ -14,6 +14,25 @@ Ddf = Literal[
     "residual",
     "normal",
 ]
+DDF_METHODS: tuple[Ddf, ...] = get_args(Ddf)
+DEFAULT_DDF: Ddf = "satterthwaite"
+DDF_NAMES: dict[str, Ddf] = {
+    "satt": "satterthwaite",
+    "satterth": "satterthwaite",
+    "satterthwaites": "satterthwaite",
+    "kr": "kenward-roger",
+    "kenwardrogers": "kenward-roger",
+    "kr2": "kenward-roger",
+    "krlinear": "kenward-roger-linear",
+    "bw": "between-within",
+    "betwithin": "between-within",
+    "resid": "residual",
+    "z": "normal",
+    "gaussian": "normal",
+    "asymptotic": "normal",
+    "inf": "normal",
+}
+"""Names that other software and users have for the methods."""
 EngineName = Literal["auto", "grouped", "nested", "crossed", "iterative"]
 Solver = Literal["auto", "newton", "lbfgs"]
 Missing = Literal["drop", "raise"]

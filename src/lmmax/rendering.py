@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .characters import visible
+
 if TYPE_CHECKING:
     from .summary import Summary
 
@@ -26,7 +28,10 @@ MISSING = "-"
 
 
 class Frame(pd.DataFrame):
-    """A data frame that prints all its columns, in as many lines as that takes, and never "..."."""
+    """A data frame that prints all its columns, in as many lines as that takes, and never "...".
+
+    Control characters in labels are written out.
+    """
 
     @property
     def _constructor(self) -> type[Frame]:
@@ -39,7 +44,7 @@ class Frame(pd.DataFrame):
                 # Folded, which fewer digits may save.
                 with pd.option_context("display.precision", 4):
                     shown = super().__repr__()
-        return shown
+        return page(shown)
 
 
 class ByFactor(dict[str, Any]):
@@ -48,7 +53,7 @@ class ByFactor(dict[str, Any]):
     def __repr__(self) -> str:
         if not any(isinstance(value, pd.DataFrame) for value in self.values()):
             return super().__repr__()
-        return "\n\n".join(f"{name}:\n{value!r}" for name, value in self.items())
+        return page("\n\n".join(f"{name}:\n{value!r}" for name, value in self.items()))
 
     def _repr_html_(self) -> str | None:
         if not any(isinstance(value, pd.DataFrame) for value in self.values()):
@@ -66,6 +71,11 @@ class Cells(NamedTuple):
     labels: list[list[str]]
     headers: list[str]
     rows: list[list[str]]
+
+
+def page(*lines: str) -> str:
+    """Return lines as one text for a terminal, in which control characters are written out."""
+    return visible("\n".join(lines), lines=True)
 
 
 def format_pvalue(p: float) -> str:
@@ -281,13 +291,14 @@ def text(summary: Summary) -> str:
         for number, note in enumerate(summary.notes, 1):
             mark = f"[{number}] "
             lines += _wrap(mark + note, width, indent=" " * len(mark))
-    return "\n".join(lines)
+    return page(*lines)
 
 
 def folded(text: str) -> str:
     """Return text whose lines fit the page; the rest of a long one is indented below it."""
     indent = CONTINUED.strip("\n")
-    return "\n".join(part for line in text.split("\n") for part in _wrap(line, WIDTH, indent))
+    lines = page(text).split("\n")
+    return "\n".join(part for line in lines for part in _wrap(line, WIDTH, indent))
 
 
 def _wrap(text: str, width: int, indent: str = "") -> list[str]:
@@ -320,6 +331,11 @@ def table_lines(
         fold: whether long labels may have lines of their own.
         least: width of the narrowest column of numbers.
     """
+    # As wide as they will be.
+    cells = cells._replace(
+        labels=[[visible(part) for part in row] for row in cells.labels],
+        headers=[visible(name) for name in cells.headers],
+    )
     label_rows = [cells.label_headers, *cells.labels] if cells.label_headers else cells.labels
     widths = [max(map(len, column)) for column in zip(*label_rows, strict=True)]
     labels = [

@@ -32,7 +32,7 @@ from .optima import distinct
 from .options import Ddf, alpha_of
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
-from .rendering import ByFactor, folded, paragraphs
+from .rendering import ByFactor, Frame, folded, paragraphs
 from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ MESSAGES = {
     Status.STALLED: "no step lowers the criterion further, yet its gradient is not zero",
     Status.NOT_FINITE: "the criterion is not finite at the starting values",
     Status.UNBOUNDED: (
-        "the residual variance went to zero: the random effects alone describe the data, and the "
-        "likelihood has no maximum with a residual; use fewer random effects, or "
-        "fix={'scale': ...}"
+        "the likelihood has no maximum: random effects and coefficients together describe the data "
+        "without a residual, and it rises without end as the residual variance goes to zero; use "
+        "fewer random effects, or fix={'scale': ...}"
     ),
     Status.ZERO_SCALE: (
         "converged with a residual variance of zero: the likelihood is largest at this boundary, "
@@ -484,7 +484,7 @@ class Fit:
         With several grouping factors a dict of such data frames, by the name of the factor.
         """
         frames = [
-            pd.DataFrame(
+            Frame(
                 effects.modes,
                 index=pd.Index(grouping.levels, name=grouping.name),
                 columns=list(self.effect_names[here]),

@@ -236,9 +236,9 @@ def check_residual(estimates: Estimates, what: str) -> None:
     """
     if estimates.status in (Status.ZERO_SCALE, Status.UNBOUNDED):
         raise ValueError(
-            f"{what} does not exist: the residual variance of the fit went to zero (status "
-            f"{estimates.status.name.lower()!r}); use fewer random effects, or hold it at a value "
-            "above zero with fix={'scale': ...}"
+            f"{what} does not exist: the likelihood of the fit is highest with a residual variance "
+            f"of zero (status {estimates.status.name.lower()!r}); use fewer random effects, or "
+            "hold it at a value above zero with fix={'scale': ...}"
         )
 
 

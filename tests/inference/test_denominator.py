@@ -17,7 +17,7 @@ import lmmax
 from lmmax.design import build_design
 from lmmax.fit import prepare
 from lmmax.inference import between_within
-from lmmax.inference.denominator import METHODS
+from lmmax.options import DDF_METHODS
 from tests.oracles.dense import Factor, Model
 from tests.oracles.designs import Problem, simulate
 from tests.oracles.problems import simulate as simulate_one
@@ -275,7 +275,7 @@ def test_what_is_fixed_has_no_uncertainty(sleepstudy_slope: lmmax.Fit) -> None:
     np.testing.assert_allclose(known.pvalues, normal, rtol=1e-12)
 
 
-@pytest.mark.parametrize("ddf", METHODS)
+@pytest.mark.parametrize("ddf", DDF_METHODS)
 def test_one_contrast_is_its_own_joint_test(sleepstudy_slope: lmmax.Fit, ddf: str) -> None:
     test = sleepstudy_slope.denominator(ddf)
     beta = sleepstudy_slope.params.to_numpy()

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import lmmax
 from lmmax.compress.columns import column_factor, dependence
 from lmmax.design import build_design
 from lmmax.inference.hypotheses import FixedTerms, SumsOfSquares, terms_of_columns
@@ -150,3 +151,26 @@ def test_hypotheses_are_those_of_estimable_functions(model: str, intercept: bool
                         atol=1e-6,
                         err_msg=f"{formula} {seed} {kind} {term}",
                     )
+
+
+@pytest.mark.parametrize(
+    ("right", "noted"),
+    [
+        ("f / h", {"II": "f", "III": "f"}),
+        ("x + x:f", {"II": "x", "III": "x"}),
+        ("0 + x:f + h", {"II": "x:f", "III": None}),
+        ("f * h", {"II": None, "III": None}),
+        ("f * x", {"II": None, "III": None}),
+        ("0 + f + x", {"II": None, "III": None}),
+    ],
+)
+def test_a_note_where_lmertest_tests_another_hypothesis(right, noted):
+    rng = np.random.default_rng(0)
+    g = rng.integers(0, 12, 120)
+    data = pd.DataFrame({"f": np.array(list("abc"))[rng.integers(0, 3, 120)]})
+    data["h"], data["x"] = np.array(list("uv"))[rng.integers(0, 2, 120)], rng.normal(size=120)
+    data["y"], data["g"] = rng.normal(size=12)[g] + rng.normal(size=120), g
+    fit = lmmax.fit(f"y ~ {right} + (1 | g)", data)
+    for kind, label in noted.items():
+        notes = lmmax.anova(fit, type=kind).notes
+        assert [f"as in SAS: {label}." in note for note in notes] == [True] * (label is not None)

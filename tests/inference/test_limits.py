@@ -119,6 +119,26 @@ def test_crossed_with_a_variance_of_zero() -> None:
         assert (found.df, found.rho) == pytest.approx((expected.df, expected.rho), rel=1e-6)
 
 
+def test_no_covariance_where_the_information_is_negative() -> None:
+    """At a variance of zero the likelihood may curve upwards: its inverse is no covariance."""
+    rng = np.random.default_rng(0)
+    g, h, x = np.repeat(np.arange(10), 6), rng.integers(0, 4, 60), rng.normal(size=60)
+    seen = 0
+    for _ in range(6):
+        data = pd.DataFrame({"g": g, "h": h, "x": x, "y": rng.normal(size=60)})
+        fit = lmmax.fit("y ~ x + (1 | g) + (1 | h)", data)
+        values = np.linalg.eigvalsh(lmmax.information(fit))
+        if values[0] > 0.0:
+            assert (np.diag(lmmax.joint_covariance(fit)) > 0.0).all()
+            continue
+        seen += 1
+        with pytest.warns(lmmax.AdjustmentWarning, match="no covariance of .*g: var"):
+            found = np.diag(lmmax.joint_covariance(fit))
+        assert not (found <= 0.0).any()
+        assert (np.diag(lmmax.joint_covariance(fit, "expected")) > 0.0).all()
+    assert seen
+
+
 def test_errors_of_structures_whatever_the_sign() -> None:
     """The solver may end at a negative parameter; the errors are those of varcorr()."""
     for seed in (0, 2, 7):

@@ -611,3 +611,42 @@ def test_a_fit_that_did_not_converge_has_no_limits(slopes):
         limits = confint(fit)
     assert limits.isna().all(axis=None)
     assert (profile(fit).status == "failed").all()
+
+
+def test_a_correlation_that_the_estimates_do_not_tell() -> None:
+    """From a variance of zero a structure may go on with a correlation of either sign."""
+    rng = np.random.default_rng(20)
+    n = 48
+    g, h, x = rng.integers(0, 8, n), rng.integers(0, 4, n), rng.normal(size=n)
+    f, sd = rng.choice(list("ab"), n), rng.choice([0.0, 0.3, 1.0, 3.0], 3)
+    y = rng.normal(size=n) + sd[0] * rng.normal(size=8)[g] + sd[1] * rng.normal(size=8)[g] * x
+    y = y + sd[2] * rng.normal(size=4)[h]
+    data = pd.DataFrame({"g": g, "x": x, "f": f, "y": y})
+    fit = lmmax.fit("y ~ x + homcs(0 + f | g)", data, reml=False)
+    assert fit.singular
+    limits = confint(fit, ["Intercept", "sigma"])
+
+    same = (g[:, None] == g) * 1.0
+    other = np.where(f[:, None] == f, 0.0, 1.0)
+
+    def deviance(free: np.ndarray, intercept: float | None, sigma: float | None) -> float:
+        variance, rho = free[:2]
+        scale = free[2] if sigma is None else sigma**2
+        V = variance * same * (1.0 - other + rho * other) + scale * np.eye(n)
+        X = np.column_stack([np.ones(n), x])[:, int(intercept is not None) :]
+        L = np.linalg.cholesky(V)
+        white, left = np.linalg.solve(L, X), np.linalg.solve(L, y - (intercept or 0.0))
+        residual = left - white @ np.linalg.lstsq(white, left, rcond=None)[0]
+        return log_det(V) + float(residual @ residual) + n * np.log(2.0 * np.pi)
+
+    for held, row in ((0, "Intercept"), (1, "sigma")):
+        for limit in limits.loc[row]:
+            given = (limit, None) if held == 0 else (None, limit)
+            ends = [
+                optimize.minimize(
+                    deviance, [v, r, 10.0], given, "L-BFGS-B", bounds=[(0, 50), (-1, 1), (0.1, 90)]
+                ).fun
+                for v in (0.0, 0.5)
+                for r in (-0.9, 0.9)
+            ]
+            assert min(ends) - fit.deviance == pytest.approx(CUTOFF**2, abs=1e-3)

@@ -16,10 +16,18 @@ import numpy as np
 from ..compress import EngineError, compress
 from ..constraints import Settings, read_constraints
 from ..estimation import Estimates, group_noise
-from ..far_apart import estimate_closely, is_far, is_off_center, needs_rows, strong_starts
+from ..far_apart import (
+    estimate_closely,
+    is_far,
+    is_off_center,
+    may_be_endless,
+    needs_rows,
+    strong_starts,
+)
 from ..likelihood.shared import SharedProblem
 from ..parameters import pack_triangle
 from ..solve import NEWTON_LIMIT, Constraints, Status, better, is_optimal, narrow
+from ..spanned import without_maximum
 from . import factors
 from .factors import SharedFactors, shared_factors
 from .solve import (
@@ -265,6 +273,10 @@ def solve_responses(
             for theta in strong_starts(fit.estimates.constraints, ends.theta):
                 again.improve(around(ends._replace(theta=theta)))
         solved.replaced(far, again)
+    if may_be_endless(fit.layout, fit.compression.problem, fit.reml) and without_maximum(
+        fit.layout, fit.terms, fit.estimates.constraints
+    ):
+        solved.estimates.status[:] = Status.UNBOUNDED
     return solved
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from ..characters import Visible
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import check_reml
@@ -36,7 +37,7 @@ PILOT, FEW, SECONDS = 512, 16, 1.0
 T = TypeVar("T")
 
 
-class PlanError(ValueError):
+class PlanError(Visible, ValueError):
     """The fits would not fit into memory."""
 
 

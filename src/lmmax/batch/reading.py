@@ -15,6 +15,7 @@ from ..encoding import Factor, factor_names
 from ..fit import warn_of_steps
 from ..formula import FormulaError, parse_formula, parse_response
 from ..frames import as_table, in_rows_of, listing, n_rows
+from ..safe import Evaluate
 from ..simulate import check_count
 from ..spec import ModelSpec
 from .changing import changing, scanned_design, with_column
@@ -54,7 +55,7 @@ def begin(
         names: names of the responses.
         scan: a column of the design that changes from model to model, by name.
     """
-    spec, label = _specification(formula, data)
+    spec, label = _specification(formula, data, options.get("evaluate", "python"))
     table = _placed(data)
     varying, options = varying_options(options, as_table(data))
     columns_changed: tuple[int, ...] = ()
@@ -116,13 +117,14 @@ def lent(design: Design, source: Columns | Chunks | Varied) -> Design:
     return design
 
 
-def _specification(formula: Any, data: Any) -> tuple[ModelSpec, str]:
+def _specification(formula: Any, data: Any, evaluate: Evaluate) -> tuple[ModelSpec, str]:
     """Return the model with a placeholder for its response, and the label of that."""
     if isinstance(formula, str):
         label, tilde, rest = formula.partition("~")
         if not tilde:
             parse_formula(formula)  # raises
-        spec, label = parse_formula(f"response ~ {rest}"), label.strip() or "response"
+        spec = parse_formula(f"response ~ {rest}", evaluate=evaluate)
+        label = label.strip() or "response"
     elif isinstance(formula, ModelSpec):
         spec, label = formula, formula.response
     else:
@@ -164,7 +166,7 @@ def _check_label(label: str, data: Any) -> None:
 
 def read_design(formula: Any, data: Any, **options: Any) -> tuple[Design, np.ndarray]:
     """Return the design, its response a placeholder, and the positions of its rows in the data."""
-    spec, label = _specification(formula, data)
+    spec, label = _specification(formula, data, options.get("evaluate", "python"))
     for name in ("weights", "offset"):
         options[name] = in_rows_of(options.get(name), name, as_table(data))
     design = build_design(spec, _placed(data), **options)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..frames import plural
+from ..rendering import page
 from .engines import Hypothesis
 
 TIES = 1e-6
@@ -151,7 +152,7 @@ class Resampled:
 
     def __str__(self) -> str:
         table = self.summary().to_string(float_format="{:.4g}".format)
-        return "\n".join([self._head(), "", table, "", *self.notes])
+        return page(self._head(), "", table, "", *self.notes)
 
     def __repr__(self) -> str:
         return f"<lmmax.Resampled {self._head()!r}>"

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from ..characters import Visible
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import fit_prepared, prepare
@@ -21,7 +22,7 @@ from ..inference.denominator import f_pvalues, t_pvalues, t_quantiles
 from ..inference.wald import linear_hypotheses
 from ..matrices import Design
 from ..options import alpha_of
-from ..rendering import Frame
+from ..rendering import Frame, page
 from ..results import Fit
 from ..solve import Status, is_optimal
 from .engines import Hypothesis, Record
@@ -34,7 +35,7 @@ CHANGED = (1e-3, 1e-6)
 """Difference of log-likelihoods, absolute and relative, that rounding does not make."""
 
 
-class ChangedWarning(UserWarning):
+class ChangedWarning(Visible, UserWarning):
     """A response that was fitted again gives another fit than the one in the batch."""
 
 
@@ -347,7 +348,7 @@ class BatchFit:
         table.columns = pd.Index(["min", "25%", "median", "75%", "max"])
         p = self.pvalues[self.converged]
         table["share p < 0.05"] = (p < 0.05).mean().reindex(table.index)
-        return table
+        return Frame(table)
 
     def _lines(self) -> list[str]:
         counts = ", ".join(f"{count} {name}" for name, count in self.status.items())
@@ -356,7 +357,7 @@ class BatchFit:
 
     def __str__(self) -> str:
         table = self.summary().to_string(float_format="{:.4g}".format, na_rep="")
-        return "\n".join([*self._lines()[:2], "", table, *self._lines()[2:]])
+        return page(*self._lines()[:2], "", table, *self._lines()[2:])
 
     def __repr__(self) -> str:
         return f"<lmmax.BatchFit {self._lines()[0]!r}, {self.status}>"

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..characters import Visible
 from ..files import partial_beside, whole
 from .claim import PATIENCE, Claim, ClaimedError
 from .engines import Record
@@ -37,11 +38,11 @@ Parts = dict[str, np.ndarray]
 """Arrays of a chunk by field."""
 
 
-class StoreError(ValueError):
+class StoreError(Visible, ValueError):
     """A directory of results that is not, or no longer, what is asked for."""
 
 
-class StoreWarning(UserWarning):
+class StoreWarning(Visible, UserWarning):
     """A directory of results holds some that are of something else."""
 
 
@@ -245,7 +246,7 @@ class Store:
             yield
         except OSError as error:
             name = error.filename2 or error.filename
-            at = "" if name is None else f", {str(name)!r}"
+            at = "" if name is None or str(name) == str(self.path) else f", {str(name)!r}"
             why = f"{error.strerror or str(error)}{at}"
             raise StoreError(f"out={str(self.path)!r} {trouble} ({why})") from error
 

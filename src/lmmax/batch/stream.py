@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..characters import Visible
 from .seals import content_of
 from .sources import Chunks, Indexed, Piece, pieces
 from .store import Store, StoreWarning
@@ -46,7 +47,7 @@ class Loaded(NamedTuple):
     strange: bool | None = None
 
 
-class LostWorkerWarning(UserWarning):
+class LostWorkerWarning(Visible, UserWarning):
     """A worker did not return what it was given, which was then done here."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..characters import visible
 from ..constraints import Settings
 from ..design import DataError, Design
 from ..fit import check_reml, prepare
@@ -101,7 +102,7 @@ class SufficientStatistics:
         groups = ", ".join(
             f"{plural(len(g.levels), 'group')} of {g.name}" for g in self.design.groupings
         )
-        return (
+        return visible(
             f"<lmmax.SufficientStatistics {self.design.spec.formula!r}: "
             f"{plural(len(self), 'response')}, {plural(rows, 'row')}, {groups}; {size}>"
         )

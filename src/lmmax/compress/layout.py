@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from ..characters import Visible, visible
 from ..options import EngineName, choose
 from .columns import Dependence, Factor, column_factor, dependence, random_factor
 from .rows import SMALLEST_BUCKET
@@ -25,7 +26,7 @@ COPIES = 9
 """Arrays of the tail's size squared that live at once in an evaluation."""
 
 
-class EngineError(ValueError):
+class EngineError(Visible, ValueError):
     """A form of the likelihood that does not fit the structure of the model, or the machine."""
 
 
@@ -36,7 +37,7 @@ class Engine(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+        return visible(f"{self.name} ({self.reason})")
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,15 @@ def _notes(terms: FixedTerms, table: pd.DataFrame, kind: SumsOfSquares) -> tuple
             "coefficients of the columns that were kept, another hypothesis there, which depends "
             "on the order of the terms and levels."
         )
+    apart = (
+        [] if kind == "I" else [label for label in terms.lacking(kind) if label not in elsewhere]
+    )
+    if apart:
+        notes.append(
+            f"Estimable functions, as in SAS: {', '.join(apart)}. These are parts of "
+            "interactions whose parts are not all in the model; lmerTest tests another hypothesis "
+            "there."
+        )
     return tuple(notes)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from ..batch import BatchEstimates, check_engine, estimates_of, join
+from ..characters import Visible
 from ..options import alpha_of, choose
 from ..parameters import unpack_symmetric
-from ..rendering import WIDTH, Cells, Frame, format_block, fragment, headings, table_lines
+from ..rendering import WIDTH, Cells, Frame, format_block, fragment, headings, page, table_lines
 from ..simulate import check_count, check_seed
 from ..solve import Status
 from .arguments import as_fit
@@ -32,7 +33,7 @@ MOVED = 1e-3
 """Part of the residual variance by which covariances are moved along what is not identified."""
 
 
-class BootstrapError(ValueError):
+class BootstrapError(Visible, ValueError):
     """A bootstrap result that cannot give what was asked for."""
 
 
@@ -242,7 +243,7 @@ class Bootstrap:
         lines = table_lines(cells)
         rule = "-" * min(max(map(len, lines)), WIDTH)
         formula = f"Formula: {self.fit.formula}"
-        return "\n".join([title, formula, rule, *lines, rule, *notes])
+        return page(title, formula, rule, *lines, rule, *notes)
 
     def __repr__(self) -> str:
         status = self.status

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..batch import check_engine, join
-from ..rendering import format_pvalue, paragraphs
+from ..rendering import format_pvalue, page, paragraphs
 from ..simulate import check_count, check_seed, draws
 from .arguments import as_fit
 from .comparison import ComparisonError, check_same_data
@@ -67,8 +67,8 @@ class BootstrapTest:
     def __str__(self) -> str:
         small, large = self.formulas
         failed = f", {self.n_failed} failed and left out" if self.n_failed else ""
-        return "\n".join(
-            [
+        return page(
+            *[
                 f"Parametric bootstrap likelihood-ratio test, {self.n:,} replicates{failed}",
                 f"small: {small}",
                 f"large: {large}",

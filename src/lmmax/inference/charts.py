@@ -33,6 +33,9 @@ PERFECT = 1e-12
 VANISHING = 0.01
 PARALLEL = (-3.0, -1.0, -0.3, 0.3, 1.0, 3.0)
 """Multiples of an effect, in working units, that others are tried as."""
+TURNED = 1.5
+"""The parameters of structures but standard deviations that are tried, both signs: a correlation of
+0.9, where there is a branch towards a perfect one."""
 NEAR_ZERO, LIFT = 1e-3, 0.01
 """A column of the root smaller than the first, relative to the sampling noise of one group, is
 raised to the second: at zero it would not move, by symmetry."""
@@ -481,9 +484,10 @@ class Charts:
 
         The plain ones; each other set of effects raised, and nearly without variance; and in the
         parameter's own set (for a coefficient in each) every effect turned round, so that its
-        correlations are, and nearly without variance; two at random; and, beside a standard
-        deviation that is held, the other effects as multiples of its own: the branches on which
-        correlations are perfect.
+        correlations are, and nearly without variance; two at random; beside a standard deviation
+        that is held, the other effects as multiples of its own: the branches on which correlations
+        are perfect; and structures with correlations far to either side, which the estimates do
+        not tell where a variance is zero.
 
         Args:
             parameter: what is held.
@@ -514,6 +518,9 @@ class Charts:
             ]
         if parameter.kind == "sd":
             starts += self._parallel(parameter, found)
+        if len(at.theta):
+            every, noise = range(len(self.blocks)), float(self.noise.mean())
+            starts += [self._spread(at, every, noise, turn) for turn in (-TURNED, TURNED)]
         return starts
 
     def _parallel(self, parameter: Parameter, found: Place) -> Iterator[Place]:
@@ -528,8 +535,13 @@ class Charts:
                 root[block] = axes @ changed
                 yield found._replace(root=root)
 
-    def _spread(self, at: Place, numbers: Iterable[int], size: float) -> Place:
-        """Return a place with some sets of effects uncorrelated, of a size in working units."""
+    def _spread(
+        self, at: Place, numbers: Iterable[int], size: float, turn: float | None = None
+    ) -> Place:
+        """Return a place with some sets of effects uncorrelated, of a size in working units.
+
+        The other parameters of structures stay, or all have the value ``turn``.
+        """
         root = np.array(at.root)
         for number in numbers:
             block = self.blocks[number]
@@ -538,7 +550,11 @@ class Charts:
         for part in self.constraints.structures:
             q, here = part.columns[1] - part.columns[0], slice(*part.columns)
             unit = float(np.abs(np.diag(self.z_inverse)[here]).mean())
-            theta[slice(*part.parameters)][np.asarray(part.covariance.is_sd(q))] = size * unit
+            is_sd = np.asarray(part.covariance.is_sd(q))
+            own = theta[slice(*part.parameters)]
+            own[is_sd] = size * unit
+            if turn is not None:
+                own[~is_sd] = turn
         return at._replace(root=root, theta=theta)
 
     def singular(self, place: Place) -> bool:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..characters import Visible
+
 if TYPE_CHECKING:
     from ..compress import FactorColumns
     from ..results import Fit
@@ -25,7 +27,7 @@ BATCH_ENTRIES = 1 << 19
 """Most numbers of the data handled together: they stay in the processor's cache."""
 
 
-class ClusterError(ValueError):
+class ClusterError(Visible, ValueError):
     """Clusters that are not independent, or do not fit the rows."""
 
 

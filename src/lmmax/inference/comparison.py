@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from ..characters import Visible
 from ..options import Ddf
 from .arguments import as_fit
 from .nesting import RandomNesting, fixed_nesting, random_nesting
@@ -24,7 +25,7 @@ NOTABLE_ERROR = 1e-4
 """Least standard error of a criterion that a reader has to know."""
 
 
-class ComparisonError(ValueError):
+class ComparisonError(Visible, ValueError):
     """Fits that cannot be compared by a likelihood ratio."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..options import Ddf, alpha_of, choose
+from ..rendering import Frame
 from .arguments import as_fit
 from .charts import Charts, Parameter
 from .profile import cutoff_of, profile_limits, select
@@ -107,7 +108,7 @@ def _wald(
         if np.isnan(found).any():
             notes.append(f"{parameter.name} has no Wald limits: {_reason(parameter)}.")
     names = [parameter.name for parameter in chosen]
-    frame = pd.DataFrame(np.reshape(rows, (-1, 2)), index=names, columns=["lower", "upper"])
+    frame = Frame(np.reshape(rows, (-1, 2)), index=names, columns=["lower", "upper"])
     frame.attrs["notes"] = tuple(notes)
     return frame
 

@@ -17,35 +17,17 @@ lmerTest and pbkrtest do.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..options import Ddf, choose
+from ..characters import Visible
+from ..options import DDF_METHODS, DDF_NAMES, DEFAULT_DDF, Ddf, choose
 
 if TYPE_CHECKING:
     from ..identifiability import Unidentified
     from ..results import Fit
 
-METHODS: tuple[Ddf, ...] = get_args(Ddf)
-DEFAULT: Ddf = "satterthwaite"
-OTHER_NAMES: dict[str, Ddf] = {
-    "satt": "satterthwaite",
-    "satterth": "satterthwaite",
-    "satterthwaites": "satterthwaite",
-    "kr": "kenward-roger",
-    "kenwardrogers": "kenward-roger",
-    "kr2": "kenward-roger",
-    "krlinear": "kenward-roger-linear",
-    "bw": "between-within",
-    "betwithin": "between-within",
-    "resid": "residual",
-    "z": "normal",
-    "gaussian": "normal",
-    "asymptotic": "normal",
-    "inf": "normal",
-}
-"""Names that other software and users have for the methods."""
 CERTAIN = 1e-14
 """A variance whose own variance, relative to its square, is smaller than this is known: degrees of
 freedom beyond that number are rounding, and no test tells them from infinitely many."""
@@ -57,11 +39,11 @@ RANGE = 300.0
 """Numbers of more decimal places than this, before or after the point, are not represented."""
 
 
-class HypothesisError(ValueError):
+class HypothesisError(Visible, ValueError):
     """A hypothesis that does not fit the model's coefficients."""
 
 
-class AdjustmentWarning(UserWarning):
+class AdjustmentWarning(Visible, UserWarning):
     """A method for small samples that has no number for some of what it was asked."""
 
 
@@ -151,12 +133,12 @@ class Denominator(ABC):
 
 
 def method_name(ddf: str | None) -> Ddf:
-    """Return the name of a method in ``METHODS``; None for Satterthwaite's.
+    """Return the name of a method in ``DDF_METHODS``; None for Satterthwaite's.
 
     Raises:
         ValueError: for an unknown one.
     """
-    return DEFAULT if ddf is None else choose("ddf", ddf, METHODS, OTHER_NAMES)
+    return DEFAULT_DDF if ddf is None else choose("ddf", ddf, DDF_METHODS, DDF_NAMES)
 
 
 def representable(scale: float, powers: int) -> bool:
@@ -183,7 +165,7 @@ def denominator(fit: Fit, ddf: str | None = None) -> Denominator:
 
     Args:
         fit: the fitted model.
-        ddf: one of ``METHODS``; None for Satterthwaite's.
+        ddf: one of ``DDF_METHODS``; None for Satterthwaite's.
 
     Raises:
         ValueError: for an unknown method, or one that the model does not allow.

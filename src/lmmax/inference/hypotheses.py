@@ -258,6 +258,24 @@ class FixedTerms:
             and _within(np.hstack([rest, a]), self.R[:, here])
         )
 
+    def lacking(self, kind: SumsOfSquares) -> list[str]:
+        """Return the terms within interactions some of whose parts are no terms of the model.
+
+        Such as ``f`` in ``f / h``, or ``x`` in ``x + x:f``: what such a term means depends on how
+        the interaction is coded.  For type II hypotheses that is so of an interaction itself, too,
+        if none of its parts is in the model.
+        """
+        known = {frozenset(term.factors) for term in self.coded.named}
+        found = []
+        for term in self.coded.named:
+            own = frozenset(term.factors)
+            within = [frozenset(other.factors) for other in self.coded.containing(term)]
+            partial = any(not _parts(other) <= known for other in within)
+            alone = len(own) > 1 < len(known) and not _parts(own) & known
+            if partial or (kind == "II" and alone and self.coded.intercept is None):
+                found.append(term.label)
+        return found
+
     def _last(self, term: Term, kind: SumsOfSquares) -> set[str]:
         """Return the labels of the terms that a term is not adjusted for."""
         if kind == "I":
@@ -339,6 +357,14 @@ class FixedTerms:
         B = self.A @ self.cells.M[:, cells]
         whole = np.abs(self.A) @ np.abs(self.cells.M[:, cells])
         return L, np.where(np.abs(B) <= ROUNDING * whole, 0.0, B)
+
+
+def _parts(factors: frozenset[str]) -> set[frozenset[str]]:
+    """Return the proper subsets of an interaction's factors, but for the empty one."""
+    names = sorted(factors)
+    return {
+        frozenset(part) for r in range(1, len(names)) for part in itertools.combinations(names, r)
+    }
 
 
 def _added(basis: Array, columns: Array) -> Array:

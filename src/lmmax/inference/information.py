@@ -14,6 +14,7 @@ likelihood itself.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from ..parameters import unpack_symmetric
 from ..rendering import folded, paragraphs
 from ..zero_scale import check_residual
 from .arguments import as_fit
+from .denominator import AdjustmentWarning
 from .inverse import RANK, Inverse, inverted
 from .parameters import VarianceParameters
 
@@ -102,9 +104,21 @@ class Information:
         return inverted(self.matrix, self.size)
 
     def in_user_units(self, covariance: np.ndarray) -> pd.DataFrame:
-        """Return a covariance (k, k) of the parameters; NaN for those that the data do not tell."""
+        """Return a covariance (k, k) of the parameters; NaN for those that the data do not tell.
+
+        Warns of those that have none because the information is not positive definite.
+        """
         values = self.back @ covariance @ self.back.T
         lost = ~self.inverse.tells(self.back)
+        if self.inverse.indefinite:
+            shown = ", ".join(name for name, none in zip(self.names, lost, strict=True) if none)
+            warnings.warn(
+                f"no covariance of {shown}: the observed information is not positive definite at "
+                "these estimates, as where a variance is zero; cov_params() and varcorr() take "
+                "what is zero as given, and kind='expected' is never negative",
+                AdjustmentWarning,
+                stacklevel=3,
+            )
         values[lost] = values[:, lost] = np.nan
         return pd.DataFrame(values, index=self.names, columns=self.names)
 
@@ -143,7 +157,9 @@ def joint_covariance(fit: Fit, kind: str = "observed", parameters: str = "natura
     """Return the covariance of the estimates of coefficients and variance parameters together.
 
     The inverse of :func:`information`, whose arguments it has.  Parameters that the data do not
-    identify, and coefficients that depend on them, are NaN; at a singular fit prefer
+    identify, and coefficients that depend on them, are NaN; so is, with an
+    :class:`lmmax.AdjustmentWarning`, what depends on directions in which the observed information
+    is negative, as it may be where a variance is zero.  At a singular fit prefer
     :meth:`lmmax.Fit.varcorr`, whose errors take the rank of the covariance as given.
 
     Example:

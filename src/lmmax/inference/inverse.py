@@ -24,11 +24,14 @@ class Inverse(NamedTuple):
         covariance: zero in the directions without information, (k, k).
         unknown: these directions, (k, r).
         unit: roots of the information that each parameter would have by itself, (k,).
+        indefinite: whether information is negative in some of them: the estimates are no maximum
+            in the interior there, and nothing is the inverse of a covariance.
     """
 
     covariance: np.ndarray
     unknown: np.ndarray
     unit: np.ndarray
+    indefinite: bool
 
     def tells(self, gradients: np.ndarray) -> np.ndarray:
         """Return whether the data tell functions with given gradients (..., k)."""
@@ -40,13 +43,16 @@ def inverted(information: np.ndarray, size: np.ndarray) -> Inverse:
     """Invert an information matrix (k, k).
 
     Args:
-        information: positive definite, but for directions without information.
+        information: positive definite, but for directions without information, or in which the
+            likelihood curves upwards.
         size: the information that each parameter would have by itself, (k,); zero for one that
             moves nothing.
     """
     unit = np.sqrt(np.where(size > 0.0, size, 1.0))
     values, vectors = np.linalg.eigh(information / np.outer(unit, unit))
-    told = np.abs(values) > RANK * np.max(np.abs(values), initial=0.0)
+    rounding = RANK * np.max(np.abs(values), initial=0.0)
+    told = values > rounding
     directions = vectors / unit[:, None]
     known = directions[:, told]
-    return Inverse((known / values[told]) @ known.T, directions[:, ~told], unit)
+    covariance = (known / values[told]) @ known.T
+    return Inverse(covariance, directions[:, ~told], unit, bool(np.any(values < -rounding)))

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..batch import BatchEstimates, estimates_of, join, stack, start_at, vectorises
 from ..batch.solve import Lanes, in_user_units, solve
+from ..characters import Visible
 from ..compress import compress, layout
 from ..compress.grouped import Statistics
 from ..compress.rows import chunk_rows, chunks, orthonormalise, project_out
@@ -29,7 +30,7 @@ STREAM_BYTES = 1 << 28
 """Bytes of statistics that are in memory together."""
 
 
-class JackknifeError(ValueError):
+class JackknifeError(Visible, ValueError):
     """A model that cannot be fitted without some of its groups."""
 
 

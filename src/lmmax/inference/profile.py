@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..characters import Visible
 from ..compress import EngineError
 from ..options import alpha_of
-from ..rendering import WIDTH, Cells, format_block, fragment, headings, table_lines
+from ..rendering import WIDTH, Cells, Frame, format_block, fragment, headings, page, table_lines
 from ..solve import Status
 from ..zero_scale import check_residual
 from .arguments import as_fit
@@ -50,7 +51,7 @@ BETTER = 1e-5
 """Fall of the criterion below that of the fit that is more than rounding and tolerance."""
 
 
-class ProfileWarning(UserWarning):
+class ProfileWarning(Visible, UserWarning):
     """A profile that could not be followed to its limit."""
 
 
@@ -506,7 +507,7 @@ class Profile:
             for i, note in enumerate(self.notes, 1)
             for part in textwrap.wrap(f"[{i}] {note}", WIDTH, subsequent_indent="    ")
         ]
-        return "\n".join([title, f"Formula: {self.fit.formula}", rule, *lines, rule, *notes])
+        return page(title, f"Formula: {self.fit.formula}", rule, *lines, rule, *notes)
 
     def __repr__(self) -> str:
         failed = int((self.status == "failed").sum())
@@ -699,7 +700,7 @@ def _frame(walk: Walk, cutoff: float) -> pd.DataFrame:
             ProfileWarning,
             stacklevel=3,
         )
-    frame = pd.DataFrame(found, index=names, columns=["lower", "upper"])
+    frame = Frame(found, index=names, columns=["lower", "upper"])
     frame.attrs["notes"] = _notes(walk, status, walk.charts.fit)
     return frame
 

@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 
 from ..options import alpha_of, choose
-from ..rendering import boxed, html_table
+from ..rendering import boxed, html_table, page
 from .arguments import as_fit
 from .clusters import ClusterError, Clusters, batches, factor_roots, find_clusters, principal_axes
 from .denominator import Denominator, HypothesisError, JointTest, f_test, orthonormal
@@ -292,10 +292,12 @@ class RobustCovariance:
         )
 
     def __str__(self) -> str:
-        return "\n".join([self._heading, str(ContrastTable(self._coefficients)), *self.notes])
+        return page(self._heading, str(ContrastTable(self._coefficients)), *self.notes)
 
     def __repr__(self) -> str:
-        return f"<lmmax.RobustCovariance {self.type}, {self.n_clusters} clusters of {self.cluster}>"
+        return page(
+            f"<lmmax.RobustCovariance {self.type}, {self.n_clusters} clusters of {self.cluster}>"
+        )
 
     def _repr_html_(self) -> str:
         return boxed(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..rendering import WIDTH, Cells, boxed, format_pvalue, html_table, table_lines
+from ..rendering import WIDTH, Cells, boxed, format_pvalue, html_table, page, table_lines
 
 _WHOLE = ("npar", "df", "df_num")
 _DECIMALS = {"F": 3, "chisq": 3, "AIC": 2, "BIC": 2, "llf": 3, "deviance": 3, "df_den": 2}
@@ -48,7 +48,7 @@ class TestTable:
         for number, note in enumerate(self.notes, 1):
             mark = f"[{number}] "
             text += _wrapped(mark + note, WIDTH, " " * len(mark))
-        return "\n".join(text)
+        return page(*text)
 
     def __repr__(self) -> str:
         return str(self)

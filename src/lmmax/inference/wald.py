@@ -47,7 +47,7 @@ class ContrastTable:
     level: float = 0.95
 
     def __str__(self) -> str:
-        return "\n".join(rendering.table_lines(self.cells))
+        return rendering.page(*rendering.table_lines(self.cells))
 
     def __repr__(self) -> str:
         return str(self)

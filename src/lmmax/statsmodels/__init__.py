@@ -9,6 +9,9 @@ installed; this package only translates, and :attr:`MixedLMResults.native` is th
 all that statsmodels does not have.  What differs on purpose is listed in the notebook
 ``for_statsmodels_users``.
 
+A formula is code, here as in statsmodels, whose engine runs its expressions as Python and has no
+safe way: formulas of others are for :func:`lmmax.fit` with ``evaluate="safe"``.
+
 Example:
     >>> import lmmax
     >>> from lmmax.statsmodels import mixedlm

@@ -162,7 +162,9 @@ class MixedLM(base.LikelihoodModel):
     ) -> MixedLM:
         """Make a model from formulas and a data frame.
 
-        Formulas are read by statsmodels, with the engine that its options name.
+        Formulas are read by statsmodels, with the engine that its options name, which runs their
+        expressions as Python: a formula is code.  For text of others use :func:`lmmax.fit` with
+        ``evaluate="safe"``.
 
         Args:
             formula: response and fixed effects, ``"y ~ x"``.
