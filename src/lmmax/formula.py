@@ -584,13 +584,7 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
         if _is_structured(piece, source):
             raise _error_at("a random term belongs to the right of `~`", source, [piece])
     _response(left, source)
-<<<<<<< HEAD
-    for piece in right:
-        if piece.text == "%in%":
-            raise _error_at("`%in%` is not supported: write `a:b`, or `a/b`", source, [piece])
-=======
     _check_notation(pieces, source)
->>>>>>> main
     if not right:
         raise _error_at("nothing stands right of `~`", source, [tilde])
 
@@ -663,15 +657,12 @@ def _read_formula(source: str, evaluate: Evaluate) -> ModelSpec:
 
 
 def _check_notation(pieces: list[_Piece], source: str) -> None:
-    """Raise for notation that R, or Python, reads in another way than a formula does here.
-
-    What is left of the tilde is arithmetic, and is checked as such.
-    """
-    tildes = [i for i, piece in enumerate(pieces) if piece.is_op("~")]
-    pieces = pieces[tildes[0] + 1 :] if tildes else pieces
+    """Raise for notation that R, or Python, reads in another way than a formula does here."""
     for piece, following in pairwise([*pieces, *pieces[-1:]]):
         if piece.text == ".":
             raise _error_at("`.` is not supported: name the variables", source, [piece])
+        if piece.text == "%in%":
+            raise _error_at("`%in%` is not supported: write `a:b`, or `a/b`", source, [piece])
         if piece.kind is not Token.Kind.OPERATOR and piece.text == "1" and following.is_op("/"):
             raise _error_at(
                 "`/` in a formula nests and does not divide: write `I(1/x)` for a reciprocal",
