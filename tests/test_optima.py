@@ -152,6 +152,20 @@ def test_a_variance_far_from_where_moments_put_it() -> None:
     assert "2 optima, the next one 18.6 higher" in str(record)
 
 
+def test_a_narrow_optimum_between_large_and_small_on_a_line() -> None:
+    """Its basin begins and ends within a factor of thirty of the variance."""
+    x = """7.22 10.8 10.8 14.4 7.22 10.8 10.8 10.8 10.8 7.22 10.8 14.4 14.4 10.8 7.22 10.8 14.4
+    10.8 14.4 14.4 18.1 10.8 10.8 10.8"""
+    y = """1.04 1.18 2.59 3.13 1.66 2.85 2.97 4.14 1.85 3.52 3.84 4.25 3.05 2.0 0.754 2.53 4.47
+    2.41 4.17 4.36 5.19 3.32 1.95 2.99"""
+    data = pd.DataFrame({"x": x.split(), "y": y.split()}, dtype=float)
+    data["g"] = np.repeat(range(4), [5, 9, 3, 7])
+    fit = lmmax.fit("y ~ 1 + (0 + x | g)", data, reml=False)
+    grid = [dense_criterion(fit, [np.array([[sd]])]) for sd in np.geomspace(1e-2, 1e1, 400)]
+    assert -2.0 * fit.llf == pytest.approx(min(grid), abs=1e-3)
+    assert -2.0 * fit.llf < min(grid) + 1e-9
+
+
 @pytest.mark.parametrize("seed", [1, 2, 14])
 def test_subfactors_without_their_parent_in_either_order(seed: int) -> None:
     data = subfactors(seed)
@@ -227,6 +241,24 @@ def test_crossed_factors_and_coefficients_that_span_all_rows(seed: int) -> None:
     assert fit.status == "unbounded"
     # A restricted likelihood of these data has one.
     assert lmmax.fit("y ~ x + z + (1 | a) + (1 | b)", data).converged
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lanes_on_a_line_know_whether_the_likelihood_has_a_maximum(seed: int) -> None:
+    """It has none where coefficients and effects fit any response, and effects alone do not."""
+    rng = np.random.default_rng([5, seed])
+    n, m = 8, 4 + seed % 3
+    data = pd.DataFrame({"x": rng.normal(size=n), "g": [*range(m), *rng.integers(0, m, n - m)]})
+    names = ["x", "z", "v"][: 1 + seed % 3]
+    data[["z", "v"]] = rng.normal(size=(n, 2))
+    responses = rng.normal(size=(n, 5))
+    X = np.column_stack([np.ones(n), data[names]])
+    Z = np.eye(m)[data["g"]]
+    spanned = np.linalg.matrix_rank(np.hstack([X, Z])) == n
+    formula = f"~ {' + '.join(names)} + (1 | g)"
+    batch = lmmax.fit_many(formula, data, responses, reml=False)
+    assert batch.status.get("unbounded", 0) == 5 * spanned
+    assert "unbounded" not in lmmax.fit_many(formula, data, responses).status
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,81 @@ def test_a_spline_beside_an_intercept_is_the_centred_one(data):
     np.testing.assert_array_equal(design.blocks[1].Z[:, 1:].T, [*centred.values()])
     with pytest.raises(DataError, match="is a line"):
         build_design("y ~ cr(x, df=1) + (1 | g)", data)
+
+
+# --- expressions that look at other rows ----------------------------------------------------
+
+OF_OTHER_ROWS = (
+    "I(x - x.mean())",
+    "I(x / np.max(x))",
+    "I(x - x.min())",
+    "I(x > np.median(x))",
+    "x.rank()",
+    "np.cumsum(x)",
+    "I(x - x.iloc[0])",
+    "own(x)",
+    "x + offset(x - x.mean())",
+)
+BY_ROW = (
+    "scale(x)",
+    "poly(x, 2)",
+    "I(scale(x) ** 2)",
+    "np.where(x > 0, 1, 2)",
+    "round(x)",
+    "own_row(x)",
+)
+CONTEXT = {"own": lambda x: x - x.mean(), "own_row": lambda x: x**2}
+
+
+@pytest.mark.parametrize("rhs", OF_OTHER_ROWS)
+def test_values_that_depend_on_other_rows_are_refused_in_new_data(rhs, data):
+    """The mean of the new rows is not the mean that the model was fitted to."""
+    design = build_design(f"y ~ {rhs} + (1 | g)", data, context=CONTEXT)
+    with pytest.raises(DataError, match=r"has no values in new data.* scale\(\), center\(\)"):
+        design.new_data(data[:9])
+
+
+@pytest.mark.parametrize("rhs", BY_ROW)
+def test_values_of_their_own_row_are_the_same_in_new_data(rhs, data):
+    design = build_design(f"y ~ {rhs} + (1 | g)", data, context=CONTEXT)
+    got = design.new_data(data[7:12]).X
+    np.testing.assert_allclose(got, design.X[7:12], rtol=0, atol=1e-14)
+
+
+def test_random_slopes_on_values_of_other_rows_are_left_out_of_means(data):
+    design = build_design("y ~ x + (0 + I(x - x.mean()) | g)", data)
+    got = design.new_data(data[7:12], need_groups=False).X
+    np.testing.assert_allclose(got, design.X[7:12], rtol=1e-14)
+    with pytest.raises(DataError, match=r"`I\(x - x.mean\(\)\)` has no values in new data"):
+        design.new_data(data[7:12])
+
+
+def test_parts_centred_each_by_itself_do_not_merge(data):
+    first, other = (
+        lmmax.sufficient_statistics("~ I(x - x.mean()) + (1 | g)", part, ["y"])
+        for part in (data[:30], data[30:])
+    )
+    with pytest.raises((DataError, lmmax.ExchangeError), match=r"I\(x - x.mean\(\)\)"):
+        first.merge(other)
+
+
+@pytest.mark.parametrize("name", ["1", "~"])
+@pytest.mark.parametrize(
+    "model", ["y ~ {} + (1 | g)", "y ~ base + (0 + {} | g)", "y ~ base * {} + (1 | g)"]
+)
+def test_a_column_named_as_the_intercept_is_refused_and_not_left_out(name, model, data):
+    data = data.rename(columns={"x": name})
+    with pytest.raises(FormulaError, match=rf"a column named '{name}' cannot be a term by itself"):
+        lmmax.fit(model.format(f"`{name}`"), data)
+    design = build_design(model.format(f"I(`{name}`)"), data)
+    want = build_design(model.format("x"), data.rename(columns={name: "x"}))
+    np.testing.assert_array_equal(design.X, want.X)
+    np.testing.assert_array_equal(design.blocks[0].Z, want.blocks[0].Z)
+
+
+@pytest.mark.parametrize("name", ["0", "2", "1.5", "-1", "1e5", "01"])
+def test_columns_named_as_other_numbers_are_columns(name, data):
+    got = build_design(f"y ~ base * `{name}` + (`{name}` | g)", data.rename(columns={"x": name}))
+    want = build_design("y ~ base * x + (x | g)", data)
+    np.testing.assert_array_equal(got.X, want.X)
+    np.testing.assert_array_equal(got.blocks[0].Z, want.blocks[0].Z)

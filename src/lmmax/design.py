@@ -231,6 +231,7 @@ def build_design(
             transforms=encoder.transforms,
             levels=encoder.levels,
             parts=tuple(parts),
+            of_other_rows=encoder.of_other_rows(_factors(spec, spec.random, response=False)),
         ),
     )
 
@@ -266,6 +267,7 @@ class _FormulaRecipe:
         transforms: state of the transforms.
         levels: levels of the categorical factors, by expression.
         parts: the fixed effects, then each random term, with their coding.
+        of_other_rows: expressions whose values depend on other rows, which new rows cannot have.
     """
 
     spec: ModelSpec
@@ -276,6 +278,7 @@ class _FormulaRecipe:
     transforms: dict[str, Any]
     levels: dict[str, pd.Index]
     parts: tuple[Part, ...]
+    of_other_rows: tuple[str, ...] = ()
 
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""
@@ -284,6 +287,13 @@ class _FormulaRecipe:
         wanted = [bool(asked) and asked[spec.grouping_of(term)] for term in spec.random]
         terms = [term for term, want in zip(spec.random, wanted, strict=True) if want]
         factors = _factors(spec, terms, response=False)
+        for factor in factors:
+            if factor.expr in self.of_other_rows:
+                raise DataError(
+                    f"the term `{factor.expr}` has no values in new data, because it depends on "
+                    "other rows of the data of the fit: use scale(), center() or another transform "
+                    "that keeps what it learnt, or make a column of it in both"
+                )
         columns = {}
         for factor, where in factors.items():
             for name in factor_names(factor)[0]:

@@ -7,6 +7,7 @@ Every use of its internals is here and in formula.py.
 from __future__ import annotations
 
 import builtins
+import copy
 import difflib
 import inspect
 import warnings
@@ -39,7 +40,7 @@ from formulaic.utils.layered_mapping import LayeredMapping
 from formulaic.utils.stateful_transforms import stateful_eval
 from interface_meta import override
 
-from .expressions import ExpressionError, expression_names
+from .expressions import ExpressionError, expression_names, is_elementwise
 from .formula import R_HINTS, FormulaError, from_r, is_factor_of, parse_terms
 from .frames import (
     DataError,
@@ -426,6 +427,62 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                 masks[text] = np.asarray(mask)
         return masks
 
+    def of_other_rows(self, factors: Iterable[Factor]) -> tuple[str, ...]:
+        """The expressions whose values depend on other rows, so that new rows have none.
+
+        `scale(x)` learns what it needs, but `x - x.mean()` takes the mean of whatever rows there
+        are.  What is not elementwise by its text is evaluated on parts of the rows again, those
+        with the smaller and those with the larger values: one of them lacks the greatest, the
+        least, the mean and the ranks of all.
+        """
+        found = []
+        for factor in factors:
+            if factor.eval_method in (_LOOKUP, _LITERAL):
+                continue
+            names, _ = factor_names(factor)
+            plain = not any(name in self.context and name not in self.data for name in names)
+            if plain and is_elementwise(factor.expr, self._is_elementwise):
+                continue
+            value = self.factor_cache[factor.expr].values
+            if isinstance(value, FactorValues) and value.__formulaic_metadata__.encoder:
+                continue  # it learns what it needs when it is encoded
+            values = _as_numbers(value)
+            order = np.argsort(values[:, 0], kind="stable")
+            for part in np.array_split(order, 2):
+                rows = np.sort(part)
+                if len(rows) and not self._stays(factor, rows, values[rows]):
+                    found.append(factor.expr)
+                    break
+        return tuple(found)
+
+    def _stays(self, factor: Factor, rows: np.ndarray, values: np.ndarray) -> bool:
+        """Whether a factor has the same values where only some of the rows are there."""
+        encoder = Encoder(
+            self.data.iloc[rows],
+            self.context,
+            copy.deepcopy(self.transforms),
+            self.levels,
+            self._whole,
+            self._safe,
+        )
+        try:
+            encoder.evaluate([factor])
+        except (DataError, FormulaError):
+            return False
+        again = _as_numbers(encoder.factor_cache[factor.expr].values)
+        size = np.abs(values).max(initial=0.0)
+        return again.shape == values.shape and np.allclose(
+            again, values, rtol=1e-12, atol=1e-12 * float(size)
+        )
+
+    def _is_elementwise(self, function: str) -> bool:
+        """Whether a function gives each row its own value, with what it learnt."""
+        if function in self.context or function in self.data:
+            return False
+        if function.startswith("np."):
+            return isinstance(getattr(np, function.removeprefix("np."), None), np.ufunc)
+        return function in _FUNCTIONS or function.startswith("contr.")
+
     def numbers(self, factor: Factor, what: str) -> np.ndarray:
         """The values of a factor that must be one numeric column, a response or offset."""
         value = self.factor_cache[factor.expr].values
@@ -700,6 +757,13 @@ class Encoder(PandasMaterializer):  # type: ignore[misc]
                 raise DataError(f"the column {cols[j][0]!r} is complex: take its real part")
             matrix[:, j] = values
         return matrix
+
+
+def _as_numbers(value: Any) -> np.ndarray:
+    """What an expression gave as numbers, (n, columns): of categories, their positions."""
+    if isinstance(value, _Categories):
+        return np.asarray(value.values.codes, dtype=np.float64)[:, None]
+    return np.column_stack([np.asarray(column, dtype=np.float64) for column in _columns(value)])
 
 
 def _columns(value: Any) -> list[Any]:

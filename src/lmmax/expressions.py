@@ -5,11 +5,18 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["QUOTED", "Expression", "ExpressionError", "expression_names", "read_expression"]
+__all__ = [
+    "QUOTED",
+    "Expression",
+    "ExpressionError",
+    "expression_names",
+    "is_elementwise",
+    "read_expression",
+]
 
 _DEEPEST = 300
 """Most operations inside each other; Python's own functions on trees recurse."""
@@ -108,3 +115,27 @@ def expression_names(expression: str) -> tuple[tuple[str, ...], tuple[str, ...]]
         if node.id not in bound:
             values[quoted.get(node.id, node.id)] = None
     return tuple(values), tuple(functions)
+
+
+def is_elementwise(expression: str, known: Callable[[str], bool]) -> bool:
+    """Whether a value of an expression is known to depend on its own row only, from the text.
+
+    Args:
+        expression: the text.
+        known: whether a function, by its name or as `np.name`, gives each row its own value.
+
+    Raises:
+        ExpressionError: for text that is none.
+
+    Example:
+        >>> is_elementwise("np.log(x) + 1", {"np.log"}.__contains__)
+        True
+        >>> is_elementwise("x - x.mean()", {"np.log"}.__contains__)
+        False
+    """
+    for node in ast.walk(read_expression(expression).tree):
+        if isinstance(node, ast.Call) and not known(ast.unparse(node.func)):
+            return False
+        if isinstance(node, ast.Subscript | ast.MatMult | ast.Lambda | ast.comprehension):
+            return False
+    return True

@@ -789,13 +789,27 @@ def _translate(error: Exception, source: str) -> FormulaError:
     return _error(message, context.replace("⧛", "").replace("⧚", ""), start, start + length)
 
 
+_TAKEN = ("`1`", "`~`")
+"""Names that formulaic takes for the intercept, and for a formula of two sides."""
+
+
 @lru_cache(maxsize=4096)
 def parse_terms(text: str) -> tuple[Term, ...]:
     """Right-hand side without random terms -> formulaic terms, main effects first.
 
     Raises:
-        FormulaError: if formulaic cannot read the text.
+        FormulaError: if formulaic cannot read the text, or reads a name as what it means without
+            its backticks.
     """
+    if any(name in text for name in _TAKEN):
+        for piece in _pieces(text):
+            if piece.text in _TAKEN:
+                raise _error_at(
+                    f"a column named {piece.text[1:-1]!r} cannot be a term by itself: rename it, "
+                    f"or write `I({piece.text})`",
+                    text,
+                    [piece],
+                )
     try:
         with warnings.catch_warnings():
             # Of Python about the text of expressions.

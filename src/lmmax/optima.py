@@ -32,7 +32,7 @@ millisecond and six more a multiple of it, is searched once.  In trials no likel
 a second maximum, but for data whose rows had been repeated."""
 SMALL, MIDDLING, LARGE = 1e-2, 1e2, 1e5
 """Variances to start from, in units of the sampling variance of an average group's effect."""
-ON_A_LINE = (1e-2, 1e1, 1e3, 1e5, 1e8)
+ON_A_LINE = (1e-2, 1e1, 1e2, 1e3, 1e5, 1e8)
 """The same with one effect only."""
 DIFFERENT = 1e-5
 """Difference of the criterion from which two ends of searches are two optima."""

@@ -262,7 +262,8 @@ class LineEngine:
         record = self.of_statistics(stats)
         variance = record.cov_re[:, 0, 0]
         far = np.flatnonzero(variance > line_fits.FAR_APART * self.line.unit * record.scale)
-        if far.size:
+        # Without a maximum there is nothing that more digits would show.
+        if far.size and (self.settings.reml or self.line.has_maximum):
             put(record, far, self._general.fit(y[:, far], None if origin is None else origin[far]))
         return record
 

@@ -303,7 +303,8 @@ def fits(design: OneVariance, stats: Statistics, reml: bool) -> OwnFits:
         constant = constant + 2.0 * np.linalg.slogdet(design.layout.fixed.R)[1]
     status = np.where(at.converged, Status.CONVERGED, Status.MAX_STEPS)
     rounding = (10.0 * np.finfo(float).eps) ** 2 / design.n_obs
-    status = np.where(at.rss / contrasts <= rounding, Status.UNBOUNDED, status)
+    vanishes = not (reml or design.has_maximum)
+    status = np.where((at.rss / contrasts <= rounding) | vanishes, Status.UNBOUNDED, status)
     status = np.where(sound, status, Status.NOT_FINITE)
     lost = ~sound
     found = OwnFits(

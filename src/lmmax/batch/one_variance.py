@@ -109,6 +109,18 @@ class OneVariance:
         top = max(self.eigenvalues.max(initial=0.0), self.set_kappa.max(initial=0.0))
         return np.asarray(self.eigenvalues > RANK * top)
 
+    @cached_property
+    def has_maximum(self) -> bool:
+        """Whether the likelihood of every response has a maximum; the restricted one always does.
+
+        Where coefficients and random effects together fit any response, and the effects alone do
+        not, ``rss`` goes to zero as ``1 / d``, and ``n log(rss)`` outweighs the determinant.
+        """
+        top = max(self.eigenvalues.max(initial=0.0), self.set_kappa.max(initial=0.0))
+        of_sets = int(self.set_size[self.set_kappa > RANK * top].sum())
+        n, fitted = self.n_obs, self.n_fixed + int(self.random.sum()) + of_sets
+        return fitted < n or int(np.sum(self.kappa > RANK * top)) + of_sets == n
+
     def gain(self, variance: np.ndarray) -> np.ndarray:
         """Return ``d / (1 + d l_k)`` of each direction at relative variances d (n,), (n, R)."""
         d = variance[:, None]

@@ -246,7 +246,7 @@ class Store:
             yield
         except OSError as error:
             name = error.filename2 or error.filename
-            at = "" if name in (None, str(self.path)) else f", {str(name)!r}"
+            at = "" if name is None or str(name) == str(self.path) else f", {str(name)!r}"
             why = f"{error.strerror or str(error)}{at}"
             raise StoreError(f"out={str(self.path)!r} {trouble} ({why})") from error
 

@@ -576,13 +576,15 @@ def _without_rows(design: Design) -> Design:
 
 
 def _learnt(design: Design) -> dict[str, str]:
-    """Return a hash of what each expression of a formula learnt from the data, as `scale(x)`."""
+    """Return a hash of what each expression of a formula learnt from the data, as `scale(x)`.
+
+    What `x - x.mean()` takes from the rows is not known, so its hash is that of all it gave.
+    """
     state = getattr(design._recipe, "transforms", {})
-    return {
-        str(text): sha256(repr(_plain(value)).encode()).hexdigest()
-        for text, value in state.items()
-        if value
-    }
+    told = {str(text): repr(_plain(value)) for text, value in state.items() if value}
+    for text in getattr(design._recipe, "of_other_rows", ()):
+        told[text] = repr([block.tolist() for block in (design.X, *(b.Z for b in design.blocks))])
+    return {text: sha256(value.encode()).hexdigest() for text, value in told.items()}
 
 
 def _plain(state: Any) -> Any:
