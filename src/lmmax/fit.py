@@ -444,6 +444,10 @@ def refit_response(fitted: Fit, y: Any) -> Fit:
         fitted.terms,
         fitted.notes,
         False,
+        # Without structures that is a matter of the designs, whatever the response.
+        identified=fitted.converged
+        and fitted.unidentified is None
+        and not fitted.estimates.constraints.structures,
     )
 
 
@@ -479,12 +483,14 @@ def _solve(
     notes: tuple[str, ...],
     verbose: bool,
     depth: int = 4,
+    identified: bool = False,
 ) -> Fit:
     # `depth`: how far up the stack the user's call is, for the warning.
     y = without_offset(design)
     arranged, compressed, estimates = estimate_closely(y, arranged, compressed, terms, settings)
     result = Fit(design, settings, estimates, arranged, compressed, terms, notes)
-    if estimates.suspect and (unknown := unidentified_by(result)) is not None:
+    asked = not identified and estimates.suspect
+    if asked and (unknown := unidentified_by(result)) is not None:
         result = replace(
             result, estimates=replace(estimates, flat=unknown.directions), unidentified=unknown
         )
