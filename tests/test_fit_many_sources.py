@@ -154,7 +154,7 @@ def test_annotated_matrices(plain: lmmax.BatchFit, y: np.ndarray) -> None:
     for names, message in (
         (NAMES[:3], "names has 3 names for 120 responses"),
         (["a"] * K, "names has 'a' more than once"),
-        ("gene", "must be a name for each response"),
+        ("gene", "names must be a list of names, not 'gene'"),
     ):
         with pytest.raises(lmmax.DataError, match=message):
             fit(y, names=names)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 
@@ -140,3 +141,150 @@ for flag, value in [("jax_debug_nans", True), ("jax_debug_infs", True),
 
 def test_debugging_flags_of_jax():
     subprocess.run([sys.executable, "-c", FLAGS], check=True, timeout=120)
+
+
+# --- arguments of every kind, to every function; no exception or warning of somebody else ---------
+
+SILLY = [
+    None, "x", "", np.nan, np.inf, -1, 0, 2, 1e300, True, [], [1, 2], np.zeros((0, 0)),
+    np.full((1, 2), np.nan), np.ones((3, 3, 3)), {}, {"x": 1}, object(), "a + b = c", "\x00", b"x",
+    1 + 2j, [None], ["x", "x"],
+]  # fmt: skip
+OURS = (
+    lmmax.ConvergenceWarning, lmmax.RankWarning, lmmax.IdentifiabilityWarning,
+    lmmax.AdjustmentWarning, lmmax.ProfileWarning,
+)  # fmt: skip
+ASKED = {
+    "t_test": lambda fit, a: fit.t_test(a),
+    "f_test": lambda fit, a: fit.f_test(a),
+    "conf_int": lambda fit, a: fit.conf_int(a),
+    "predict": lambda fit, a: fit.predict(a),
+    "predict_mean": lambda fit, a: fit.predict_mean(a),
+    "refit": lambda fit, a: fit.refit(a),
+    "summary": lambda fit, a: fit.summary(ddf=a),
+    "coefficients": lambda fit, a: fit.coefficients(level=a),
+    "confint": lambda fit, a: lmmax.confint(fit, a, method="wald"),
+    "confint level": lambda fit, a: lmmax.confint(fit, level=a, method="wald"),
+    "robust": lambda fit, a: lmmax.robust(fit, a),
+    "robust type": lambda fit, a: lmmax.robust(fit, type=a),
+    "anova type": lambda fit, a: lmmax.anova(fit, type=a),
+    "anova test": lambda fit, a: lmmax.anova(fit, test=a),
+    "anova of": lambda fit, a: lmmax.anova(fit, a),
+    "drop1": lambda fit, a: lmmax.drop1(fit, ddf=a),
+    "bootstrap n": lambda fit, a: lmmax.bootstrap(fit, a),
+    "bootstrap seed": lambda fit, a: lmmax.bootstrap(fit, 3, seed=a),
+    "information": lambda fit, a: lmmax.information(fit, a),
+    "scores": lambda fit, a: lmmax.scores(fit, a),
+    "conditional_aic": lambda fit, a: lmmax.conditional_aic(fit, a),
+    "simulate": lambda fit, a: lmmax.simulate(a),
+    "simulate seed": lambda fit, a: lmmax.simulate(fit, seed=a),
+}
+OPTIONS = (
+    "reml", "weights", "offset", "contrasts", "relmat", "missing", "start", "fix", "solver", "tol",
+    "max_steps", "em_steps", "engine", "seed", "context", "evaluate", "data", "formula",
+)  # fmt: skip
+MANY = (
+    "responses", "data", "by", "names", "scan", "reml", "tests", "weights", "offset", "contrasts",
+    "relmat", "missing", "solver", "tol", "max_steps", "engine", "chunk", "resume", "executor",
+    "context",
+)  # fmt: skip
+ARRAYS = (
+    "y", "X", "groups", "Z", "weights", "offset", "x_names", "z_names", "group_name", "covariance",
+)  # fmt: skip
+
+
+def answered(call, *arguments):
+    """Ask, and look at the answer: refused by a message of ours, or answered."""
+    try:
+        found = call(*arguments)
+        assert str(found) is not None
+        getattr(found, "_repr_html_", str)()
+    except (ValueError, TypeError, KeyError, IndexError, *OURS) as error:
+        raised = error.__traceback__
+        while raised.tb_next is not None:
+            raised = raised.tb_next
+        here = raised.tb_frame.f_code.co_filename
+        assert "lmmax" in here, f"{error!r} comes from {here}"
+        assert not isinstance(error, np.linalg.LinAlgError)
+        for internal in ("object is not", "has no len", "unsupported operand", "not supported be"):
+            assert internal not in str(error)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return lmmax.fit("y ~ x + (1 | g)", DATA)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ASKED)
+def test_arguments_of_every_kind(name, plain):
+    for argument in SILLY:
+        answered(ASKED[name], plain, argument)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_fit(option):
+    for value in SILLY:
+        answered(
+            lambda v: lmmax.fit(**{"formula": "y ~ x + (1 | g)", "data": DATA, option: v}), value
+        )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("option", MANY)
+def test_options_of_fit_many(option):
+    given = {"formula": "~ (1 | g)", "data": DATA, "responses": DATA[["y", "x"]]}
+    if option == "by":
+        given = {"formula": "y ~ (1 | g)", "data": DATA}
+    for value in SILLY:
+        answered(lambda v: lmmax.fit_many(**{**given, option: v}), value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("option", ARRAYS)
+def test_options_of_fit_arrays(option):
+    given = {"y": DATA.y, "X": np.ones((N, 1)), "groups": G}
+    for value in SILLY:
+        answered(lambda v: lmmax.fit_arrays(**{**given, option: v}), value)
+
+
+STRANGE = {
+    "no coefficients": ("y ~ 0 + (1 | g)", {}, 1.0),
+    "large": ("y ~ x + (1 | g)", {}, 1e80),
+    "small": ("y ~ x + (1 | g)", {}, 1e-80),
+    "flat": ("y ~ 1 + (1 | g) + (1 | twin)", {}, 1.0),
+    "held": ("y ~ x + (1 | g)", {"fix": {"cov_re": [[1.0]], "scale": 1.0}}, 1.0),
+    "stopped": ("y ~ x + (1 | g)", {"max_steps": 1, "em_steps": 0}, 1.0),
+    "unbounded": ("level ~ x + (1 | g)", {}, 1.0),
+    "aliased": ("y ~ x + I(2 * x) + (1 | g)", {}, 1.0),
+}
+METHODS = (
+    "satterthwaite", "kenward-roger", "kenward-roger-linear", "between-within", "residual",
+    "normal",
+)  # fmt: skip
+QUESTIONS = (
+    "anova", "ranova", "drop1", "robust", "scores", "sandwich", "information", "joint_covariance",
+    "conditional_aic",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_questions_to_strange_fits(kind):
+    formula, options, unit = STRANGE[kind]
+    data = DATA.assign(y=DATA.y * unit, twin=G + 10, level=1.0 * G)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = lmmax.fit(formula, data, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ddf in METHODS:
+            answered(lambda d: fitted.coefficients(ddf=d), ddf)
+            answered(lambda d: lmmax.anova(fitted, ddf=d), ddf)
+        for question in QUESTIONS:
+            answered(getattr(lmmax, question), fitted)
+        answered(lambda f: lmmax.confint(f, method="wald"), fitted)
+        for asked in ("summary", "varcorr", "structures", "cov_params", "predict", "conf_int"):
+            answered(getattr(fitted, asked))
+        for asked in ("random_effects", "random_effects_cov", "cov_re_se", "resid", "convergence"):
+            answered(lambda a: getattr(fitted, a), asked)

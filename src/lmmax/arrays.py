@@ -14,6 +14,7 @@ from .covariances import covariance as structure_of
 from .frames import (
     DataError,
     any_missing,
+    as_names,
     check_same_rows,
     complete_rows,
     listing,
@@ -202,7 +203,8 @@ def _array_term(
     """One random term, checked; `at` follows the names of the arguments in messages."""
     intercept = Z is None
     if intercept:
-        Z, effects = np.ones((n, 1)), tuple(z_names or ("Intercept",))
+        given = ["Intercept"] if z_names is None else as_names(z_names, f"z_names{at}")
+        Z, effects = np.ones((n, 1)), tuple(map(str, given))
         if len(effects) != 1:
             raise DataError(
                 f"z_names{at} needs one name: without Z there is a random intercept only"
@@ -408,7 +410,8 @@ def _as_matrix(
             raise DataError(f"{what}{at} must be two-dimensional, its shape is {matrix.shape}")
         found = [f"{what.lower()}{j + 1}" for j in range(matrix.shape[1])]
     if names is not None:
-        if isinstance(names, str) or len(names) != len(found):
+        names = as_names(names, f"{what.lower()}_names{at}")
+        if len(names) != len(found):
             raise DataError(
                 f"{what.lower()}_names{at} must hold one name for each of the {len(found)} columns "
                 f"of {what}{at}, not {names!r}"

@@ -405,6 +405,21 @@ def listing(values: Iterable[Any], limit: int = 20) -> str:
     return f"{shown}, ... ({len(items)} in all)" if len(items) > limit else shown
 
 
+def as_names(values: Any, what: str) -> list[Any]:
+    """Names that a caller gave, one after the other.
+
+    Raises:
+        DataError: for one text, or what is no sequence of labels.
+    """
+    try:
+        names = None if isinstance(values, str | bytes | Mapping) else list(values)
+        if names is not None and all(isinstance(hash(name), int) for name in names):
+            return names
+    except TypeError:
+        pass
+    raise DataError(f"{what} must be a list of names, not {values!r}")
+
+
 def plural(count: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..design import DataError
-from ..frames import Table, as_numbers, n_rows, read_columns, real_numbers
+from ..frames import Table, as_names, as_numbers, n_rows, read_columns, real_numbers
 from .seals import fingerprint, fingerprint_names
 
 TILE_BYTES = 1 << 19
@@ -414,9 +414,7 @@ def columns(responses: Any, table: Table, rows: np.ndarray, names: Any = None) -
 
 
 def _given(names: Any) -> pd.Index:
-    if isinstance(names, str):
-        raise DataError(f"names={names!r} must be a name for each response")
-    found = pd.Index(names if isinstance(names, pd.Index) else list(names))
+    found = names if isinstance(names, pd.Index) else pd.Index(as_names(names, "names"))
     if not found.is_unique:
         raise DataError(f"names has {found[found.duplicated()][0]!r} more than once")
     return found

@@ -313,6 +313,8 @@ def bootstrap(
     check_seed(seed)
     method = choose("method", method, METHODS)
     check_engine(fit)
+    if statistic is not None and not callable(statistic):
+        raise TypeError(f"statistic must be a function of estimates, not {statistic!r}")
     chosen = all_parameters(fit) if statistic is None else statistic
     observed = _table(chosen(estimates_of(fit)), None, chosen).iloc[0]
     parts = METHODS[method](fit, n, seed)

@@ -22,6 +22,7 @@ import pandas as pd
 
 from ..characters import Visible
 from ..compress import EngineError
+from ..frames import as_names
 from ..options import alpha_of
 from ..rendering import WIDTH, Cells, Frame, format_block, fragment, headings, page, table_lines
 from ..solve import Status
@@ -661,7 +662,7 @@ def select(charts: Charts, parameters: str | Sequence[str] | None) -> list[Param
     """
     if parameters is None:
         return list(charts.parameters)
-    asked = [parameters] if isinstance(parameters, str) else list(parameters)
+    asked = [parameters] if isinstance(parameters, str) else as_names(parameters, "parameters")
     known = {parameter.name: parameter for parameter in charts.parameters}
     chosen: set[str] = set()
     for name in asked:

@@ -354,7 +354,9 @@ def robust(fit: Fit, cluster: Any = None, type: str = "CR2") -> RobustCovariance
         "CR1p": m / (m - p) if m > p else np.nan,
         "CR1S": m * (n - 1.0) / ((m - 1.0) * (n - p)),
     }.get(type, 1.0)
-    scores, moments, root, alone = _adjusted(fit, clusters, type)
+    # Of a likelihood without a maximum nothing may be left of a cluster's covariance: NaN.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores, moments, root, alone = _adjusted(fit, clusters, type)
     notes: tuple[str, ...] = () if fit.converged else (f"the fit: {fit.message}",)
     if len(alone) and type in ("CR2", "CR3"):
         shown = ", ".join(str(clusters.labels[i]) for i in alone[:3])
