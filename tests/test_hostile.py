@@ -129,7 +129,8 @@ formula = "Reaction ~ Days + (1 + Days | Subject)"
 plain = lmmax.fit(formula, data).deviance
 for flag, value in [("jax_debug_nans", True), ("jax_debug_infs", True),
                     ("jax_numpy_rank_promotion", "raise"),
-                    ("jax_numpy_dtype_promotion", "strict"), ("jax_transfer_guard", "disallow")]:
+                    ("jax_numpy_dtype_promotion", "strict"), ("jax_transfer_guard", "disallow"),
+                    ("jax_disable_jit", True)]:
     jax.clear_caches()
     before = getattr(jax.config, flag)
     jax.config.update(flag, value)
