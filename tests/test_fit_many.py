@@ -383,3 +383,12 @@ def test_qvalues_of_benjamini_and_hochberg() -> None:
     np.testing.assert_allclose(qvalues(p, "storey"), qvalues(p) * min(null, 1.0))
     with pytest.raises(ValueError, match="method='fdr'"):
         qvalues(p, "fdr")
+
+
+def test_columns_that_are_dropped_are_named() -> None:
+    sleep = lmmax.datasets.load("sleepstudy").assign(z=1.0)
+    with pytest.warns(lmmax.RankWarning, match="columns before them: z"):
+        batch = lmmax.fit_many("~ Days + z + (1 | Subject)", sleep, ["Reaction"])
+    assert batch.params["z"].isna().all() and np.isnan(batch.summary().loc["z", "share p < 0.05"])
+    assert batch.notes[0].endswith("columns before them: z")
+    assert str(batch).startswith("1 fit of")

@@ -136,3 +136,18 @@ def test_saved_fits(tmp_path):
     loaded = lmmax.load(tmp_path / "fit.npz")
     assert loaded.design.spec.evaluate == loaded.refit(DATA["y"] + 1).design.spec.evaluate == "safe"
     np.testing.assert_array_equal(loaded.predict(DATA), fit.predict(DATA))
+
+
+def test_fits_of_others_are_read_without_running_code(tmp_path):
+    sleep = lmmax.datasets.load("sleepstudy")
+    fit = lmmax.fit("Reaction ~ poly(Days, 2) * C(Days > 4) + (1 | Subject)", sleep)
+    fit.save(tmp_path / "fit")
+    safe = lmmax.load(tmp_path / "fit", evaluate="safe")
+    assert safe.design.spec.evaluate == "safe"
+    pd.testing.assert_series_equal(safe.predict(sleep), fit.predict(sleep), rtol=1e-12)
+    lmmax.fit("Reaction ~ I(Days.clip(0, 5)) + (1 | Subject)", sleep).save(tmp_path / "fit")
+    safe = lmmax.load(tmp_path / "fit", evaluate="safe")
+    with pytest.raises(lmmax.FormulaError, match="does not evaluate"):
+        safe.predict(sleep)
+    with pytest.raises(ValueError, match="must be 'python' or 'safe'"):
+        lmmax.load(tmp_path / "fit", evaluate="sure")

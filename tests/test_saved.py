@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
@@ -354,3 +355,20 @@ def test_responses_are_handed_to_results_again(tmp_path: Path) -> None:
         lmmax.BatchFit.open(tmp_path / "out", responses=frame[["v", "u", "w"]])
     with pytest.raises(lmmax.DataError, match="170 rows, data has 180"):
         lmmax.BatchFit.open(tmp_path / "out", responses=y[:170])
+
+
+def test_messages_name_the_file_and_what_reads_it(tmp_path: Path) -> None:
+    sleep = lmmax.datasets.load("sleepstudy")
+    fit = lmmax.fit("Reaction ~ Days + (1 | Subject)", sleep)
+    batch = lmmax.fit_many("~ Days + (1 | Subject)", sleep, ["Reaction"])
+    fit.save(tmp_path / "fit")
+    batch.save(tmp_path / "batch")
+    with pytest.raises(ValueError, match=r"but lmmax\.BatchFit\.load reads it"):
+        lmmax.load(tmp_path / "batch")
+    with pytest.raises(ValueError, match=r"but lmmax\.load reads it"):
+        lmmax.BatchFit.load(tmp_path / "fit")
+    with pytest.raises(lmmax.StoreError, match=r"is a file; lmmax\.BatchFit\.load"):
+        lmmax.BatchFit.open(tmp_path / "batch")
+    for path in (tmp_path / "absent" / "fit", tmp_path):
+        with pytest.raises(OSError, match=re.escape(repr(str(path)))):
+            fit.save(path)

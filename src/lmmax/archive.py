@@ -38,6 +38,10 @@ class NoArchiveError(ArchiveError):
     """A file of another kind."""
 
 
+READERS = {"lmmax fit": "lmmax.load", "lmmax batch": "lmmax.BatchFit.load"}
+"""What reads the files of each format."""
+
+
 def write(path: str | Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Write a file, complete or not at all; one that is there stays as it is if that fails.
 
@@ -46,8 +50,12 @@ def write(path: str | Path, about: Mapping[str, Any], arrays: Mapping[str, np.nd
         about: what JSON can hold, with a `format` and a `version`.
         arrays: arrays of numbers or text.
     """
-    with whole(Path(path)) as file:
-        _write(file, about, arrays)
+    try:
+        with whole(Path(path)) as file:
+            _write(file, about, arrays)
+    except OSError as error:
+        # The file that was asked for, not the one beside it.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def to_bytes(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -93,7 +101,9 @@ def read(
     except Exception as error:  # whatever damaged files make NumPy raise
         raise ArchiveError(f"{name} is not a {what}, or is damaged{remedy}") from error
     if not known:
-        raise NoArchiveError(f"{name} is not a {what}{remedy}")
+        reader = READERS.get(about["format"])
+        hint = f", but {reader} reads it" if reader else remedy
+        raise NoArchiveError(f"{name} is not a {what}{hint}")
     if later:
         raise ArchiveError(
             f"{name} was written by a later version of lmmax (format {about['version']}, "

@@ -318,6 +318,10 @@ class _ArrayRecipe:
     several: bool
     has_offset: bool
 
+    def safely(self) -> _ArrayRecipe:
+        """See `Design.safely`: arrays have no expressions."""
+        return self
+
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""
         if not isinstance(data, Mapping) or "X" not in data:

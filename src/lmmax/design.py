@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -279,6 +279,10 @@ class _FormulaRecipe:
     levels: dict[str, pd.Index]
     parts: tuple[Part, ...]
     of_other_rows: tuple[str, ...] = ()
+
+    def safely(self) -> _FormulaRecipe:
+        """See `Design.safely`."""
+        return replace(self, spec=replace(self.spec, evaluate="safe"))
 
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""

@@ -541,14 +541,18 @@ def _notes(design: Design, arranged: Layout) -> tuple[str, ...]:
         by = ", ".join(f"{name} {count}" for name, count in design.dropped_by.items())
         rows = "row" if design.n_dropped == 1 else "rows"
         notes.append(f"{design.n_dropped} {rows} dropped for missing values ({by})")
-    aliased = sorted(set(range(len(design.x_names))) - set(arranged.fixed.kept.tolist()))
-    if aliased:
-        names = ", ".join(design.x_names[j] for j in aliased)
-        notes.append(
-            "fixed-effects columns dropped as linear combinations of the columns before them: "
-            f"{names}"
-        )
-    return tuple(notes)
+    return (*notes, *aliased(design.x_names, arranged.fixed.kept))
+
+
+def aliased(names: Sequence[str], kept: np.ndarray) -> tuple[str, ...]:
+    """Return a note on the fixed-effects columns that were dropped, if any were."""
+    lost = sorted(set(range(len(names))) - set(kept.tolist()))
+    if not lost:
+        return ()
+    return (
+        "fixed-effects columns dropped as linear combinations of the columns before them: "
+        + ", ".join(names[j] for j in lost),
+    )
 
 
 def check_identified(

@@ -669,6 +669,8 @@ def _check_notation(pieces: list[_Piece], source: str) -> None:
                 source,
                 [piece, following],
             )
+        if piece.kind is Token.Kind.OPERATOR and piece.text == "=":
+            raise _error_at("`=` is no operator: a model is written with `~`", source, [piece])
         if piece.kind is Token.Kind.OPERATOR and set(piece.text) & set("<>=!&"):
             raise _error_at(
                 "comparisons go inside `I(...)`, for instance `I(x > 0)`", source, [piece]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,6 +70,9 @@ class Recipe(Protocol):
 
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`; `asked` has a value per grouping factor, or is empty."""
+
+    def safely(self) -> Recipe:
+        """Return the recipe with expressions that are read without running any code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +145,11 @@ class Design:
             ([[1.0, 5.0], [1.0, 6.0]], [1, -1])
         """
         return self._recipe.apply(data, self._asked(need_groups), offset)
+
+    def safely(self) -> Design:
+        """Return the design with a formula that new data are read by without running any code."""
+        spec = replace(self.spec, evaluate="safe")
+        return replace(self, spec=spec, _recipe=self._recipe.safely())
 
     def _asked(self, need_groups: bool | Collection[str]) -> tuple[bool, ...]:
         """Whether each grouping factor is asked for; empty if groups are not asked for at all."""

@@ -71,7 +71,7 @@ def choose(
     listed = f"one of {', '.join([one, *rest])}" if len(rest) != 1 else f"{one} or {rest[0]}"
     message = f"{name}={value!r} is unknown; use {listed}"
     if isinstance(value, str):
-        near = difflib.get_close_matches(_plain(value), known, 1, cutoff=0.5)
+        near = difflib.get_close_matches(_plain(value), known, 1, cutoff=0.65)
         message += f". Did you mean {known[near[0]]!r}?" if near else ""
     raise error(message)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from .options import Ddf, alpha_of
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
 from .rendering import ByFactor, Frame, folded, paragraphs
+from .safe import Evaluate
 from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
@@ -803,12 +804,16 @@ class Fit:
 
 
 def load(
-    path: str | Path, *, objects: Mapping[str, Any] | None = None, allow_pickle: bool = False
+    path: str | Path,
+    *,
+    objects: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+    evaluate: Evaluate = "python",
 ) -> Fit:
     """Read a fit written by :meth:`Fit.save`; nothing in the file is executed.
 
     The formula of a fit is code once it is evaluated, which :meth:`Fit.predict` does with new data:
-    look at ``fit.formula`` first where the file is not of someone you trust.
+    use ``evaluate="safe"`` where the file is not of someone you trust.
 
     Args:
         path: the file.
@@ -816,12 +821,17 @@ def load(
             in `context=`, and your own classes of covariance structures.
         allow_pickle: read files of earlier versions of lmmax, which are pickles: such a file can
             run anything, so open only those that you trust.
+        evaluate: "safe" for a formula that is read without running any code, as in
+            :func:`lmmax.fit`, however the fit was made; "python" for the way it was made.
 
     Raises:
         ArchiveError: a ValueError, if the file does not hold a fit of this library, is damaged, or
             needs `objects`.
     """
+    from .safe import check_evaluate
     from .saved import Reader, classes
+
+    check_evaluate(evaluate)
 
     if allow_pickle and not is_archive(path):
         return pickled(path, Fit)
@@ -830,4 +840,5 @@ def load(
     except NoArchiveError:
         refuse_pickle(path, WHAT, "lmmax.load")
         raise
-    return Reader(classes(), arrays, objects, repr(str(path))).read(about["fit"], Fit)
+    found = Reader(classes(), arrays, objects, repr(str(path))).read(about["fit"], Fit)
+    return found if evaluate == "python" else replace(found, design=found.design.safely())

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..archive import ArchiveError
 from ..constraints import Settings
-from ..fit import IdentifiabilityWarning, check_reml, warn_of_slopes
+from ..fit import IdentifiabilityWarning, RankWarning, check_reml, warn_of_slopes
 from ..options import EngineName, Missing, Solver
 from ..safe import Evaluate
 from ..spec import ModelSpec
@@ -208,6 +208,8 @@ def fit_many(
         work = SubsetWork(design, settings, hypotheses(tests, design.x_names), source)
         size = chunk or SUBSETS
     served = work.name
+    for note in work.aliased:
+        warnings.warn(note, RankWarning, stacklevel=2)
     if isinstance(work, Work) and work.not_identified:
         warnings.warn(
             f"{work.not_identified[0]}; errors of coefficients that depend on them are NaN",
@@ -227,7 +229,7 @@ def fit_many(
             hypotheses=work.tests,
             n_obs=n_obs,
             engine=served,
-            notes=work.notes(n_obs),
+            notes=(*work.aliased, *work.notes(n_obs)),
             source=source,
         )
         return batch if store is None else _finished(batch, store)

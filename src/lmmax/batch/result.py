@@ -17,12 +17,12 @@ from ..characters import Visible
 from ..constraints import Settings
 from ..design import DataError
 from ..fit import fit_prepared, prepare
-from ..frames import check_finite
+from ..frames import check_finite, plural
 from ..inference.denominator import f_pvalues, t_pvalues, t_quantiles
 from ..inference.wald import linear_hypotheses
 from ..matrices import Design
 from ..options import alpha_of
-from ..rendering import Frame, page
+from ..rendering import Frame, folded, page
 from ..results import Fit
 from ..solve import Status, is_optimal
 from .engines import Hypothesis, Record
@@ -347,17 +347,19 @@ class BatchFit:
         table = every.quantile([0.0, 0.25, 0.5, 0.75, 1.0]).T
         table.columns = pd.Index(["min", "25%", "median", "75%", "max"])
         p = self.pvalues[self.converged]
-        table["share p < 0.05"] = (p < 0.05).mean().reindex(table.index)
+        share = (p < 0.05).sum() / p.notna().sum()  # of the tests that there are
+        table["share p < 0.05"] = share.reindex(table.index)
         return Frame(table)
 
     def _lines(self) -> list[str]:
         counts = ", ".join(f"{count} {name}" for name, count in self.status.items())
-        head = f"{len(self)} fits of {self.design.spec.formula}"
+        head = f"{plural(len(self), 'fit')} of {self.design.spec.formula}"
         return [head, f"{counts}; {self.engine}", *self.notes]
 
     def __str__(self) -> str:
         table = self.summary().to_string(float_format="{:.4g}".format, na_rep="")
-        return page(*self._lines()[:2], "", table, *self._lines()[2:])
+        lines = [folded(line) for line in self._lines()]
+        return page(*lines[:2], "", table, *lines[2:])
 
     def __repr__(self) -> str:
         return f"<lmmax.BatchFit {self._lines()[0]!r}, {self.status}>"

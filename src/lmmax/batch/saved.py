@@ -98,6 +98,8 @@ def read(path: str | Path, objects: Mapping[str, Any] | None, allow_pickle: bool
 
 def opened(path: Path, objects: Mapping[str, Any] | None, allow_pickle: bool) -> BatchFit:
     """Return the results in a directory; see :meth:`BatchFit.open`."""
+    if path.is_file():
+        raise StoreError(f"{str(path)!r} is a file; lmmax.BatchFit.load reads those of save()")
     store = store_at(path)
     try:
         content = store.opened()

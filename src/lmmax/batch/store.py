@@ -160,6 +160,7 @@ class Store:
         Warns:
             StoreWarning: if there are results without a description of their work.
         """
+        self._need()
         self._check(description, resume)  # before a run is waited for
         try:
             with self._written("cannot be made a directory of results; use another"):
@@ -172,6 +173,10 @@ class Store:
         except BaseException:
             self._claim.release()
             raise
+
+    def _need(self) -> None:
+        """Raise ModuleNotFoundError, before anything is made, without the package that writes."""
+        raise NotImplementedError
 
     def join(self, description: dict[str, Any]) -> None:
         """Take part in work that another process of the same job has begun; see `begin`."""
@@ -474,6 +479,9 @@ class ParquetStore(Store):
 
     _CHUNKS, _ASIDE = "chunk-*.parquet", ".unknown"
 
+    def _need(self) -> None:
+        _parquet()
+
     def _described(self) -> dict[str, Any] | None:
         return _description(_json(self.path / "work.json"))
 
@@ -587,6 +595,9 @@ class ZarrStore(Store):
     @cached_property
     def _growing(self) -> Lock:
         return Lock()
+
+    def _need(self) -> None:
+        _ = self._zarr
 
     @cached_property
     def _zarr(self) -> Any:

@@ -16,11 +16,13 @@ import numpy as np
 import pandas as pd
 
 from ..compress import compress, layout
+from ..compress.columns import column_factor
 from ..compress.rows import SMALLEST_BUCKET
 from ..constraints import Settings, TermColumns, read_constraints
 from ..design import DataError, Design, build_design
 from ..far_apart import unclear_lanes
 from ..fit import (
+    aliased,
     arrange,
     check_identified,
     warn_of_steps,
@@ -249,6 +251,11 @@ class SubsetWork:
         """The same for the same work, wherever it is done."""
         design, subsets = self.design, self.subsets
         return fingerprint(*parts_of(design), design.y, subsets.rows, self.settings, self.tests)
+
+    @cached_property
+    def aliased(self) -> tuple[str, ...]:
+        """What no subset has a coefficient of, in words."""
+        return aliased(self.design.x_names, column_factor(self.design.X, self.design.weights).kept)
 
     def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
         """Return what a reader of the results should know.

@@ -63,6 +63,11 @@ class VariedWork(Work):
         return f"designs that differ, {how}"
 
     @cached_property
+    def aliased(self) -> tuple[str, ...]:
+        """See `Work`; which columns depend on others differs from model to model."""
+        return ()
+
+    @cached_property
     def not_identified(self) -> tuple[str, ...]:
         """See `Work`; what no model tells apart."""
         found = apart_without(self.design, self.columns, self.settings)

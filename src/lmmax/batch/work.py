@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..compress.columns import column_factor
 from ..constraints import Settings
 from ..design import DataError
-from ..fit import prepare
+from ..fit import aliased, prepare
 from ..frames import plural
 from ..matrices import Design, lone_group
 from ..solve import Status
@@ -64,6 +65,11 @@ class Work:
             n_obs: number of rows that each response has.
         """
         return left_out(self.design, n_obs, self.unit) + self.not_identified
+
+    @cached_property
+    def aliased(self) -> tuple[str, ...]:
+        """What all complete responses have no coefficient of, in words."""
+        return aliased(self.design.x_names, column_factor(self.design.X, self.design.weights).kept)
 
     @property
     def not_identified(self) -> tuple[str, ...]:
