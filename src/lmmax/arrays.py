@@ -28,6 +28,7 @@ from .matrices import (
     Design,
     NewDesign,
     RandomBlock,
+    Recipe,
     check_groups,
     check_range,
     check_response,
@@ -303,7 +304,7 @@ class _Factor:
 
 
 @dataclass(frozen=True, eq=False)
-class _ArrayRecipe:
+class _ArrayRecipe(Recipe):
     """Recipe of a design made from arrays.
 
     Args:
@@ -317,10 +318,6 @@ class _ArrayRecipe:
     factors: tuple[_Factor, ...]
     several: bool
     has_offset: bool
-
-    def safely(self) -> _ArrayRecipe:
-        """See `Design.safely`: arrays have no expressions."""
-        return self
 
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
         """See `Design.new_data`."""

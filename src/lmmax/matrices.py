@@ -72,7 +72,11 @@ class Recipe(Protocol):
         """See `Design.new_data`; `asked` has a value per grouping factor, or is empty."""
 
     def safely(self) -> Recipe:
-        """Return the recipe with expressions that are read without running any code."""
+        """Return the recipe with expressions that are read without running any code.
+
+        Itself where it has none.
+        """
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from ..archive import ArchiveError, NoArchiveError
 from ..covariances import Covariance
 from ..frames import DataError
 from ..levels import Grouping
-from ..matrices import Design, NewDesign, RandomBlock
+from ..matrices import Design, NewDesign, RandomBlock, Recipe
 from ..spec import ModelSpec, RandomTerm
 from ..terms import CodedTerms, Coding, Element, Term
 from .selection import structure_of
@@ -45,7 +45,7 @@ class WrittenCoding:
         return self.reduced if reduced else self.full
 
 
-class NoRecipe:
+class NoRecipe(Recipe):
     """In place of how a design was made, which a file does not hold."""
 
     def apply(self, data: Any, asked: Any, offset: Any) -> NewDesign:

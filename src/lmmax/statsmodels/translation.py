@@ -23,7 +23,7 @@ from ..design import build_design
 from ..formula import FormulaError
 from ..frames import DataError
 from ..levels import Grouping
-from ..matrices import Design, NewDesign, RandomBlock, check_response
+from ..matrices import Design, NewDesign, RandomBlock, Recipe, check_response
 from ..spec import ModelSpec, RandomTerm
 from ..terms import plain_terms
 from .components import Component
@@ -79,7 +79,7 @@ class Groups(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _NoNewRows:
+class _NoNewRows(Recipe):
     """Stands for how a design is applied to new rows, which these cannot be."""
 
     def apply(self, data: Any, asked: Sequence[bool], offset: Any) -> NewDesign:
