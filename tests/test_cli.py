@@ -618,3 +618,19 @@ def test_misspelt_variable(capsys):
     err = capsys.readouterr().err
     assert "Wieght" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["Reaction ~ I(Days.clip(0, 5)) + (1 | Subject)"], "needs --evaluate python"),
+        (
+            ["Reaction ~ Days + (1 | Subject)", "--ml", "--ddf", "KR"],
+            "leave out --ml, or use --ddf",
+        ),
+    ],
+)
+def test_remedies_are_options_of_the_command_line(capsys, arguments, remedy):
+    formula, *options = arguments
+    assert main([formula, "sleepstudy", *options]) == 1
+    assert remedy in capsys.readouterr().err

@@ -468,11 +468,23 @@ def _fit_and_print(arguments: argparse.Namespace) -> int:
     return _NOT_CONVERGED
 
 
+AS_OPTIONS = {
+    "evaluate='safe' does not evaluate:": "needs --evaluate python; without it the command line "
+    "runs no code:",
+    "use missing='drop'": "use --missing drop",
+    "fit with reml=True": "leave out --ml",
+    "ddf='": "--ddf '",
+}
+"""How the command line has what messages of the library advise."""
+
+
 def _said(error: Exception) -> str:
     """Return an error as one line, or as three below it where a caret shows the place."""
     from .formula import FormulaError
 
     text = str(error) if isinstance(error, FormulaError) else _one_line(error)
+    for argument, option in AS_OPTIONS.items():
+        text = text.replace(argument, option)
     return visible(text, lines=True)
 
 
