@@ -363,6 +363,7 @@ def test_wrong_responses(sleep: pd.DataFrame, responses: Any, message: str) -> N
         ({"executor": ThreadPoolExecutor}, "must be an executor"),
         ({"out": 3}, "out=3 must be the path of a directory"),
         ({"resume": True}, "resume=True goes with out="),
+        ({"out": ""}, "out='' must be the path of a directory"),
         ({"out": Path(__file__)}, r"test_fit_many.py' cannot be made .* \(File exists\)"),
     ],
 )

@@ -241,6 +241,8 @@ def _check_where(out: Any, resume: bool, executor: Any) -> None:
         raise ValueError("resume=True goes with out=, the directory of the results to go on with")
     if out is not None and not isinstance(out, str | PathLike):
         raise TypeError(f"out={out!r} must be the path of a directory")
+    if out is not None and not str(out).strip():
+        raise ValueError(f"out={out!r} must be the path of a directory: it names none")
     if executor is None:
         return
     if isinstance(executor, type) or not callable(getattr(executor, "submit", None)):

@@ -115,7 +115,10 @@ class OneVariance:
 
         Where coefficients and random effects together fit any response, and the effects alone do
         not, ``rss`` goes to zero as ``1 / d``, and ``n log(rss)`` outweighs the determinant.
+        Between related levels that begins beyond what anyone means.
         """
+        if self.layout.factors[0].root is not None:
+            return True
         top = max(self.eigenvalues.max(initial=0.0), self.set_kappa.max(initial=0.0))
         of_sets = int(self.set_size[self.set_kappa > RANK * top].sum())
         n, fitted = self.n_obs, self.n_fixed + int(self.random.sum()) + of_sets
