@@ -33,7 +33,7 @@ from .options import Ddf, alpha_of
 from .parameters import pack_triangle
 from .predict import NewLevels, predict
 from .rendering import ByFactor, Frame, folded, paragraphs
-from .safe import Evaluate
+from .safe import Evaluate, check_evaluate
 from .solve import Status, is_optimal
 
 if TYPE_CHECKING:
@@ -828,11 +828,9 @@ def load(
         ArchiveError: a ValueError, if the file does not hold a fit of this library, is damaged, or
             needs `objects`.
     """
-    from .safe import check_evaluate
     from .saved import Reader, classes
 
     check_evaluate(evaluate)
-
     if allow_pickle and not is_archive(path):
         return pickled(path, Fit)
     try:

@@ -16,13 +16,11 @@ import numpy as np
 import pandas as pd
 
 from ..compress import compress, layout
-from ..compress.columns import column_factor
 from ..compress.rows import SMALLEST_BUCKET
 from ..constraints import Settings, TermColumns, read_constraints
 from ..design import DataError, Design, build_design
 from ..far_apart import unclear_lanes
 from ..fit import (
-    aliased,
     arrange,
     check_identified,
     warn_of_steps,
@@ -43,7 +41,7 @@ from .reasons import failed, reasons
 from .rows import subset
 from .seals import fingerprint, parts_of
 from .solve import Ends, Lanes, in_user_units, snapped, solve
-from .work import remembered
+from .work import dropped_columns, remembered
 
 SUBSETS = 4096
 """Most subsets that are worked on at once."""
@@ -255,7 +253,7 @@ class SubsetWork:
     @cached_property
     def aliased(self) -> tuple[str, ...]:
         """What no subset has a coefficient of, in words."""
-        return aliased(self.design.x_names, column_factor(self.design.X, self.design.weights).kept)
+        return dropped_columns(self.design)
 
     def notes(self, n_obs: np.ndarray) -> tuple[str, ...]:
         """Return what a reader of the results should know.

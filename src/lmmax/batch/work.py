@@ -69,7 +69,7 @@ class Work:
     @cached_property
     def aliased(self) -> tuple[str, ...]:
         """What all complete responses have no coefficient of, in words."""
-        return aliased(self.design.x_names, column_factor(self.design.X, self.design.weights).kept)
+        return dropped_columns(self.design)
 
     @property
     def not_identified(self) -> tuple[str, ...]:
@@ -187,6 +187,11 @@ def left_out(design: Design, n_obs: np.ndarray, unit: str) -> tuple[str, ...]:
             f"{plural(gaps, unit)} {verb} missing values; each is fitted to the rows that it has"
         )
     return tuple(found)
+
+
+def dropped_columns(design: Design) -> tuple[str, ...]:
+    """Return a note on the columns that are linear combinations of others in all rows together."""
+    return aliased(design.x_names, column_factor(design.X, design.weights).kept)
 
 
 def not_identified(engine: Engine | None) -> tuple[str, ...]:
